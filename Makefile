@@ -1,0 +1,43 @@
+# make run: set up and start; make test: set up and check.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+# the exact torch keeps the accelerator builds of several GB away where a CPU wheel can be found
+TORCH := torch==2.13.0
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint types lock clean
+
+help:  ## what there is
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+$(BIN)/cliphar: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.dev: $(BIN)/cliphar
+	$(BIN)/pip install --quiet --constraint constraints.txt $(TORCH)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+run: $(BIN)/cliphar  ## recognise the sample photos and show the command to try next
+	$(BIN)/cliphar predict src/cliphar/assets/samples --labels-file src/cliphar/assets/samples/labels.txt
+	@echo
+	@echo "Now your own:  $(BIN)/cliphar predict photo.jpg --labels \"cooking, riding a bike\""
+
+test: $(VENV)/.dev lint types  ## lint, types and tests
+	$(BIN)/pytest
+
+lint: $(VENV)/.dev  ## style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev  ## mypy --strict
+	$(BIN)/mypy
+
+lock: $(VENV)/.dev  ## write constraints.txt anew from what is installed
+	$(BIN)/pip freeze --exclude-editable | sed -E 's/\+cpu$$//' | grep -v ' @ ' > constraints.txt
+
+clean:  ## remove what make made
+	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache

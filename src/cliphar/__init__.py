@@ -1,0 +1,38 @@
+"""cliphar: what are the people in this picture doing?
+
+>>> import cliphar
+>>> recognizer = cliphar.load("mini")
+>>> recognizer.predict("photo.jpg", labels=["riding a bike", "cooking"]).label
+'riding a bike'
+
+Names are resolved on first use, so ``import cliphar`` costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from cliphar._version import __version__
+
+if TYPE_CHECKING:
+    from cliphar.errors import BundleError, ClipharError, MediaError
+    from cliphar.recognizer import Prediction, Recognizer, load
+
+__all__ = ["BundleError", "ClipharError", "MediaError", "Prediction", "Recognizer", "__version__", "load"]
+
+_HOMES = {
+    "BundleError": "cliphar.errors",
+    "ClipharError": "cliphar.errors",
+    "MediaError": "cliphar.errors",
+    "Prediction": "cliphar.recognizer",
+    "Recognizer": "cliphar.recognizer",
+    "load": "cliphar.recognizer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        import importlib
+
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'cliphar' has no attribute {name!r}")
