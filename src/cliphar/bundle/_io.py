@@ -1,0 +1,228 @@
+"""A bundle on disk: verified when read, whole or absent when written."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from cliphar.bundle._schema import SCHEMA_VERSION, BundleInfo, FileInfo, is_inside
+from cliphar.errors import BundleError
+
+__all__ = ["BUNDLE_JSON", "Bundle", "read_bundle", "sha256_file", "write_bundle"]
+
+BUNDLE_JSON = "bundle.json"
+_HEAD = "head.safetensors"
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle that has been read and, unless asked otherwise, verified."""
+
+    path: Path
+    info: BundleInfo
+
+    def file(self, name: str) -> Path:
+        """Path of a file the bundle lists; BundleError if it lists none of that name."""
+        if name not in self.info.files:
+            raise BundleError(
+                f"bundle '{self.info.name}' has no {name}: it holds {', '.join(sorted(self.info.files))}; "
+                "make it again or export what is missing"
+            )
+        return self.path / name
+
+    def class_vectors(self) -> NDArray[np.float32]:
+        """The labels' vectors from head.safetensors: float32 [C,D], unit length, in the order of ``info.labels``."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        try:
+            vectors = load_file(self.file(_HEAD))["class_vectors"]
+        # TypeError and AttributeError: a type that numpy lacks, such as bfloat16
+        except (SafetensorError, KeyError, OSError, TypeError, AttributeError) as error:
+            raise BundleError(
+                f"cannot read {_HEAD} of bundle '{self.info.name}': {error}; make the bundle again"
+            ) from error
+        expected = (len(self.info.labels), self.info.embedding_dim)
+        if vectors.shape != expected or vectors.dtype != np.float32:
+            raise BundleError(
+                f"{_HEAD} of bundle '{self.info.name}' holds {vectors.dtype} {vectors.shape}, "
+                f"bundle.json promises float32 {expected}; make the bundle again"
+            )
+        return vectors
+
+
+def read_bundle(path: Path | str, *, verify: bool = True) -> Bundle:
+    """Read a bundle's directory.
+
+    Args:
+        path: the directory that holds bundle.json.
+        verify: also compare the size and sha256 of every listed file.
+
+    Raises:
+        BundleError: missing, malformed, newer than this version reads, or a file absent, cut short or altered.
+    """
+    root = Path(path)
+    manifest = root / BUNDLE_JSON
+    try:
+        raw = json.loads(manifest.read_bytes())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise BundleError(f"no bundle at {root}: it has no {BUNDLE_JSON}; see 'cliphar model list'") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise BundleError(f"cannot read {manifest}: {error}; copy or make the bundle again") from error
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise BundleError(
+            f"{manifest} has schema {version}, this cliphar reads up to {SCHEMA_VERSION}; upgrade cliphar"
+        )
+    try:
+        info = BundleInfo.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "it"
+        raise BundleError(f"{manifest} is not valid: {where}: {first['msg']}; make the bundle again") from error
+    for name, expected in info.files.items():
+        try:
+            _check_file(root, name, expected, verify=verify)
+        except OSError as error:
+            raise BundleError(f"cannot read {name} of bundle {root}: {error}; copy or pull the bundle again") from error
+    return Bundle(root, info)
+
+
+def _check_file(root: Path, name: str, expected: FileInfo, *, verify: bool) -> None:
+    file = root / name
+    if not file.is_file():
+        raise BundleError(f"bundle {root} lacks {name}; copy or pull the bundle again")
+    if not file.resolve().is_relative_to(root.resolve()):
+        raise BundleError(f"{name} of bundle {root} is a link that leaves it; put the file itself there")
+    size = file.stat().st_size
+    if size != expected.bytes:
+        kind = "cut short" if size < expected.bytes else "longer than it should be"
+        raise BundleError(
+            f"{name} of bundle {root} is {kind} ({size:,} of {expected.bytes:,} bytes); copy or pull the bundle again"
+        )
+    if verify and sha256_file(file) != expected.sha256:
+        raise BundleError(f"{name} of bundle {root} was altered: its sha256 differs; copy or pull the bundle again")
+
+
+@contextmanager
+def _staging(target: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A directory beside ``target`` that takes its place if the block ends well, and vanishes if not."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield work
+        work.chmod(0o755)
+        for file in work.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        _take_place(work, target, overwrite=overwrite)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _take_place(work: Path, target: Path, *, overwrite: bool) -> None:
+    """Rename ``work`` to ``target``; what stands there is set aside if it may be, and put back on failure.
+
+    A directory can only be renamed onto nothing or onto an empty one, so of several writers at once the last wins.
+    """
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    old = aside / "0"
+    try:
+        for attempt in range(100):
+            if overwrite:
+                with suppress(FileNotFoundError):
+                    old = target.rename(aside / str(attempt))
+            try:
+                work.rename(target)
+                break
+            except OSError as error:
+                if not overwrite or error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or attempt == 99:
+                    raise
+    except OSError as error:
+        with suppress(OSError):
+            old.rename(target)
+        if not any(aside.iterdir()) or target.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        raise BundleError(
+            f"cannot put a bundle at {target}: {error.strerror}; see what writes there, then try again"
+        ) from error
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _may_replace(root: Path) -> bool:
+    if (root / BUNDLE_JSON).is_file():
+        return True
+    try:
+        return not any(root.iterdir())
+    except FileNotFoundError:  # another writer has just set it aside
+        return True
+    except NotADirectoryError:
+        return False
+
+
+def write_bundle(
+    target: Path | str,
+    info: BundleInfo,
+    files: Mapping[str, Path | bytes],
+    *,
+    overwrite: bool = False,
+) -> Bundle:
+    """Write a bundle so that ``target`` is either the whole of it or what it was before.
+
+    Args:
+        target: the directory to make.
+        info: everything but the digests; an entry in ``info.files`` keeps its runtime and parity.
+        files: the bundle's path of each file, and its source file or its content.
+        overwrite: replace a bundle that is already there.
+
+    Raises:
+        BundleError: ``target`` exists and is not to be replaced, or is no bundle; or a file's path leaves the bundle.
+    """
+    root = Path(target)
+    for name in files:
+        if not is_inside(name):
+            raise BundleError(f"path {name!r} leaves the bundle; give one below it, with forward slashes")
+    if root.exists():
+        if not overwrite:
+            raise BundleError(f"{root} exists; choose another place or ask to overwrite it")
+        if not _may_replace(root):
+            raise BundleError(f"{root} exists and is not a bundle; choose another place")
+    with _staging(root, overwrite=overwrite) as work:
+        entries: dict[str, FileInfo] = {}
+        for name, content in sorted(files.items()):
+            file = work / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, bytes):
+                file.write_bytes(content)
+            else:
+                shutil.copyfile(content, file)
+            known = info.files.get(name)
+            entries[name] = FileInfo(
+                sha256=sha256_file(file),
+                bytes=file.stat().st_size,
+                runtime=known.runtime if known else None,
+                parity=known.parity if known else None,
+            )
+        complete = BundleInfo.model_validate(info.model_dump() | {"files": entries})
+        (work / BUNDLE_JSON).write_text(complete.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        read_bundle(work)
+    return Bundle(root, complete)

@@ -1,0 +1,155 @@
+"""What bundle.json says. Frozen, and unknown keys are refused."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "BundleInfo",
+    "Calibration",
+    "FileInfo",
+    "ImageSpec",
+    "Metrics",
+    "Provenance",
+    "Source",
+    "TextSpec",
+]
+
+SCHEMA_VERSION = 1
+
+_Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ImageSpec(_Model):
+    """How a decoded photo becomes the uint8 RGB square that the image graph takes.
+
+    The photo is centre-cropped until its long side is at most ``max_aspect`` times its short side, then
+    resized to ``size`` x ``size`` pixels. ``max_aspect`` 1 is CLIP's centre crop; larger keeps more of the scene
+    at the price of a squeeze.
+    """
+
+    size: int = Field(ge=16, le=2048)
+    max_aspect: float = Field(default=1.0, ge=1.0, le=4.0)
+
+
+class TextSpec(_Model):
+    """How a label becomes token ids: each template's ``{}`` is replaced, tokens cut to ``context_length``."""
+
+    templates: tuple[str, ...] = Field(min_length=1)
+    context_length: int = Field(ge=4, le=512)
+
+    @field_validator("templates")
+    @classmethod
+    def _has_slot(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
+        for template in templates:
+            if template.count("{}") != 1:
+                raise ValueError(f"template {template!r} must hold {{}} exactly once")
+        return templates
+
+
+class Calibration(_Model):
+    """Numbers fitted on photos that training never saw, for one way of scoring.
+
+    ``logit_scale`` multiplies cosines before the softmax (the inverse temperature; Guo et al., 2017).
+    ``conformal`` maps a coverage to the threshold on 1 - p(label): labels at or under it form the prediction set
+    (split conformal prediction; Vovk et al., 2005; Sadinle et al., 2019). ``unknown_below`` is the cosine of the best
+    label under which the answer is ``unknown``. ``photos`` is how many photos the fit saw.
+    """
+
+    logit_scale: float = Field(gt=0)
+    conformal: tuple[tuple[float, float], ...] = Field(min_length=1)
+    unknown_below: float = Field(ge=-1, le=1)
+    photos: int = Field(ge=1)
+
+    @field_validator("conformal")
+    @classmethod
+    def _ascending(cls, pairs: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
+        coverages = [coverage for coverage, _ in pairs]
+        thresholds = [threshold for _, threshold in pairs]
+        if coverages != sorted(set(coverages)) or thresholds != sorted(thresholds):
+            raise ValueError("conformal must be ascending in coverage and in threshold")
+        return pairs
+
+
+class Metrics(_Model):
+    """One evaluation: what was measured, on how many photos. Fractions are in 0..1."""
+
+    description: str
+    n: int = Field(ge=0)
+    values: dict[str, float]
+
+
+class Source(_Model):
+    """A thing the weights learned from, and on what terms."""
+
+    name: str
+    role: str
+    licence: str
+
+
+class Provenance(_Model):
+    """Where the bundle came from: enough to make it again."""
+
+    recipe: dict[str, Any]
+    data_sha256: str
+    git_revision: str
+    seed: int
+    versions: dict[str, str]
+    hardware: str
+    created: str
+
+
+class FileInfo(_Model):
+    """One file of the bundle; ``parity`` compares a runtime's file with the reference it was made from."""
+
+    sha256: _Sha256
+    bytes: int = Field(ge=0)
+    runtime: str | None = None
+    parity: dict[str, float] | None = None
+
+
+def is_inside(path: str) -> bool:
+    """Whether a file's path in a bundle is relative, with forward slashes, and stays below it on every system."""
+    pure = PurePosixPath(path)
+    return bool(path) and "\\" not in path and ":" not in path and not pure.is_absolute() and ".." not in pure.parts
+
+
+class BundleInfo(_Model):
+    """The whole of bundle.json."""
+
+    schema_version: int = SCHEMA_VERSION
+    name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str
+    labels: tuple[str, ...]
+    embedding_dim: int = Field(ge=1)
+    image: ImageSpec
+    text: TextSpec
+    known: Calibration
+    open: Calibration
+    metrics: dict[str, Metrics] = {}
+    sources: tuple[Source, ...] = ()
+    limits: tuple[str, ...] = ()
+    provenance: Provenance
+    files: dict[str, FileInfo] = {}
+
+    @field_validator("files")
+    @classmethod
+    def _stay_inside(cls, files: dict[str, FileInfo]) -> dict[str, FileInfo]:
+        for path in files:
+            if not is_inside(path):
+                raise ValueError(f"path {path!r} leaves the bundle")
+        return files
+
+    @model_validator(mode="after")
+    def _labels_differ(self) -> BundleInfo:
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError("labels repeat")
+        return self

@@ -1,0 +1,82 @@
+"""Where bundles live: inside the package, in the user's store, or anywhere by path."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from cliphar.bundle._io import BUNDLE_JSON, Bundle, read_bundle
+from cliphar.errors import BundleError
+
+__all__ = ["DEFAULT_MODEL", "StoredModel", "find_bundle", "list_models", "packaged", "store"]
+
+DEFAULT_MODEL = "mini"
+_PACKAGED = Path(__file__).resolve().parent.parent / "assets"
+
+
+def packaged(name: str) -> Path:
+    """Directory of what the package itself holds of a model."""
+    return _PACKAGED / name
+
+
+def store() -> Path:
+    """Directory of pulled models: CLIPHAR_HOME, else the user's cache directory."""
+    home = os.environ.get("CLIPHAR_HOME")
+    if home:
+        return Path(home)
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "cliphar" / "models"
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A model that has a name here: ``state`` is ``ready`` or ``to pull``."""
+
+    name: str
+    path: Path
+    state: str
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        read_bundle(path, verify=False)
+    except BundleError:
+        return False
+    return True
+
+
+def list_models() -> list[StoredModel]:
+    """Models by name: those of the package and those in the store; the default comes first."""
+    models: dict[str, StoredModel] = {}
+    for root in (store(), _PACKAGED):
+        if root.is_dir():
+            for manifest in sorted(root.glob(f"*/{BUNDLE_JSON}")):
+                path = manifest.parent
+                if path.name.startswith("."):
+                    continue
+                whole = _is_whole(path)
+                if path.name not in models or (whole and models[path.name].state != "ready"):
+                    models[path.name] = StoredModel(path.name, path, "ready" if whole else "to pull")
+    return sorted(models.values(), key=lambda model: (model.name != DEFAULT_MODEL, model.name))
+
+
+def find_bundle(model: str | os.PathLike[str] | None = None, *, verify: bool = True) -> Bundle:
+    """Read a bundle by name or path; None takes MODEL_PATH, else the embedded one.
+
+    Raises:
+        BundleError: no such model, one that must be pulled first, or one that is damaged.
+    """
+    chosen = os.fspath(model) if model is not None else os.environ.get("MODEL_PATH") or DEFAULT_MODEL
+    path = Path(chosen)
+    if (path / BUNDLE_JSON).is_file() or path.is_dir() or len(path.parts) > 1:
+        return read_bundle(path, verify=verify)
+    known = {stored.name: stored for stored in list_models()}
+    if chosen in known:
+        if known[chosen].state == "to pull":
+            raise BundleError(f"model '{chosen}' is not complete here; run 'cliphar model pull {chosen}' once")
+        return read_bundle(known[chosen].path, verify=verify)
+    close = difflib.get_close_matches(chosen, known, 1)
+    hint = f"did you mean '{close[0]}'?" if close else f"known are {', '.join(known) or 'none'}"
+    raise BundleError(f"no model '{chosen}': it is neither a name nor a bundle's directory; {hint}")
