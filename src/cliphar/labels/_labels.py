@@ -1,0 +1,94 @@
+"""Labels are any words. Some are known by what they look like, and that is told to the text tower as well.
+
+Describing a class by what is seen, rather than by its name alone: Menon and Vondrick, "Visual Classification via
+Description from Large Language Models", 2023 (https://arxiv.org/abs/2210.07183). The descriptions of glossary.json
+were written for cliphar.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+
+from cliphar.errors import UsageError
+
+__all__ = [
+    "MAX_LABELS",
+    "MAX_LABEL_LENGTH",
+    "UNKNOWN",
+    "clean_labels",
+    "describe",
+    "glossary",
+    "prompts",
+    "read_labels_file",
+]
+
+UNKNOWN = "unknown"
+MAX_LABELS = 1000
+MAX_LABEL_LENGTH = 200
+
+
+def clean_labels(labels: Iterable[str]) -> tuple[str, ...]:
+    """Trim, turn underscores and runs of blanks into one space, drop empty ones and repeats; order is kept.
+
+    Raises:
+        UsageError: nothing is left, too many, or one is too long or is the reserved word ``unknown``.
+    """
+    if isinstance(labels, str):
+        labels = labels.split(",")
+    cleaned = dict.fromkeys(" ".join(label.replace("_", " ").split()) for label in labels)
+    cleaned.pop("", None)
+    if not cleaned:
+        raise UsageError('no labels: give at least one action, as in --labels "cooking, riding a bike"')
+    if len(cleaned) > MAX_LABELS:
+        raise UsageError(f"{len(cleaned):,} labels are too many; give at most {MAX_LABELS:,}")
+    for label in cleaned:
+        if len(label) > MAX_LABEL_LENGTH:
+            raise UsageError(f"label {label[:30]!r}... has {len(label)} characters; at most {MAX_LABEL_LENGTH}")
+        if label.lower() == UNKNOWN:
+            raise UsageError(f"{UNKNOWN!r} cannot be a label: it is the answer when none of them fits")
+    return tuple(cleaned)
+
+
+def read_labels_file(path: Path) -> tuple[str, ...]:
+    """Labels of a text file, one a line; lines that start with # are comments.
+
+    Raises:
+        UsageError: the file cannot be read as UTF-8 text, or holds no usable label.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read labels from {path}: {error}") from error
+    return clean_labels(line for line in lines if not line.lstrip().startswith("#"))
+
+
+@functools.cache
+def glossary() -> dict[str, tuple[str, ...]]:
+    """Well-known actions and, for each, what a photo of it shows."""
+    text = resources.files(__package__).joinpath("glossary.json").read_text(encoding="utf-8")
+    return {name: tuple(descriptions) for name, descriptions in json.loads(text).items()}
+
+
+def describe(label: str) -> tuple[str, ...]:
+    """What a photo of the action shows, if the glossary knows it; case and articles do not matter."""
+    key = re.sub(r"\b(a|an|the)\b", " ", label.lower().replace("-", " "))
+    return _index().get(" ".join(key.split()), ())
+
+
+@functools.cache
+def _index() -> dict[str, tuple[str, ...]]:
+    index = {}
+    for name, descriptions in glossary().items():
+        key = re.sub(r"\b(a|an|the)\b", " ", name.replace("-", " "))
+        index[" ".join(key.split())] = descriptions
+    return index
+
+
+def prompts(label: str, templates: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The sentences that stand for a label: its name in every template, and its descriptions (may be none)."""
+    return [template.replace("{}", label) for template in templates], list(describe(label))
