@@ -1,0 +1,6 @@
+"""From photos and labels to calibrated answers."""
+
+from cliphar.recognizer._recognizer import Recognizer, load
+from cliphar.recognizer._types import Prediction, Score
+
+__all__ = ["Prediction", "Recognizer", "Score", "load"]

@@ -1,0 +1,249 @@
+"""The recogniser: a bundle, an engine, and the labels it has met."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from cliphar.bundle import Bundle, Calibration, find_bundle
+from cliphar.errors import MediaError, UsageError
+from cliphar.labels import clean_labels, prompts
+from cliphar.media import ImageLike, decode_image, to_square
+from cliphar.recognizer._scoring import to_predictions
+from cliphar.recognizer._types import Prediction
+from cliphar.runtime import OnnxRuntime, Runtime, cpu_quota
+
+__all__ = ["Recognizer", "load"]
+
+_CACHED_LABELS = 10_000
+
+
+def load(
+    model: str | os.PathLike[str] | None = None, *, provider: str | None = None, threads: int | None = None
+) -> Recognizer:
+    """Load a model by name or by its bundle's path.
+
+    Args:
+        model: ``mini``, ``clip-b16``, or a directory; None takes MODEL_PATH, else ``mini``.
+        provider: ``cpu``, ``cuda``, ``tensorrt`` or ``openvino``; None takes the best that is present.
+        threads: CPU threads; None takes what the container's quota allows.
+
+    Raises:
+        BundleError: no such model, or it is damaged.
+        UsageError: the provider is not present.
+    """
+    bundle = find_bundle(model)
+    return Recognizer(bundle, OnnxRuntime(bundle, provider=provider, threads=threads))
+
+
+class Recognizer:
+    """Recognises actions in photos. Safe to share between threads."""
+
+    def __init__(self, bundle: Bundle, runtime: Runtime, *, batch_size: int = 16) -> None:
+        self.bundle = bundle
+        self.runtime = runtime
+        self.batch_size = batch_size
+        self._known = dict(zip(bundle.info.labels, bundle.class_vectors(), strict=True))
+        self._cache: OrderedDict[str, NDArray[np.float32]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The actions the bundle was trained on: what is recognised when no labels are given."""
+        return self.bundle.info.labels
+
+    def embed_labels(self, labels: Sequence[str]) -> NDArray[np.float32]:
+        """Label vectors, float32 [C,D], unit length.
+
+        A trained label has its class vector. Any other is the mean of its prompts' text embeddings and, if the
+        glossary describes it, of its descriptions' in equal parts; these are cached.
+        """
+        with self._lock:
+            missing = [
+                label for label in dict.fromkeys(labels) if label not in self._known and label not in self._cache
+            ]
+            if missing:
+                self._embed_text(missing)
+            found = []
+            for label in labels:
+                if label in self._known:
+                    found.append(self._known[label])
+                else:
+                    self._cache.move_to_end(label)
+                    found.append(self._cache[label])
+            while len(self._cache) > _CACHED_LABELS:
+                self._cache.popitem(last=False)
+        return np.stack(found)
+
+    def _embed_text(self, labels: list[str]) -> None:
+        templates = self.bundle.info.text.templates
+        sentences: list[str] = []
+        owners: list[tuple[str, int, int]] = []
+        for label in labels:
+            named, described = prompts(label, templates)
+            sentences += named + described
+            owners.append((label, len(named), len(described)))
+        vectors = np.concatenate(
+            [self.runtime.encode_text(sentences[k : k + 256]) for k in range(0, len(sentences), 256)]
+        )
+        at = 0
+        for label, named_count, described_count in owners:
+            named_end = at + named_count
+            vector = _direction(vectors[at:named_end])
+            at = named_end + described_count
+            if described_count:
+                vector = _direction(np.stack([vector, _direction(vectors[named_end:at])]))
+            self._cache[label] = vector
+
+    def calibration(self, labels: Sequence[str]) -> Calibration:
+        """The calibration that holds for these labels: ``known`` if all were trained, else ``open``."""
+        return self.bundle.info.known if all(label in self._known for label in labels) else self.bundle.info.open
+
+    def prepare(self, image: ImageLike) -> NDArray[np.uint8]:
+        """Decode and bring to the model's input: uint8 [S,S,3]; MediaError if it cannot be read."""
+        spec = self.bundle.info.image
+        return to_square(decode_image(image, min_side=spec.size), spec.size, spec.max_aspect)
+
+    def stream(
+        self,
+        images: Iterable[ImageLike],
+        labels: Iterable[str] | None = None,
+        *,
+        top_k: int = 5,
+        coverage: float = 0.9,
+    ) -> Iterator[Prediction | MediaError]:
+        """Answers in the order of the images, an image that cannot be read yielding its MediaError.
+
+        Images are drawn from the iterable only a few batches ahead, and decoded on threads while the model runs.
+
+        Raises:
+            UsageError: at the call, for bad labels, ``top_k`` or ``coverage``.
+        """
+        chosen = self.labels if labels is None else clean_labels(labels)
+        if not chosen:
+            raise UsageError(f"bundle '{self.bundle.info.name}' has no labels of its own; give some")
+        if top_k < 1:
+            raise UsageError(f"top-k {top_k} is below 1")
+        if not 0 < coverage < 1:
+            raise UsageError(f"coverage {coverage} is not between 0 and 1; 0.9 is usual")
+        vectors = self.embed_labels(chosen)
+        return self._run(images, vectors, chosen, top_k, coverage)
+
+    def _run(
+        self,
+        images: Iterable[ImageLike],
+        vectors: NDArray[np.float32],
+        labels: tuple[str, ...],
+        top_k: int,
+        coverage: float,
+    ) -> Iterator[Prediction | MediaError]:
+        calibration = self.calibration(labels)
+        for embeddings in self._embed_batches(images):
+            good = [embedding for embedding in embeddings if not isinstance(embedding, MediaError)]
+            answers: Iterator[Prediction] = iter(())
+            if good:
+                answers = iter(to_predictions(np.stack(good) @ vectors.T, labels, calibration, top_k, coverage))
+            for embedding in embeddings:
+                yield embedding if isinstance(embedding, MediaError) else next(answers)
+
+    def embed_images(self, images: Iterable[ImageLike]) -> Iterator[NDArray[np.float32] | MediaError]:
+        """Embeddings, float32 [D] of unit length, in order; an image that cannot be read yields its MediaError."""
+        for batch in self._embed_batches(images):
+            yield from batch
+
+    def _embed_batches(self, images: Iterable[ImageLike]) -> Iterator[list[NDArray[np.float32] | MediaError]]:
+        def prepare(image: ImageLike) -> NDArray[np.uint8] | MediaError:
+            try:
+                return self.prepare(image)
+            except MediaError as error:
+                return error
+
+        source = iter(images)
+        pool = ThreadPoolExecutor(cpu_quota(), thread_name_prefix="decode")
+        try:
+            pending: deque[Future[NDArray[np.uint8] | MediaError]] = deque(
+                pool.submit(prepare, image) for image in islice(source, 2 * self.batch_size)
+            )
+            while pending:
+                squares = [pending.popleft().result() for _ in range(min(self.batch_size, len(pending)))]
+                pending.extend(pool.submit(prepare, image) for image in islice(source, len(squares)))
+                good = [square for square in squares if not isinstance(square, MediaError)]
+                vectors = iter(self.runtime.encode_images(np.stack(good)) if good else ())
+                yield [square if isinstance(square, MediaError) else next(vectors) for square in squares]
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    @overload
+    def predict(  # type: ignore[overload-overlap]  # str and bytes are sequences too, but one photo here
+        self, images: ImageLike, labels: Iterable[str] | None = None, *, top_k: int = 5, coverage: float = 0.9
+    ) -> Prediction: ...
+
+    @overload
+    def predict(
+        self,
+        images: Sequence[ImageLike],
+        labels: Iterable[str] | None = None,
+        *,
+        top_k: int = 5,
+        coverage: float = 0.9,
+    ) -> list[Prediction]: ...
+
+    @overload
+    def predict(
+        self,
+        images: Iterator[ImageLike],
+        labels: Iterable[str] | None = None,
+        *,
+        top_k: int = 5,
+        coverage: float = 0.9,
+    ) -> Iterator[Prediction]: ...
+
+    def predict(
+        self,
+        images: ImageLike | Sequence[ImageLike] | Iterator[ImageLike],
+        labels: Iterable[str] | None = None,
+        *,
+        top_k: int = 5,
+        coverage: float = 0.9,
+    ) -> Prediction | list[Prediction] | Iterator[Prediction]:
+        """What the people in the photos are doing.
+
+        Args:
+            images: one photo (path, encoded bytes, PIL image or array), a list of them, or a generator.
+            labels: any actions in plain words; None takes the bundle's own.
+            top_k: how many labels ``top`` holds at most.
+            coverage: how often the prediction set should hold the true label, between 0 and 1.
+
+        Returns:
+            One Prediction, a list of them, or an iterator that reads no further ahead than a few batches.
+
+        Raises:
+            MediaError: a photo cannot be read (``stream`` goes on instead).
+            UsageError: bad labels, ``top_k`` or ``coverage``.
+        """
+        if isinstance(images, str | os.PathLike | bytes | Image.Image | np.ndarray):
+            return next(_raising(self.stream([images], labels, top_k=top_k, coverage=coverage)))
+        answers = _raising(self.stream(images, labels, top_k=top_k, coverage=coverage))
+        return list(answers) if isinstance(images, Sequence) else answers
+
+
+def _raising(answers: Iterator[Prediction | MediaError]) -> Iterator[Prediction]:
+    for answer in answers:
+        if isinstance(answer, MediaError):
+            raise answer
+        yield answer
+
+
+def _direction(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    mean = vectors.mean(0)
+    unit: NDArray[np.float32] = (mean / np.linalg.norm(mean)).astype(np.float32)
+    return unit

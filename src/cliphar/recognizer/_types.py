@@ -1,0 +1,41 @@
+"""What a recogniser answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+__all__ = ["Prediction", "Score"]
+
+
+class Score(NamedTuple):
+    """A label with its calibrated probability among the labels asked for, 0..1."""
+
+    label: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer for one photo.
+
+    ``label`` is the best label, or ``unknown`` where the best evidence is below the bundle's threshold; ``score`` is
+    the best label's probability either way. ``set`` holds the labels that together hold the true one with the
+    coverage asked for, best first. ``top`` is the best labels with their scores. ``evidence`` is the best label's
+    cosine, -1..1, which does not depend on the other labels.
+    """
+
+    label: str
+    score: float
+    set: tuple[str, ...]
+    top: tuple[Score, ...]
+    evidence: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form: label, score, set and top; scores to six digits."""
+        return {
+            "label": self.label,
+            "score": round(self.score, 6),
+            "set": list(self.set),
+            "top": [{"label": label, "score": round(score, 6)} for label, score in self.top],
+        }
