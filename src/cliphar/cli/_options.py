@@ -1,0 +1,43 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cliphar.errors import UsageError
+
+__all__ = ["Coverage", "Labels", "LabelsFile", "Model", "Provider", "Threads", "chosen_labels"]
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model", "-m", envvar="MODEL_PATH", help="A model's name or a bundle's directory.", show_default="mini"
+    ),
+]
+Labels = Annotated[str | None, typer.Option("--labels", "-l", help='Actions to choose from: "cooking, riding a bike".')]
+LabelsFile = Annotated[Path | None, typer.Option("--labels-file", help="Actions to choose from, one a line.")]
+Coverage = Annotated[
+    float, typer.Option(envvar="CLIPHAR_COVERAGE", help="How often the prediction set should hold the true label.")
+]
+Provider = Annotated[
+    str | None,
+    typer.Option(envvar="CLIPHAR_PROVIDER", help="cpu, cuda, tensorrt or openvino.", show_default="the best present"),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(envvar="CLIPHAR_THREADS", min=1, help="CPU threads.", show_default="what the container allows"),
+]
+
+
+def chosen_labels(labels: str | None, labels_file: Path | None) -> tuple[str, ...] | None:
+    """The labels asked for, or None; UsageError if both ways are used or none is left."""
+    from cliphar.labels import clean_labels, read_labels_file
+
+    if labels is not None and labels_file is not None:
+        raise UsageError("give --labels or --labels-file, not both")
+    if labels_file is not None:
+        return read_labels_file(labels_file)
+    return None if labels is None else clean_labels(labels.split(","))

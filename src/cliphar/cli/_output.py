@@ -1,0 +1,129 @@
+"""Answers for people on a terminal, for pipes, and for files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from cliphar.errors import UsageError
+from cliphar.recognizer import Prediction
+
+__all__ = ["Writer", "progress", "show"]
+
+_BAR = 24
+
+
+def show(path: str, prediction: Prediction) -> None:
+    """A block with bars on a terminal; one tab-separated line (path, label, score) in a pipe."""
+    if not sys.stdout.isatty():
+        print(f"{path}\t{prediction.label}\t{prediction.score:.4f}", flush=True)
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    heading = Text(path, style="bold")
+    heading.append(f"  {prediction.label}", style="bold green" if prediction.label != "unknown" else "bold yellow")
+    console.print(heading)
+    width = max(len(score.label) for score in prediction.top)
+    for label, score in prediction.top:
+        filled = round(score * _BAR)
+        line = Text(f"  {label:<{width}}  ")
+        line.append("█" * filled, style="green")
+        line.append("░" * (_BAR - filled), style="dim")
+        line.append(f" {score:6.1%}")
+        line.append("  in set" if label in prediction.set else "", style="dim")
+        console.print(line)
+
+
+@contextmanager
+def progress(total: int, *, quiet: bool) -> Iterator[Callable[[], None]]:
+    """A bar on the terminal's standard error when there is long work to wait for."""
+    if quiet or total < 50 or not sys.stderr.isatty() or sys.stdout.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("photos"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("photos", total=total)
+        yield lambda: bar.advance(task)
+
+
+class Writer:
+    """Writes answers to a file that appears whole at the end, or, if the work breaks off, with what was done.
+
+    Raises:
+        UsageError: when made, if the suffix or the place cannot be written to.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._rows: list[dict[str, Any]] = []
+        self._file: IO[str] | None = None
+        if path is None:
+            return
+        if path.suffix not in (".csv", ".jsonl", ".parquet"):
+            raise UsageError(f"cannot write {path}: its name must end in .csv, .jsonl or .parquet")
+        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+            raise UsageError(f"cannot write {path}: {path.parent} is not a folder that can be written to")
+        if path.suffix == ".parquet":
+            _pyarrow()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def add(self, path: str, prediction: Prediction) -> None:
+        """Take one answer."""
+        if self._path is not None:
+            self._rows.append({"path": path} | prediction.to_dict())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._path is None or (kind is not None and not self._rows):
+            return
+        handle, partial = tempfile.mkstemp(prefix=f".{self._path.name}.", dir=self._path.parent)
+        os.close(handle)
+        target = Path(partial)
+        try:
+            if self._path.suffix == ".parquet":
+                pyarrow, parquet = _pyarrow()
+                parquet.write_table(pyarrow.Table.from_pylist(self._rows), target)
+            else:
+                with target.open("w", encoding="utf-8", newline="") as file:
+                    self._write_text(file)
+            umask = os.umask(0)
+            os.umask(umask)
+            target.chmod(0o666 & ~umask)
+            target.replace(self._path)
+        finally:
+            target.unlink(missing_ok=True)
+
+    def _write_text(self, file: IO[str]) -> None:
+        if self._path is not None and self._path.suffix == ".jsonl":
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in self._rows)
+            return
+        table = csv.writer(file)
+        table.writerow(["path", "label", "score", "set", "top"])
+        for row in self._rows:
+            top = "; ".join(f"{entry['label']} {entry['score']}" for entry in row["top"])
+            table.writerow([row["path"], row["label"], row["score"], "; ".join(row["set"]), top])
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise UsageError("Parquet needs pyarrow; run: pip install 'cliphar[parquet]'") from error
+    return pyarrow, parquet

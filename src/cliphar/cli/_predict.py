@@ -1,0 +1,89 @@
+"""cliphar predict: photos in, actions out."""
+
+from __future__ import annotations
+
+import glob
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cliphar.cli._options import Coverage, Labels, LabelsFile, Model, Provider, Threads, chosen_labels
+from cliphar.errors import MediaError, UsageError
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["predict"]
+
+
+def predict(
+    paths: Annotated[list[str], typer.Argument(help="Photos, folders of photos, or patterns such as 'trip/*.jpg'.")],
+    labels: Labels = None,
+    labels_file: LabelsFile = None,
+    model: Model = None,
+    top_k: Annotated[int, typer.Option("--top-k", "-k", help="How many labels to show.")] = 5,
+    coverage: Coverage = 0.9,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Also write all answers to a .csv, .jsonl or .parquet file.")
+    ] = None,
+    provider: Provider = None,
+    threads: Threads = None,
+) -> None:
+    """Say what the people in the photos are doing."""
+    from cliphar.cli._output import Writer, progress, show
+    from cliphar.recognizer import load
+
+    chosen = chosen_labels(labels, labels_file)
+    files = list(expand(paths))
+    with Writer(out) as writer:
+        recognizer = load(model, provider=provider, threads=threads)
+        failed = 0
+        answers = recognizer.stream((path for path in files), chosen, top_k=top_k, coverage=coverage)
+        with progress(len(files), quiet=as_json) as advance:
+            for path, answer in zip(files, answers, strict=True):
+                advance()
+                if isinstance(answer, MediaError):
+                    failed += 1
+                    print(f"cliphar: {_named(path, answer)}", file=sys.stderr)
+                    continue
+                writer.add(path, answer)
+                if as_json:
+                    print(json.dumps({"path": path} | answer.to_dict(), ensure_ascii=False), flush=True)
+                else:
+                    show(path, answer)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _named(path: str, error: MediaError) -> str:
+    text = " ".join(str(error).split())
+    return text if path in text else f"{path}: {text}"
+
+
+def expand(paths: list[str]) -> Iterator[str]:
+    """Files, the images inside folders (sorted, also in subfolders), and the matches of patterns, in order.
+
+    A path that does not exist is kept, so that it is reported with the others; a folder or a pattern without any
+    image is a UsageError.
+    """
+    from cliphar.media import is_image_name
+
+    for given in paths:
+        path = Path(given)
+        if path.is_dir():
+            inside = sorted(str(p) for p in path.rglob("*") if p.is_file() and is_image_name(p.name))
+            if not inside:
+                raise UsageError(f"no images in folder {given}")
+            yield from inside
+        elif not path.exists() and glob.has_magic(given):
+            matches = sorted(glob.glob(given, recursive=True))  # noqa: PTH207 - patterns may be absolute
+            if not matches:
+                raise UsageError(f"nothing matches {given}")
+            yield from matches
+        else:
+            yield given
