@@ -30,7 +30,7 @@ from cliphar.bundle import (
     write_bundle,
 )
 from cliphar.evaluation import evaluate, fit_calibration
-from cliphar.export import export_image_tower, export_teacher_graph, export_text_tower, quantize_image_graph
+from cliphar.export import compress_weights, export_image_tower, export_teacher_graph, export_text_tower
 from cliphar.labels import glossary
 from cliphar.media import to_square
 from cliphar.models import ImageTower
@@ -149,14 +149,10 @@ def _mini(recipe: MiniRecipe, corpus: Corpus, teacher: NDArray[np.float32], log:
 def finish_mini(
     recipe: MiniRecipe, corpus: Corpus, tower: ImageTower, head: NDArray[np.float32], space: Bundle, log: Log
 ) -> Bundle:
-    """Export and quantise a trained tower, calibrate and measure it, and write the bundle."""
+    """Export a trained tower with its weights in 8 bits, calibrate and measure it, and write the bundle."""
     size, aspect = recipe.distill.size, recipe.teacher.max_aspect
-    plain = export_image_tower(tower, size)
-    rows = corpus.select(source="actions", part=TRAIN)[::20]
-    squares = np.stack([to_square(Image.fromarray(corpus.photo(int(i))), size, aspect) for i in rows])
-    quantized = quantize_image_graph(plain, squares)
     files: dict[str, Path | bytes] = {
-        "image.onnx": quantized.SerializeToString(),
+        "image.onnx": compress_weights(export_image_tower(tower, size)).SerializeToString(),
         "text.onnx": space.file("text.onnx"),
         "tokenizer.json": space.file("tokenizer.json"),
     }
