@@ -7,6 +7,8 @@ names follow that checkpoint.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -122,3 +124,21 @@ class TextProjection(nn.Module):
     def forward(self, sentences: Tensor) -> Tensor:
         hidden = F.dropout(F.gelu(self.inner(sentences)), self.dropout, self.training)
         return F.normalize(self.linear(sentences) + self.outer(hidden), dim=-1)
+
+    @classmethod
+    def merged(cls, members: Sequence[TextProjection]) -> TextProjection:
+        """One projection whose output, before normalisation, is the mean of the members' outputs.
+
+        The sum of perceptrons is one with their hidden units side by side, so an ensemble costs one pass.
+        """
+        first, count = members[0], len(members)
+        hidden = sum(member.inner.out_features for member in members)
+        whole = cls(first.linear.out_features, hidden, first.dropout)
+        with torch.no_grad():
+            whole.linear.weight.copy_(torch.stack([m.linear.weight for m in members]).mean(0))
+            whole.linear.bias.copy_(torch.stack([m.linear.bias for m in members]).mean(0))
+            whole.inner.weight.copy_(torch.cat([m.inner.weight for m in members]))
+            whole.inner.bias.copy_(torch.cat([m.inner.bias for m in members]))
+            whole.outer.weight.copy_(torch.cat([m.outer.weight for m in members], 1) / count)
+            whole.outer.bias.copy_(torch.stack([m.outer.bias for m in members]).mean(0))
+        return whole.eval()

@@ -46,13 +46,16 @@ class TeacherRecipe(_Model):
 
 
 class TextRecipe(_Model):
-    """The text tower: the sentence encoder's source and size, and how its projection learns CLIP's space."""
+    """The text tower: the sentence encoder's source and size, and how its projection learns CLIP's space.
+
+    ``average`` projections of ``hidden`` units, from different seeds, are merged into one.
+    """
 
     encoder: Path | None = None
     vocabulary: int = Field(default=8000, ge=1000)
     block: int = Field(default=64, ge=16)
     context_length: int = Field(default=32, ge=8, le=64)
-    hidden: int = Field(default=1024, ge=64)
+    hidden: int = Field(default=512, ge=64)
     dropout: float = Field(default=0.4, ge=0, lt=1)
     steps: int = Field(default=500, ge=1)
     batch_size: int = Field(default=1024, ge=8)
@@ -75,7 +78,11 @@ class HeadRecipe(_Model):
 
 
 class DistillRecipe(_Model):
-    """mini's image tower. ``schedule`` is pairs of pixels and epochs; weights are of the three losses."""
+    """mini's image tower.
+
+    ``schedule`` is pairs of pixels and epochs under one cosine; ``restart`` is a second one, whose learning rate
+    starts at ``restart_lr`` of the first. The weights are of the three losses.
+    """
 
     backbone: Literal["lite0", "lite1", "lite2"] = "lite1"
     weights: Path | None = None
@@ -83,6 +90,8 @@ class DistillRecipe(_Model):
     drop_path: float = Field(default=0.1, ge=0, lt=1)
     size: int = Field(default=192, ge=64)
     schedule: tuple[tuple[int, int], ...] = ((128, 8), (160, 5))
+    restart: tuple[tuple[int, int], ...] = ()
+    restart_lr: float = Field(default=0.5, gt=0, le=1)
     batch_size: int = Field(default=64, ge=2)
     replicas: int = Field(default=2, ge=1)
     lr: float = Field(default=6e-4, gt=0, le=5e-3)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -117,21 +118,47 @@ def train_projection(
     log: Callable[[str], None],
 ) -> TextProjection:
     """Train on the TRAIN captions and on the TRAIN photos of ``labels``; ``teacher`` is float32 [N,D], unit length."""
-    torch.manual_seed(seed)
-    random = np.random.default_rng(seed)
-    photos = torch.from_numpy(teacher)
     numbers = corpus.select(source="captioned", part=TRAIN)
     per_photo = min(len(corpus.captions[i]) for i in numbers)
     captions = sentences([text for i in numbers for text in corpus.captions[i][:per_photo]])
-    captions = captions.view(len(numbers), per_photo, -1)
     named = []
     for label in labels:
         in_templates, described = prompts(label, TRAIN_TEMPLATES)
         described = described or [label]
         named.append(sentences([*in_templates, *(described * 2)[:2]]))
-    prompt_bank = torch.stack(named)
-    pools = [corpus.select(part=TRAIN, labels=[label]) for label in labels]
-    model = TextProjection(teacher.shape[1], recipe.hidden, recipe.dropout)
+    material = _Material(
+        photos=torch.from_numpy(teacher),
+        captioned=numbers,
+        captions=captions.view(len(numbers), per_photo, -1),
+        prompts=torch.stack(named),
+        pools=[corpus.select(part=TRAIN, labels=[label]) for label in labels],
+    )
+    members = []
+    for member in range(recipe.average):
+        members.append(_train_one(material, recipe, seed * 100 + member))
+        log(f"text projection {member + 1}/{recipe.average} trained")
+    return TextProjection.merged(members)
+
+
+@dataclass(frozen=True)
+class _Material:
+    """``captions`` float [P,K,384] are of the photos ``captioned`` [P]; ``prompts`` float [L,T,384] are of L labels,
+    whose photos are ``pools``."""
+
+    photos: Tensor
+    captioned: NDArray[np.int64]
+    captions: Tensor
+    prompts: Tensor
+    pools: list[NDArray[np.int64]]
+
+
+def _train_one(material: _Material, recipe: TextRecipe, seed: int) -> TextProjection:
+    torch.manual_seed(seed)
+    random = np.random.default_rng(seed)
+    photos, captions, numbers = material.photos, material.captions, material.captioned
+    prompt_bank, pools = material.prompts, material.pools
+    classes, per_photo = len(pools), captions.shape[1]
+    model = TextProjection(photos.shape[1], recipe.hidden, recipe.dropout)
     scale = nn.Parameter(torch.tensor(np.log(50.0), dtype=torch.float32))
     optimizer = torch.optim.AdamW([*model.parameters(), scale], recipe.lr, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -144,7 +171,7 @@ def train_projection(
 
     model.train()
     batch_size = min(recipe.batch_size, len(numbers))
-    for step in range(recipe.steps):
+    for _ in range(recipe.steps):
         rows = torch.from_numpy(random.choice(len(numbers), batch_size, replace=False))
         picks = torch.from_numpy(random.integers(0, per_photo, batch_size))
         texts = model(noisy(captions[rows, picks]))
@@ -155,17 +182,15 @@ def train_projection(
         loss = F.cross_entropy(logits, same, label_smoothing=0.05) + F.cross_entropy(
             logits.T, same, label_smoothing=0.05
         )
-        picks = torch.from_numpy(random.integers(0, prompt_bank.shape[1], len(labels)))
-        names = model(noisy(prompt_bank[torch.arange(len(labels)), picks]))
+        picks = torch.from_numpy(random.integers(0, prompt_bank.shape[1], classes))
+        names = model(noisy(prompt_bank[torch.arange(classes), picks]))
         chosen = np.concatenate([random.choice(pool, 4) for pool in pools])
         images = F.normalize(noisy(photos[chosen]), dim=-1)
         # captions stand by as hard negatives: a photo must fit its label better than somebody else's sentence
         logits = temperature * images @ torch.cat([names, texts[:256]]).T
-        loss = loss / 2 + recipe.label_weight * F.cross_entropy(logits, torch.arange(len(labels)).repeat_interleave(4))
+        loss = loss / 2 + recipe.label_weight * F.cross_entropy(logits, torch.arange(classes).repeat_interleave(4))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
-        if (step + 1) % 100 == 0:
-            log(f"text step {step + 1}/{recipe.steps}: loss {loss.item():.3f}")
     return model.eval()

@@ -1,0 +1,182 @@
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+torch = pytest.importorskip("torch", reason="training needs the [train] extra")
+
+from cliphar.errors import UsageError  # noqa: E402
+from cliphar.export import compress_weights, export_image_tower  # noqa: E402
+from cliphar.models import ImageTower, SentenceEncoder, TextProjection  # noqa: E402
+from cliphar.training import MiniRecipe, SpaceRecipe, load_recipe  # noqa: E402
+from cliphar.training._checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
+from cliphar.training._distill import DistillData, distill  # noqa: E402
+from cliphar.training._head import train_head  # noqa: E402
+from cliphar.training._recipe import DistillRecipe, HeadRecipe  # noqa: E402
+from cliphar.training._text import prune_tokenizer  # noqa: E402
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+TOKENIZER = Path(__file__).parent.parent / "src/cliphar/assets/mini/tokenizer.json"
+TINY = DistillRecipe(schedule=((64, 1),), batch_size=4, replicas=2, warmup_steps=1, frozen_blocks=2, drop_path=0.0)
+
+
+def _unit(rows: int, seed: int = 0, dim: int = 32) -> np.ndarray:
+    vectors = np.random.default_rng(seed).normal(size=(rows, dim)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+@pytest.fixture
+def data() -> DistillData:
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 70, 80, 3), np.uint8)
+    targets = np.array([0, 1, 2, -1] * 3)
+    return DistillData(lambda i: pixels[i], _unit(12), targets, _unit(3, 1), _unit(20, 2))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("mini", MiniRecipe), ("clip-b16", SpaceRecipe)])
+def test_the_ready_recipes_load(name: str, kind: type) -> None:
+    recipe = load_recipe(RECIPES / f"{name}.yaml", ("seed=3", "data.root=/photos"))
+    assert isinstance(recipe, kind)
+    assert recipe.seed == 3
+    assert recipe.data.root == Path("/photos")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("distill.learning_rate=1", "unknown key"),
+        ("distill.schedul=[]", "did you mean schedule?"),
+        ("distill.lr=0.5", "distill.lr"),
+        ("distill.backbone=resnet", "lite0"),
+        ("nonsense", "key=value"),
+        ("seed.deep=1", "not a section"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(override: str, said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_recipe(RECIPES / "mini.yaml", (override,))
+    assert said in str(caught.value)
+
+
+def test_distilling_changes_only_what_is_not_frozen(data: DistillData, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tower = ImageTower("lite0", 32)
+    before = {name: value.clone() for name, value in tower.state_dict().items()}
+    average, vectors = distill(
+        tower, data, np.arange(12), TINY, checkpoint=tmp_path / "state", seed=0, log=lambda _: None
+    )
+    changed = {name for name, value in tower.state_dict().items() if not torch.equal(before[name], value)}
+    frozen = ("backbone._conv_stem", "backbone._bn0", "backbone._blocks.0.", "backbone._blocks.1.")
+    assert not [name for name in changed if name.startswith(frozen)]
+    trainable = {name for name, p in tower.named_parameters() if not name.startswith(frozen)}
+    assert trainable <= changed
+    assert vectors.shape == (3, 32)
+    assert not any(p.requires_grad for p in tower.backbone.first(2)[0].parameters())
+    assert torch.isfinite(average(torch.zeros(1, 3, 64, 64))).all()
+
+
+def test_replicas_sum_to_the_whole_batch(data: DistillData, tmp_path: Path) -> None:
+    ends = []
+    for replicas in (1, 1, 2):
+        torch.manual_seed(0)
+        recipe = TINY.model_copy(update={"replicas": replicas, "frozen_blocks": 20, "lr": 1e-4})
+        tower = ImageTower("lite0", 32)
+        distill(tower, data, np.arange(12), recipe, checkpoint=tmp_path / f"{len(ends)}", seed=0, log=lambda _: None)
+        ends.append(tower.project.weight.detach().clone())
+    assert torch.equal(ends[0], ends[1])  # one thread: the same bits
+    assert torch.allclose(ends[0], ends[2], atol=2e-3)  # batch statistics of the last layer are of half a batch
+
+
+def test_an_interrupted_training_ends_where_a_whole_one_does(data: DistillData, tmp_path: Path) -> None:
+    def train(checkpoint: Path, stop_after: int | None = None) -> torch.Tensor:
+        torch.manual_seed(0)
+        tower = ImageTower("lite0", 32)
+        recipe = TINY.model_copy(update={"schedule": ((64, 2),), "replicas": 1})
+        seen = 0
+
+        def log(line: str) -> None:
+            nonlocal seen
+            seen += line.startswith("epoch")
+            if stop_after is not None and seen > stop_after:
+                raise KeyboardInterrupt
+
+        try:
+            distill(tower, data, np.arange(12), recipe, checkpoint=checkpoint, seed=0, log=log)
+        except KeyboardInterrupt:
+            return torch.zeros(0)
+        return tower.project.weight.detach()
+
+    whole = train(tmp_path / "whole")
+    train(tmp_path / "cut", stop_after=1)
+    assert torch.equal(whole, train(tmp_path / "cut"))
+
+
+def test_checkpoints_are_whole_or_absent(tmp_path: Path) -> None:
+    file = tmp_path / "deep" / "state"
+    assert load_checkpoint(file) is None
+    save_checkpoint(file, {"step": 3, "weights": torch.ones(2)})
+    (file.parent / "state.partial").write_bytes(b"cut off")
+    state = load_checkpoint(file)
+    assert state is not None
+    assert state["step"] == 3
+
+
+def test_a_head_separates_what_its_text_does_not() -> None:
+    centres = _unit(3, 5)
+    targets = np.arange(300) % 3
+    features = centres[targets] + 0.1 * _unit(300, 6)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    text = _unit(3, 9)
+    vectors = train_head(features.astype(np.float32), targets, text, HeadRecipe(steps=100, lr=0.02), seed=0)
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    assert ((features @ text.T).argmax(1) == targets).mean() < 0.9
+    assert ((features @ vectors.T).argmax(1) == targets).mean() > 0.95
+
+
+def test_compressed_weights_answer_alike_at_any_batch_size() -> None:
+    torch.manual_seed(1)
+    tower = ImageTower("lite0", 32).eval()
+    for module in tower.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
+    model = compress_weights(export_image_tower(tower, 64))
+    content = model.SerializeToString()
+    assert len(content) < 4_500_000  # lite0's 3.4 M weights and the projection, a byte each
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    photos = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), np.uint8)
+    answers = session.run(["embeddings"], {"images": photos})[0]
+    with torch.inference_mode():
+        expected = tower(torch.from_numpy(photos).permute(0, 3, 1, 2).float()).numpy()
+    assert ((answers * expected).sum(1) > 0.99).all()
+    one = session.run(["embeddings"], {"images": photos[2:3]})[0]
+    assert np.allclose(one, answers[2:3], atol=1e-4)
+
+
+def test_a_pruned_tokenizer_keeps_what_is_used_and_spells_the_rest() -> None:
+    tokenizer, kept = prune_tokenizer(TOKENIZER, 600, ["a person juggling", "rock climbing"])
+    assert kept[0] == 0
+    assert len(kept) == tokenizer.get_vocab_size() == 600
+    assert tokenizer.encode("climbing").tokens == ["[CLS]", "climbing", "[SEP]"]
+    rare = tokenizer.encode("zymurgy 42!").tokens
+    assert "[UNK]" not in rare
+
+
+def test_sentences_ignore_padding_and_reach_unit_length() -> None:
+    torch.manual_seed(0)
+    encoder = SentenceEncoder(50, layers=1).eval()
+    project = TextProjection(16, 8).eval()
+    with torch.inference_mode():
+        short = project(encoder(torch.tensor([[3, 4, 5]])))
+        padded = project(encoder(torch.tensor([[3, 4, 5, 0, 0]])))
+    assert torch.allclose(short, padded, atol=1e-5)
+    assert torch.allclose(short.norm(dim=-1), torch.ones(1), atol=1e-5)
+
+
+def test_merged_projections_average_their_members() -> None:
+    torch.manual_seed(0)
+    members = [TextProjection(16, 8).eval() for _ in range(3)]
+    sentences = torch.randn(4, 384)
+    with torch.inference_mode():
+        outputs = [m.linear(sentences) + m.outer(torch.nn.functional.gelu(m.inner(sentences))) for m in members]
+        expected = torch.nn.functional.normalize(sum(outputs) / 3, dim=-1)
+        assert torch.allclose(TextProjection.merged(members)(sentences), expected, atol=1e-5)
