@@ -3,8 +3,8 @@
 Feature distillation (Hinton et al., 2015; for CLIP, Wu et al., "TinyCLIP", 2023): the student's embedding is pulled
 towards the teacher's (cosine), and the student must rank a bank of texts as the teacher does (KL). Labelled photos
 also train through a softmax over class vectors. Mixup (Zhang et al., 2018), random resized crops, flips, colour
-jitter and cutout (DeVries and Taylor, 2017); progressive resizing (Howard); a warm restart (Loshchilov and Hutter,
-2017); an exponential moving average of the weights is what is kept.
+jitter and cutout (DeVries and Taylor, 2017); progressive resizing (Howard); an
+exponential moving average of the weights is what is kept.
 """
 
 from __future__ import annotations
@@ -169,8 +169,7 @@ def distill(
     average = copy.deepcopy(student)
     optimizer = _optimizer(student, recipe)
     rates = [group["lr"] for group in optimizer.param_groups]
-    sizes = [size for cycle in (recipe.schedule, recipe.restart) for size, epochs in cycle for _ in range(epochs)]
-    turn = sum(epochs for _, epochs in recipe.schedule)
+    sizes = [size for size, epochs in recipe.schedule for _ in range(epochs)]
     per_epoch = len(train) // recipe.batch_size
     step, first = 0, 0
     state = load_checkpoint(checkpoint)
@@ -199,12 +198,10 @@ def distill(
             random = np.random.default_rng((seed, epoch))
             torch.manual_seed(seed * 1000 + epoch)
             for images, numbers in _batches(data, train, sizes[epoch], recipe, seed * 1000 + epoch):
-                start, end, peak = (0, turn, 1.0) if epoch < turn else (turn, len(sizes), recipe.restart_lr)
-                done = step - start * per_epoch
-                cosine = 0.5 * (1 + math.cos(math.pi * done / (per_epoch * (end - start))))
-                ramp = min(1.0, (done + 1) / recipe.warmup_steps)
+                cosine = 0.5 * (1 + math.cos(math.pi * step / (per_epoch * len(sizes))))
+                ramp = min(1.0, (step + 1) / recipe.warmup_steps)
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * peak * ramp * (0.02 + 0.98 * cosine)
+                    group["lr"] = rate * ramp * (0.02 + 0.98 * cosine)
                 batch = _mixup(
                     images, teacher[numbers], _one_hot(targets[numbers], len(data.class_vectors)), recipe, random
                 )

@@ -80,8 +80,9 @@ class HeadRecipe(_Model):
 class DistillRecipe(_Model):
     """mini's image tower.
 
-    ``schedule`` is pairs of pixels and epochs under one cosine; ``restart`` is a second one, whose learning rate
-    starts at ``restart_lr`` of the first. The weights are of the three losses.
+    ``schedule`` is pairs of pixels and epochs; the finished tower takes photos of ``size`` pixels, a little more than
+    it was trained on (Touvron et al., "Fixing the train-test resolution discrepancy", 2019). The weights are of the
+    three losses.
     """
 
     backbone: Literal["lite0", "lite1", "lite2"] = "lite1"
@@ -90,8 +91,6 @@ class DistillRecipe(_Model):
     drop_path: float = Field(default=0.1, ge=0, lt=1)
     size: int = Field(default=192, ge=64)
     schedule: tuple[tuple[int, int], ...] = ((128, 8), (160, 5))
-    restart: tuple[tuple[int, int], ...] = ()
-    restart_lr: float = Field(default=0.5, gt=0, le=1)
     batch_size: int = Field(default=64, ge=2)
     replicas: int = Field(default=2, ge=1)
     lr: float = Field(default=6e-4, gt=0, le=5e-3)
