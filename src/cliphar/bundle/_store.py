@@ -47,6 +47,13 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # such as a name too long for the file system
+        return False
+
+
 def list_models() -> list[StoredModel]:
     """Models by name: those of the package and those in the store; the default comes first."""
     models: dict[str, StoredModel] = {}
@@ -68,15 +75,20 @@ def find_bundle(model: str | os.PathLike[str] | None = None, *, verify: bool = T
     Raises:
         BundleError: no such model, one that must be pulled first, or one that is damaged.
     """
-    chosen = os.fspath(model) if model is not None else os.environ.get("MODEL_PATH") or DEFAULT_MODEL
-    path = Path(chosen)
-    if (path / BUNDLE_JSON).is_file() or path.is_dir() or len(path.parts) > 1:
+    chosen = os.fspath(model) if model is not None else os.environ.get("MODEL_PATH") or None
+    name = DEFAULT_MODEL if chosen is None else chosen
+    path = Path(name)
+    is_path = not name or name != path.name  # it has a separator
+    # with nothing asked for, what lies in the working directory must not take the embedded model's place
+    if is_path or (chosen is not None and _exists(path / BUNDLE_JSON)):
         return read_bundle(path, verify=verify)
     known = {stored.name: stored for stored in list_models()}
-    if chosen in known:
-        if known[chosen].state == "to pull":
-            raise BundleError(f"model '{chosen}' is not complete here; run 'cliphar model pull {chosen}' once")
-        return read_bundle(known[chosen].path, verify=verify)
-    close = difflib.get_close_matches(chosen, known, 1)
+    if name in known:
+        if known[name].state == "to pull":
+            raise BundleError(f"model '{name}' is not complete here; run 'cliphar model pull {name}' once")
+        return read_bundle(known[name].path, verify=verify)
+    if _exists(path):
+        return read_bundle(path, verify=verify)
+    close = difflib.get_close_matches(name, known, 1)
     hint = f"did you mean '{close[0]}'?" if close else f"known are {', '.join(known) or 'none'}"
-    raise BundleError(f"no model '{chosen}': it is neither a name nor a bundle's directory; {hint}")
+    raise BundleError(f"no model '{name}': it is neither a name nor a bundle's directory; {hint}")

@@ -31,7 +31,7 @@ def evaluate(
     from cliphar.evaluation import evaluate as measure
     from cliphar.recognizer import Prediction, load
 
-    listed = list_labelled(data)
+    listed = [(path, " ".join(label.split())) for path, label in list_labelled(data)]  # as labels are cleaned
     chosen = chosen_labels(labels, labels_file) or tuple(sorted({label for _, label in listed}))
     stray = sorted({label for _, label in listed} - set(chosen))
     if stray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 
 import typer
 
@@ -56,3 +57,8 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output went away, as in "| head"
         sys.exit(0)
+    except OSError as error:
+        print(f"cliphar: {error}; see that there is room and permission to write", file=sys.stderr)
+        with suppress(OSError):
+            sys.stdout.close()  # else it is tried again, and complained of, at the very end
+        sys.exit(1)

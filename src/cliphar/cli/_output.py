@@ -16,9 +16,14 @@ from typing import IO, Any
 from cliphar.errors import UsageError
 from cliphar.recognizer import Prediction
 
-__all__ = ["Writer", "progress", "show"]
+__all__ = ["Writer", "printable", "progress", "show"]
 
 _BAR = 24
+
+
+def printable(path: str) -> str:
+    """The path with bytes that are no UTF-8 spelled out, as every output can take it."""
+    return path.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def show(path: str, prediction: Prediction) -> None:
@@ -76,6 +81,8 @@ class Writer:
             raise UsageError(f"cannot write {path}: its name must end in .csv, .jsonl or .parquet")
         if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
             raise UsageError(f"cannot write {path}: {path.parent} is not a folder that can be written to")
+        if path.is_dir():
+            raise UsageError(f"cannot write {path}: it is a folder; give a file's name")
         if path.suffix == ".parquet":
             _pyarrow()
 
@@ -98,7 +105,10 @@ class Writer:
         try:
             if self._path.suffix == ".parquet":
                 pyarrow, parquet = _pyarrow()
-                parquet.write_table(pyarrow.Table.from_pylist(self._rows), target)
+                score = [("label", pyarrow.string()), ("score", pyarrow.float64())]
+                lists = [("set", pyarrow.list_(pyarrow.string())), ("top", pyarrow.list_(pyarrow.struct(score)))]
+                schema = pyarrow.schema([("path", pyarrow.string()), *score, *lists])  # the same without any answer
+                parquet.write_table(pyarrow.Table.from_pylist(self._rows, schema=schema), target)
             else:
                 with target.open("w", encoding="utf-8", newline="") as file:
                     self._write_text(file)

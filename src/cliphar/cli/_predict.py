@@ -7,15 +7,12 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from cliphar.cli._options import Coverage, Labels, LabelsFile, Model, Provider, Threads, chosen_labels
 from cliphar.errors import MediaError, UsageError
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["predict"]
 
@@ -35,7 +32,7 @@ def predict(
     threads: Threads = None,
 ) -> None:
     """Say what the people in the photos are doing."""
-    from cliphar.cli._output import Writer, progress, show
+    from cliphar.cli._output import Writer, printable, progress, show
     from cliphar.recognizer import load
 
     chosen = chosen_labels(labels, labels_file)
@@ -47,21 +44,24 @@ def predict(
         with progress(len(files), quiet=as_json) as advance:
             for path, answer in zip(files, answers, strict=True):
                 advance()
+                shown = printable(path)
                 if isinstance(answer, MediaError):
                     failed += 1
-                    print(f"cliphar: {_named(path, answer)}", file=sys.stderr)
+                    print(f"cliphar: {_named(shown, answer)}", file=sys.stderr)
                     continue
-                writer.add(path, answer)
+                writer.add(shown, answer)
                 if as_json:
-                    print(json.dumps({"path": path} | answer.to_dict(), ensure_ascii=False), flush=True)
+                    print(json.dumps({"path": shown} | answer.to_dict(), ensure_ascii=False), flush=True)
                 else:
-                    show(path, answer)
+                    show(shown, answer)
     if failed:
         raise typer.Exit(1)
 
 
 def _named(path: str, error: MediaError) -> str:
-    text = " ".join(str(error).split())
+    from cliphar.cli._output import printable
+
+    text = " ".join(printable(str(error)).split())
     return text if path in text else f"{path}: {text}"
 
 
@@ -75,12 +75,16 @@ def expand(paths: list[str]) -> Iterator[str]:
 
     for given in paths:
         path = Path(given)
-        if path.is_dir():
+        try:
+            there, is_folder = path.exists(), path.is_dir()
+        except OSError:  # such as a name too long; decoding it says why
+            there, is_folder = True, False
+        if is_folder:
             inside = sorted(str(p) for p in path.rglob("*") if p.is_file() and is_image_name(p.name))
             if not inside:
                 raise UsageError(f"no images in folder {given}")
             yield from inside
-        elif not path.exists() and glob.has_magic(given):
+        elif not there and glob.has_magic(given):
             matches = sorted(glob.glob(given, recursive=True))  # noqa: PTH207 - patterns may be absolute
             if not matches:
                 raise UsageError(f"nothing matches {given}")

@@ -27,10 +27,10 @@ def _quota(cgroup: Path) -> float | None:
         try:
             limit = (cgroup / "cpu" / "cpu.cfs_quota_us").read_text().strip()
             period = (cgroup / "cpu" / "cpu.cfs_period_us").read_text().strip()
-        except OSError:
+        except (OSError, ValueError):
             return None
     try:
         cores = float(limit) / float(period)
     except (ValueError, ZeroDivisionError):
         return None
-    return cores if cores > 0 else None
+    return cores if 0 < cores < math.inf else None

@@ -50,8 +50,6 @@ class OnnxRuntime:
     """
 
     def __init__(self, bundle: Bundle, *, provider: str | None = None, threads: int | None = None) -> None:
-        from tokenizers import Tokenizer
-
         self.threads = threads or cpu_quota()
         present = available_providers()
         if provider is not None and provider not in present:
@@ -65,9 +63,7 @@ class OnnxRuntime:
             (short for short, name in _PREFERENCE.items() if name == self._image.get_providers()[0]), "cpu"
         )
         self.name = f"onnx-{self.provider}"
-        self._tokenizer: Tokenizer = Tokenizer.from_file(str(bundle.file("tokenizer.json")))
-        self._tokenizer.enable_truncation(bundle.info.text.context_length)
-        self._tokenizer.enable_padding()
+        self._tokenizer = _tokenizer(bundle)
 
     @functools.cached_property
     def _text(self) -> onnxruntime.InferenceSession:
@@ -92,6 +88,21 @@ class OnnxRuntime:
         ids = np.array([encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))], np.int64)
         result: NDArray[np.float32] = self._text.run(["embeddings"], {"ids": ids})[0]
         return result
+
+
+def _tokenizer(bundle: Bundle) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(bundle.file("tokenizer.json")))
+    except BundleError:
+        raise
+    except Exception as error:  # tokenizers raises plain Exception
+        reason = str(error).splitlines()[0]
+        raise BundleError(f"tokenizer.json of bundle '{bundle.info.name}' cannot be read: {reason}") from error
+    tokenizer.enable_truncation(bundle.info.text.context_length)
+    tokenizer.enable_padding()
+    return tokenizer
 
 
 def _session(bundle: Bundle, name: str, provider: str | None, threads: int) -> onnxruntime.InferenceSession:

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import save
+
+import cliphar
+from cliphar.bundle import (
+    Bundle,
+    BundleInfo,
+    Calibration,
+    ImageSpec,
+    Metrics,
+    Provenance,
+    Source,
+    TextSpec,
+    packaged,
+    write_bundle,
+)
+from cliphar.recognizer import Recognizer, load
+
+PACKAGE = Path(cliphar.__file__).resolve().parent
+
+
+def unit(vectors: NDArray[Any]) -> NDArray[np.float32]:
+    unit_vectors: NDArray[np.float32] = (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
+    return unit_vectors
+
+
+class FakeRuntime:
+    """Deterministic and instant: a photo is its mean colour, a sentence is its digest. Counts what it is asked."""
+
+    name = "fake"
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+        self.sentences: list[str] = []
+
+    def encode_images(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        self.batches.append(len(images))
+        return unit(images.astype(np.float64).mean((1, 2)) + 1e-3)
+
+    def encode_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        self.sentences += texts
+        seeds = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") for text in texts]
+        return unit(np.stack([np.random.default_rng(seed).normal(size=3) for seed in seeds]))
+
+
+def calibration(**changes: Any) -> Calibration:
+    fields: dict[str, Any] = {"logit_scale": 5.0, "conformal": ((0.5, 0.3), (0.9, 0.7), (0.95, 0.8)), "photos": 500}
+    return Calibration(**(fields | {"unknown_below": -1.0} | changes))
+
+
+@pytest.fixture
+def make_info() -> Callable[..., BundleInfo]:
+    """bundle.json of a tiny bundle whose three labels are red, green and blue."""
+
+    def make(**changes: Any) -> BundleInfo:
+        fields: dict[str, Any] = {
+            "name": "tiny",
+            "description": "made by a test",
+            "labels": ("red", "green", "blue"),
+            "embedding_dim": 3,
+            "image": ImageSpec(size=16),
+            "text": TextSpec(templates=("{}", "a photo of {}"), context_length=16),
+            "known": calibration(),
+            "open": calibration(logit_scale=50.0),
+            "metrics": {"test": Metrics(description="held-out photos", n=10, values={"top1": 0.5})},
+            "sources": (Source(name="a teacher", role="the space", licence="MIT"),),
+            "limits": ("one person at a time",),
+            "provenance": Provenance(
+                recipe={"seed": 7},
+                data_sha256="00",
+                git_revision="abc",
+                seed=7,
+                versions={"numpy": "2"},
+                hardware="cpu",
+                created="2026-11-24T00:00:00Z",
+            ),
+        }
+        return BundleInfo.model_validate(fields | changes)
+
+    return make
+
+
+@pytest.fixture
+def head() -> bytes:
+    return save({"class_vectors": np.eye(3, dtype=np.float32)})
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, make_info: Callable[..., BundleInfo], head: bytes) -> Bundle:
+    return write_bundle(tmp_path / "tiny", make_info(), {"head.safetensors": head})
+
+
+@pytest.fixture
+def fake_runtime() -> FakeRuntime:
+    return FakeRuntime()
+
+
+@pytest.fixture
+def fake(tiny: Bundle, fake_runtime: FakeRuntime) -> Recognizer:
+    """A recogniser without any graph: batches of four."""
+    return Recognizer(tiny, fake_runtime, batch_size=4)
+
+
+@pytest.fixture(scope="session")
+def mini() -> Iterator[Recognizer]:
+    """The embedded model."""
+    yield load(packaged("mini"), provider="cpu")
+
+
+@pytest.fixture(scope="session")
+def samples() -> Path:
+    return PACKAGE / "assets" / "samples"
+
+
+@pytest.fixture(scope="session")
+def photos(samples: Path) -> list[Path]:
+    return sorted(samples.glob("*.jpg"))
+
+
+@pytest.fixture
+def clean_env(tmp_path: Path) -> dict[str, str]:
+    """An environment for a child process in which this machine's settings do not count."""
+    kept = {k: v for k, v in os.environ.items() if k != "MODEL_PATH" and not k.startswith("CLIPHAR_")}
+    return kept | {"PYTHONPATH": str(PACKAGE.parent), "CLIPHAR_HOME": str(tmp_path / "home"), "COLUMNS": "200"}
+
+
+@pytest.fixture
+def run_python(clean_env: dict[str, str]) -> Callable[[str], str]:
+    """Run code in a fresh interpreter; its standard output."""
+
+    def run(code: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=clean_env, timeout=120, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run

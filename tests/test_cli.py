@@ -1,0 +1,403 @@
+"""The real program in a process of its own."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import cliphar
+from cliphar.bundle import packaged
+
+WORDS = "taking a photo, riding_a_bike, smiling"
+Done = subprocess.CompletedProcess[str]
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def cli(clean_env: dict[str, str], tmp_path: Path) -> Run:
+    """Run the program; whatever happens, it never shows a traceback."""
+
+    def run(*arguments: object, **env: str) -> Done:
+        done = subprocess.run(
+            [sys.executable, "-m", "cliphar", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            env=clean_env | {"PYTHONUTF8": "1"} | env,
+            cwd=tmp_path,
+            timeout=120,
+            check=False,
+        )
+        assert "Traceback" not in done.stdout + done.stderr, done.stderr
+        return done
+
+    return run
+
+
+def error_lines(done: Done) -> list[str]:
+    lines = done.stderr.splitlines()
+    assert all(line.startswith("cliphar: ") for line in lines), done.stderr
+    return lines
+
+
+# --- predict
+
+
+def test_predict_json(cli: Run, photos: list[Path]) -> None:
+    done = cli("predict", *photos, "--labels", WORDS, "--json", "-k", 2)
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["path"] for row in rows] == [str(photo) for photo in photos]
+    for row in rows:
+        assert list(row) == ["path", "label", "score", "set", "top"]
+        assert {entry["label"] for entry in row["top"]} <= {"taking a photo", "riding a bike", "smiling"}
+        assert len(row["top"]) == 2
+        assert row["score"] == row["top"][0]["score"]
+        assert row["label"] in (row["top"][0]["label"], "unknown")
+        assert row["set"][0] == row["top"][0]["label"]
+
+
+def test_predict_in_a_pipe_is_tab_separated(cli: Run, samples: Path, photos: list[Path]) -> None:
+    done = cli("predict", samples, "--labels-file", samples / "labels.txt")
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = [line.split("\t") for line in done.stdout.splitlines()]
+    assert [row[0] for row in rows] == [str(photo) for photo in photos]
+    assert all(len(row) == 3 and 0 <= float(row[2]) <= 1 for row in rows)
+
+
+def test_folders_are_searched_and_patterns_expanded(cli: Run, photos: list[Path], tmp_path: Path) -> None:
+    deep = tmp_path / "trip" / "day 2"
+    deep.mkdir(parents=True)
+    shutil.copy(photos[0], tmp_path / "trip" / "b.JPG")
+    shutil.copy(photos[0], deep / "a.jpg")
+    (deep / "notes.txt").write_text("no photo")
+    done = cli("predict", "trip", "trip/*.JPG", "trip/**/*.jpg", "--labels", WORDS)
+    assert (done.returncode, done.stderr) == (0, "")
+    paths = [line.split("\t")[0] for line in done.stdout.splitlines()]
+    assert paths == ["trip/b.JPG", "trip/day 2/a.jpg", "trip/b.JPG", "trip/day 2/a.jpg"]
+
+
+def test_an_existing_file_is_no_pattern(cli: Run, photos: list[Path], tmp_path: Path) -> None:
+    shutil.copy(photos[0], tmp_path / "a[1].jpg")
+    done = cli("predict", "a[1].jpg")
+    assert (done.returncode, done.stdout.split("\t")[0]) == (0, "a[1].jpg")
+
+
+def test_what_cannot_be_read_is_reported_and_the_rest_done(cli: Run, photos: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "damaged.jpg").write_bytes(photos[0].read_bytes()[:500])
+    (tmp_path / "empty.png").touch()
+    bad = ["missing.jpg", "damaged.jpg", "empty.png", "x" * 300 + ".jpg"]
+    done = cli("predict", *bad[:2], photos[0], *bad[2:], "--json", "-o", "answers.jsonl")
+    assert done.returncode == 1
+    assert [json.loads(line)["path"] for line in done.stdout.splitlines()] == [str(photos[0])]
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1
+    lines = error_lines(done)
+    assert len(lines) == len(bad)
+    assert all(name in line for name, line in zip(bad, lines, strict=True))
+
+
+def test_nothing_that_can_be_read(cli: Run, tmp_path: Path) -> None:
+    for out in ("a.csv", "a.parquet"):
+        done = cli("predict", "missing.jpg", "--out", out)
+        assert (done.returncode, done.stdout, len(error_lines(done))) == (1, "", 1)
+    columns = ["path", "label", "score", "set", "top"]
+    assert (tmp_path / "a.csv").read_text().split() == [",".join(columns)]
+    parquet = pytest.importorskip("pyarrow.parquet")
+    assert parquet.read_table(tmp_path / "a.parquet").column_names == columns
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are bytes on Linux")
+def test_a_name_that_is_not_text(cli: Run, photos: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / "old"
+    folder.mkdir()
+    shutil.copy(photos[0], folder / os.fsdecode(b"caf\xe9.jpg"))
+    for options in (["--json"], [], ["--json", "-o", "a.jsonl"], ["-o", "a.csv"], ["-o", "a.parquet"]):
+        done = cli("predict", folder, *options)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "caf\\" in done.stdout
+    (folder / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"no photo")
+    done = cli("predict", folder)
+    assert (done.returncode, len(error_lines(done))) == (1, 1)
+
+
+WRONG = {
+    "both ways to give labels": ["predict", "PHOTO", "--labels", "a", "--labels-file", "LABELS"],
+    "no labels": ["predict", "PHOTO", "--labels", " , "],
+    "the reserved word": ["predict", "PHOTO", "--labels", "a,unknown"],
+    "no labels file": ["predict", "PHOTO", "--labels-file", "missing.txt"],
+    "a folder as labels file": ["predict", "PHOTO", "--labels-file", "empty"],
+    "a suffix": ["predict", "PHOTO", "--out", "a.txt"],
+    "a place": ["predict", "PHOTO", "--out", "nowhere/a.csv"],
+    "a folder as file": ["predict", "PHOTO", "--out", "folder.csv"],
+    "an empty folder": ["predict", "empty"],
+    "a pattern": ["predict", "empty/*.jpg"],
+    "coverage": ["predict", "PHOTO", "--coverage", "2"],
+    "coverage word": ["predict", "PHOTO", "--coverage", "much"],
+    "top": ["predict", "PHOTO", "-k", "0"],
+    "provider": ["predict", "PHOTO", "--provider", "abacus"],
+    "threads": ["predict", "PHOTO", "--threads", "0"],
+    "no photos": ["predict"],
+    "option": ["predict", "PHOTO", "--nonsense"],
+    "command": ["nonsense"],
+    "eval without data": ["eval"],
+}
+
+
+@pytest.mark.parametrize("arguments", WRONG.values(), ids=WRONG.keys())
+def test_wrong_usage(cli: Run, photos: list[Path], samples: Path, tmp_path: Path, arguments: list[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "folder.csv").mkdir()
+    real = {"PHOTO": photos[0], "LABELS": samples / "labels.txt"}
+    done = cli(*[real.get(argument, argument) for argument in arguments])
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr
+    if done.stderr.startswith("cliphar: "):
+        assert len(error_lines(done)) == 1
+    assert not list(tmp_path.glob("*.csv.*"))
+
+
+def test_options_from_the_environment(cli: Run, photos: list[Path]) -> None:
+    assert cli("predict", photos[0], CLIPHAR_COVERAGE="2").returncode == 2
+    assert cli("predict", photos[0], CLIPHAR_PROVIDER="abacus").returncode == 2
+    done = cli("predict", photos[0], MODEL_PATH="/nowhere/at/all")
+    assert (done.returncode, len(error_lines(done))) == (1, 1)
+    assert cli("predict", photos[0], MODEL_PATH="").returncode == 0
+
+
+@pytest.mark.parametrize("model", ["minni", "/nowhere/at/all", "x" * 300, "clip-b99"])
+def test_models_that_are_not_there(cli: Run, photos: list[Path], model: str) -> None:
+    done = cli("predict", photos[0], "--model", model)
+    assert (done.returncode, done.stdout, len(error_lines(done))) == (1, "", 1)
+
+
+def test_answers_to_files(cli: Run, photos: list[Path], tmp_path: Path) -> None:
+    plain = [json.loads(line) for line in cli("predict", *photos, "--json", "--out", "a.jsonl").stdout.splitlines()]
+    assert [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()] == plain
+
+    assert cli("predict", *photos, "--out", "a.csv").returncode == 0
+    with (tmp_path / "a.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"] for row in rows] == [row["path"] for row in plain]
+    assert [row["label"] for row in rows] == [row["label"] for row in plain]
+    assert [float(row["score"]) for row in rows] == [row["score"] for row in plain]
+    assert [row["set"].split("; ") for row in rows] == [row["set"] for row in plain]
+    assert rows[0]["top"].startswith(f"{plain[0]['top'][0]['label']} ")
+
+    parquet = pytest.importorskip("pyarrow.parquet")
+    assert cli("predict", *photos, "--out", "a.parquet").returncode == 0
+    assert parquet.read_table(tmp_path / "a.parquet").to_pylist() == plain
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "home") == ["a.csv", "a.jsonl", "a.parquet"]
+    assert (tmp_path / "a.csv").stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def _umask() -> int:
+    old = os.umask(0)
+    os.umask(old)
+    return old
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+def test_on_a_terminal_there_are_bars(clean_env: dict[str, str], photos: list[Path]) -> None:
+    import pty
+
+    outside, inside = pty.openpty()
+    command = [sys.executable, "-m", "cliphar", "predict", str(photos[0]), "--labels", WORDS]
+    env = clean_env | {"TERM": "xterm-256color", "PYTHONUTF8": "1"}
+    with subprocess.Popen(command, stdout=inside, stderr=subprocess.PIPE, env=env) as process:
+        os.close(inside)
+        shown = b""
+        while True:
+            try:
+                part = os.read(outside, 65536)
+            except OSError:  # Linux says so that the other side is closed
+                break
+            if not part:
+                break
+            shown += part
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+    os.close(outside)
+    assert process.returncode == 0
+    text = re.sub(r"\x1b\[[0-9;]*m", "", shown.decode())
+    assert "█" in text
+    assert "\t" not in text
+    assert len(re.findall(r"[█░]{24} +\d+\.\d%", text)) == 3
+    assert "riding a bike" in text
+    assert "in set" in text
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no head")
+def test_a_reader_that_goes_away(clean_env: dict[str, str], photos: list[Path]) -> None:
+    many = " ".join(f"'{photo}'" for photo in photos * 30)
+    for options in ("--json", ""):
+        command = f"'{sys.executable}' -m cliphar predict {many} {options} | head -1"
+        done = subprocess.run(
+            ["sh", "-c", command], capture_output=True, text=True, env=clean_env, timeout=120, check=False
+        )
+        assert len(done.stdout.splitlines()) == 1
+        assert done.stderr == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk(clean_env: dict[str, str], photos: list[Path]) -> None:
+    command = [sys.executable, "-m", "cliphar", "predict", str(photos[0])]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, env=clean_env, timeout=120, check=False
+        )
+    assert done.returncode == 1
+    assert len(error_lines(done)) == 1
+    assert "No space left" in done.stderr
+
+
+# --- eval
+
+REPORT = {"n", "top1", "top5", "macro_f1", "ece", "coverage", "set_size", "images_per_s"}
+
+
+@pytest.fixture
+def labelled(photos: list[Path], tmp_path: Path) -> Path:
+    root = tmp_path / "data"
+    for label, photo in zip(("taking_a_photo", "riding__a_bike", "smiling"), photos, strict=False):
+        (root / label).mkdir(parents=True)
+        shutil.copy(photo, root / label)
+    return root
+
+
+def test_eval(cli: Run, labelled: Path) -> None:
+    done = cli("eval", "--data", labelled, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads(done.stdout)
+    assert set(report) >= REPORT
+    assert report["n"] == 3
+    assert report["top5"] == 1  # of three labels, the right one is always among five
+    assert report["images_per_s"] > 0
+    done = cli("eval", "--data", labelled, "--labels", f"{WORDS}, cooking")
+    assert done.returncode == 0
+    assert {line.split()[0] for line in done.stdout.splitlines()} >= REPORT
+
+
+def test_eval_with_a_stray_folder(cli: Run, labelled: Path) -> None:
+    done = cli("eval", "--data", labelled, "--labels", "smiling, riding a bike")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "taking a photo" in error_lines(done)[0]
+
+
+def test_eval_with_a_damaged_photo(cli: Run, labelled: Path) -> None:
+    (labelled / "smiling" / "damaged.jpg").write_bytes(b"\xff\xd8\xff no photo")
+    done = cli("eval", "--data", labelled, "--json")
+    assert (done.returncode, len(error_lines(done))) == (1, 1)
+    assert json.loads(done.stdout)["n"] == 3
+    for photo in labelled.rglob("*.jpg"):
+        photo.write_bytes(b"no photo")
+    done = cli("eval", "--data", labelled, "--json")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "none of the 4 photos" in error_lines(done)[-1]
+
+
+def test_eval_of_no_data(cli: Run, tmp_path: Path) -> None:
+    for data in ("missing", "."):
+        done = cli("eval", "--data", data)
+        assert (done.returncode, done.stdout, len(error_lines(done))) == (1, "", 1)
+
+
+# --- model
+
+
+def test_model_list(cli: Run) -> None:
+    done = cli("model", "list")
+    assert done.returncode == 0
+    first = done.stdout.splitlines()[0].split()
+    assert first[:2] == ["mini", "ready"]
+
+
+def test_model_show(cli: Run) -> None:
+    card = cli("model", "show")
+    assert card.returncode == 0
+    assert card.stdout.startswith("# mini\n")
+    info = json.loads(cli("model", "show", "mini", "--json").stdout)
+    assert info == json.loads((packaged("mini") / "bundle.json").read_text(encoding="utf-8"))
+    assert cli("model", "show", "minni").returncode == 1
+
+
+def test_model_verify(cli: Run, tmp_path: Path) -> None:
+    done = cli("model", "verify")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "all as they should be" in done.stdout
+    copy = tmp_path / "copy"
+    shutil.copytree(packaged("mini"), copy)
+    raw = bytearray((copy / "image.onnx").read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (copy / "image.onnx").write_bytes(raw)
+    done = cli("model", "verify", copy)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "image.onnx" in error_lines(done)[0]
+    assert "altered" in error_lines(done)[0]
+
+
+def test_model_pull_that_fails(cli: Run, tmp_path: Path) -> None:
+    for arguments in (["nonsense"], ["clip-b16", "--from", tmp_path / "missing.whl"]):
+        done = cli("model", "pull", *arguments)
+        assert (done.returncode, done.stdout, len(error_lines(done))) == (1, "", 1)
+
+
+# --- doctor and the rest
+
+
+def test_doctor(cli: Run) -> None:
+    done = cli("doctor")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"cliphar {cliphar.__version__}" in done.stdout
+    assert "model mini: complete and unaltered" in done.stdout
+    assert "BAD" not in done.stdout
+
+
+def test_doctor_finds_what_is_wrong(cli: Run, tmp_path: Path) -> None:
+    done = cli("doctor", MODEL_PATH="/nowhere/at/all")
+    assert done.returncode == 1
+    assert "BAD  MODEL_PATH=/nowhere/at/all" in done.stdout
+    copy = tmp_path / "home" / "altered"
+    shutil.copytree(packaged("mini"), copy)
+    (copy / "head.safetensors").write_bytes(b"x" * (copy / "head.safetensors").stat().st_size)
+    done = cli("doctor")
+    assert done.returncode == 1
+    assert "BAD  model altered" in done.stdout
+
+
+def test_version(cli: Run) -> None:
+    done = cli("--version")
+    assert (done.returncode, done.stdout) == (0, f"cliphar {cliphar.__version__}\n")
+
+
+def test_every_command_has_help(cli: Run) -> None:
+    commands = ["", "predict", "eval", "train", "doctor", "model"]
+    commands += [f"model {name}" for name in ("list", "show", "verify", "pull")]
+    with ThreadPoolExecutor(2) as pool:
+        for command, done in zip(commands, pool.map(lambda c: cli(*c.split(), "--help"), commands), strict=True):
+            assert (done.returncode, done.stderr) == (0, ""), command
+            assert "Usage:" in done.stdout, command
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["predict", "--help"], ["--version"]])
+def test_help_is_quick(run_python: Callable[[str], str], arguments: list[str]) -> None:
+    code = (
+        "import sys, contextlib, io\n"
+        f"sys.argv = ['cliphar', *{arguments!r}]\n"
+        "from cliphar.cli import main\n"
+        "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit): main()\n"
+        "print(*{m.partition('.')[0] for m in sys.modules})"
+    )
+    modules = set(run_python(code).split())
+    assert "typer" in modules
+    assert not modules & {"numpy", "onnxruntime", "torch", "PIL", "tokenizers", "scipy", "pyarrow"}

@@ -1,0 +1,284 @@
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from cliphar.bundle import Bundle, BundleInfo, TextSpec, packaged, write_bundle
+from cliphar.errors import BundleError, UsageError
+from cliphar.recognizer import Recognizer
+from cliphar.runtime import OnnxRuntime, available_providers, cpu_quota
+
+TEXTS = ["riding a bike", "cooking", "a person who is reading a very old newspaper on a bench in the park", "x"]
+# int8 activations are scaled by what is in the batch, so a neighbour may move an embedding a little
+TOLERANCE = 1e-2
+
+
+@pytest.fixture(scope="module")
+def runtime(mini: Recognizer) -> OnnxRuntime:
+    assert isinstance(mini.runtime, OnnxRuntime)
+    return mini.runtime
+
+
+@pytest.fixture
+def noise(runtime: OnnxRuntime) -> NDArray[np.uint8]:
+    side = runtime.bundle.info.image.size
+    return np.random.default_rng(0).integers(0, 256, (5, side, side, 3), dtype=np.uint8)
+
+
+# --- cores
+
+
+@pytest.fixture
+def many_cores(monkeypatch: pytest.MonkeyPatch) -> int:
+    if hasattr(os, "sched_getaffinity"):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    return 8
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("max 100000\n", 8),
+        ("150000 100000\n", 2),
+        ("200000 100000\n", 2),
+        ("10000 100000\n", 1),
+        ("9900000 100000\n", 8),
+        ("", 8),
+        ("150000", 8),
+        ("words words", 8),
+        ("150000 0", 8),
+        ("-1 100000", 8),
+        ("nan 100000", 8),
+        ("inf 100000", 8),
+        ("1 2 3", 8),
+    ],
+)
+def test_quota_of_cgroup_v2(tmp_path: Path, many_cores: int, content: str, expected: int) -> None:
+    (tmp_path / "cpu.max").write_text(content)
+    assert cpu_quota(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("quota", "period", "expected"),
+    [("150000\n", "100000\n", 2), ("-1\n", "100000\n", 8), ("", "", 8), ("x", "y", 8), ("50000", "100000", 1)],
+)
+def test_quota_of_cgroup_v1(tmp_path: Path, many_cores: int, quota: str, period: str, expected: int) -> None:
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(quota)
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text(period)
+    assert cpu_quota(tmp_path) == expected
+
+
+def test_quota_where_the_files_are_missing_or_broken(tmp_path: Path, many_cores: int) -> None:
+    assert cpu_quota(tmp_path / "missing") == many_cores
+    (tmp_path / "cpu.max").write_bytes(b"\xff\xfe\x00")
+    assert cpu_quota(tmp_path) == many_cores
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_bytes(b"\xff\xfe\x00")
+    assert cpu_quota(tmp_path) == many_cores
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no affinity on this system")
+def test_the_affinity_mask_bounds_the_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
+    (tmp_path / "cpu.max").write_text("400000 100000")
+    assert cpu_quota(tmp_path) == 1
+
+
+def test_threads_default_to_the_quota(runtime: OnnxRuntime) -> None:
+    assert runtime.threads == cpu_quota()
+    assert OnnxRuntime(runtime.bundle, provider="cpu", threads=1).threads == 1
+
+
+# --- images
+
+
+def test_image_embeddings_are_unit_float32(runtime: OnnxRuntime, noise: NDArray[np.uint8]) -> None:
+    embeddings = runtime.encode_images(noise)
+    assert embeddings.shape == (len(noise), runtime.bundle.info.embedding_dim)
+    assert embeddings.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 5])
+def test_any_batch_gives_the_same_embeddings(runtime: OnnxRuntime, noise: NDArray[np.uint8], batch: int) -> None:
+    whole = runtime.encode_images(noise)
+    parts = [runtime.encode_images(noise[at : at + batch]) for at in range(0, len(noise), batch)]
+    np.testing.assert_allclose(np.concatenate(parts), whole, atol=TOLERANCE)
+
+
+def test_different_photos_have_different_embeddings(mini: Recognizer, photos: list[Path]) -> None:
+    embeddings = mini.runtime.encode_images(np.stack([mini.prepare(photo) for photo in photos]))
+    cosines = embeddings @ embeddings.T
+    assert cosines[~np.eye(len(photos), dtype=bool)].max() < 0.999
+
+
+def test_wrong_images_are_refused(runtime: OnnxRuntime, noise: NDArray[np.uint8]) -> None:
+    for wrong in (
+        noise.astype(np.float32),
+        noise[0],
+        noise[:, :-1],
+        noise[:, :, :-1],
+        noise[..., :1],
+        noise.transpose(0, 3, 1, 2),
+    ):
+        with pytest.raises(ValueError, match=r"expected uint8 \[N,\d+,\d+,3\], got"):
+            runtime.encode_images(wrong)  # type: ignore[arg-type]
+
+
+def test_several_threads_may_share_a_runtime(runtime: OnnxRuntime, noise: NDArray[np.uint8]) -> None:
+    alone = runtime.encode_images(noise[:1])
+    with ThreadPoolExecutor(4) as pool:
+        for together in pool.map(lambda _: runtime.encode_images(noise[:1]), range(8)):
+            np.testing.assert_array_equal(together, alone)
+
+
+# --- text
+
+
+def test_text_embeddings_are_unit_float32_and_repeatable(runtime: OnnxRuntime) -> None:
+    embeddings = runtime.encode_text(TEXTS)
+    assert embeddings.shape == (len(TEXTS), runtime.bundle.info.embedding_dim)
+    assert embeddings.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-4)
+    np.testing.assert_array_equal(runtime.encode_text(TEXTS), embeddings)
+
+
+def test_text_embeddings_do_not_depend_on_their_neighbours(runtime: OnnxRuntime) -> None:
+    together = runtime.encode_text(TEXTS)
+    alone = np.concatenate([runtime.encode_text([text]) for text in TEXTS])
+    np.testing.assert_allclose(together, alone, atol=TOLERANCE)
+    assert ((together * alone).sum(1) > 0.99).all()
+
+
+def test_long_text_is_cut(runtime: OnnxRuntime) -> None:
+    length = runtime.bundle.info.text.context_length
+    long, longer = (" ".join(["running"] * (length * times)) for times in (2, 20))
+    np.testing.assert_array_equal(runtime.encode_text([long]), runtime.encode_text([longer]))
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", "🚴‍♀️", "自転車に乗る", "naïve café", "\x00\x07", "a" * 10_000, "[PAD] [CLS]"]
+)
+def test_any_text_has_a_direction(runtime: OnnxRuntime, text: str) -> None:
+    embedding = runtime.encode_text([text])
+    assert np.isfinite(embedding).all()
+    np.testing.assert_allclose(np.linalg.norm(embedding), 1, atol=1e-4)
+
+
+# --- bundles and providers that do not run
+
+
+def test_the_cpu_is_always_there(runtime: OnnxRuntime) -> None:
+    assert available_providers()[-1] == "cpu"
+    assert (runtime.provider, runtime.name) == ("cpu", "onnx-cpu")
+
+
+def test_a_provider_that_is_not_present(runtime: OnnxRuntime) -> None:
+    for provider in ("abacus", "CPU", "", "tensorrt"):
+        if provider in available_providers():
+            continue
+        with pytest.raises(UsageError, match="is not in this ONNX Runtime"):
+            OnnxRuntime(runtime.bundle, provider=provider)
+
+
+MakeInfo = Callable[..., BundleInfo]
+
+
+def _broken(tmp_path: Path, info: BundleInfo, **replaced: bytes) -> Bundle:
+    """A bundle of the embedded model's files, whole by its digests, with some files that hold something else."""
+    mini = packaged("mini")
+    names = {"image": "image.onnx", "text": "text.onnx", "tokenizer": "tokenizer.json"}
+    files: dict[str, Path | bytes] = {name: mini / name for name in names.values()}
+    files |= {names[key]: content for key, content in replaced.items()}
+    return write_bundle(tmp_path / "broken", info, files)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a graph\nat all", b"\x00" * 64])
+def test_an_image_graph_that_is_none(tmp_path: Path, make_info: MakeInfo, content: bytes) -> None:
+    bundle = _broken(tmp_path, make_info(), image=content)
+    with pytest.raises(BundleError, match=r"image\.onnx of bundle 'tiny' does not run here") as caught:
+        OnnxRuntime(bundle)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_text_graph_that_is_none(tmp_path: Path, make_info: MakeInfo) -> None:
+    runtime = OnnxRuntime(_broken(tmp_path, make_info(), text=b"not a graph"))
+    with pytest.raises(BundleError, match=r"text\.onnx of bundle 'tiny' does not run here"):
+        runtime.encode_text(["cooking"])
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"\xff\xfe", b'{"model": 1}'])
+def test_a_tokenizer_that_is_none(tmp_path: Path, make_info: MakeInfo, content: bytes) -> None:
+    with pytest.raises(BundleError, match=r"tokenizer\.json of bundle 'tiny'") as caught:
+        OnnxRuntime(_broken(tmp_path, make_info(), tokenizer=content))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bundle_without_graphs(tiny: Bundle) -> None:
+    with pytest.raises(BundleError, match=r"has no image\.onnx"):
+        OnnxRuntime(tiny)
+
+
+# --- a graph that takes one photo at a time
+
+
+def _graph(batch: int | str, side: int) -> bytes:
+    onnx = pytest.importorskip("onnx")
+    from onnx import TensorProto, helper, numpy_helper
+
+    nodes = [
+        helper.make_node("Cast", ["images"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["floats"], ["mean"], axes=[1, 2], keepdims=0),
+        helper.make_node("Add", ["mean", "little"], ["some"]),
+        helper.make_node("LpNormalization", ["some"], ["embeddings"], axis=1, p=2),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "mean colour",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, [batch, side, side, 3])],
+        [helper.make_tensor_value_info("embeddings", TensorProto.FLOAT, [batch, 3])],
+        [numpy_helper.from_array(np.array([1e-3], np.float32), "little")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.checker.check_model(model)
+    content: bytes = model.SerializeToString()
+    return content
+
+
+@pytest.mark.parametrize("batch", [1, "photos"])
+def test_a_graph_of_one_photo_is_run_photo_by_photo(tmp_path: Path, make_info: MakeInfo, batch: int | str) -> None:
+    runtime = OnnxRuntime(_broken(tmp_path, make_info(), image=_graph(batch, 16)))
+    images = np.random.default_rng(1).integers(0, 256, (7, 16, 16, 3), dtype=np.uint8)
+    means = images.mean((1, 2)) + 1e-3
+    expected = means / np.linalg.norm(means, axis=1, keepdims=True)
+    np.testing.assert_allclose(runtime.encode_images(images), expected, atol=1e-5)
+    np.testing.assert_allclose(runtime.encode_images(images[:1]), expected[:1], atol=1e-5)
+
+
+def test_the_context_length_is_the_bundles(tmp_path: Path, make_info: MakeInfo, runtime: OnnxRuntime) -> None:
+    text = TextSpec(templates=("{}",), context_length=4)
+    short = OnnxRuntime(_broken(tmp_path, make_info(text=text)))
+    words = ["running and jumping", "running and jumping over a fence with a dog"]
+    assert short.bundle.info.text.context_length < runtime.bundle.info.text.context_length
+    cut = short.encode_text(words)
+    np.testing.assert_allclose(cut[0], cut[1], atol=TOLERANCE)
+    whole = runtime.encode_text(words)
+    assert float(whole[0] @ whole[1]) < 0.999
+
+
+def test_a_moved_bundle_still_runs(tmp_path: Path) -> None:
+    from cliphar.recognizer import load
+
+    moved = tmp_path / "a folder with spaces é"
+    shutil.copytree(packaged("mini"), moved)
+    side = (recognizer := load(moved)).bundle.info.image.size
+    assert recognizer.predict(np.zeros((side, side, 3), np.uint8)).top
