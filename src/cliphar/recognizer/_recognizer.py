@@ -64,25 +64,22 @@ class Recognizer:
     def embed_labels(self, labels: Sequence[str]) -> NDArray[np.float32]:
         """Label vectors, float32 [C,D], unit length.
 
-        A trained label has its class vector. Any other is the mean of its prompts' text embeddings and, if the
-        glossary describes it, of its descriptions' in equal parts; these are cached.
+        Where every label was trained, their class vectors. Otherwise all of them come from the text tower, so that
+        trained labels have no advantage over new ones: each is the mean of its prompts' embeddings and, if the
+        glossary describes it, of its descriptions' in equal parts. These are cached.
         """
+        if all(label in self._known for label in labels):
+            return np.stack([self._known[label] for label in labels])
         with self._lock:
-            missing = [
-                label for label in dict.fromkeys(labels) if label not in self._known and label not in self._cache
-            ]
+            missing = [label for label in dict.fromkeys(labels) if label not in self._cache]
             if missing:
                 self._embed_text(missing)
-            found = []
             for label in labels:
-                if label in self._known:
-                    found.append(self._known[label])
-                else:
-                    self._cache.move_to_end(label)
-                    found.append(self._cache[label])
+                self._cache.move_to_end(label)
+            found = np.stack([self._cache[label] for label in labels])
             while len(self._cache) > _CACHED_LABELS:
                 self._cache.popitem(last=False)
-        return np.stack(found)
+        return found
 
     def _embed_text(self, labels: list[str]) -> None:
         templates = self.bundle.info.text.templates
