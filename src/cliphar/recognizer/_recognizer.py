@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from itertools import islice
 from typing import overload
 
@@ -117,7 +118,7 @@ class Recognizer:
         *,
         top_k: int = 5,
         coverage: float = 0.9,
-    ) -> Iterator[Prediction | MediaError]:
+    ) -> Generator[Prediction | MediaError, None, None]:
         """Answers in the order of the images, an image that cannot be read yielding its MediaError.
 
         Images are drawn from the iterable only a few batches ahead, and decoded on threads while the model runs.
@@ -142,7 +143,7 @@ class Recognizer:
         labels: tuple[str, ...],
         top_k: int,
         coverage: float,
-    ) -> Iterator[Prediction | MediaError]:
+    ) -> Generator[Prediction | MediaError, None, None]:
         calibration = self.calibration(labels)
         for embeddings in self._embed_batches(images):
             good = [embedding for embedding in embeddings if not isinstance(embedding, MediaError)]
@@ -177,7 +178,8 @@ class Recognizer:
                 vectors = iter(self.runtime.encode_images(np.stack(good)) if good else ())
                 yield [square if isinstance(square, MediaError) else next(vectors) for square in squares]
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            # the garbage collector may bring us here from inside threading itself, where to join a thread is to hang
+            pool.shutdown(wait=False, cancel_futures=True)
 
     @overload
     def predict(  # type: ignore[overload-overlap]  # str and bytes are sequences too, but one photo here
@@ -233,11 +235,13 @@ class Recognizer:
         return list(answers) if isinstance(images, Sequence) else answers
 
 
-def _raising(answers: Iterator[Prediction | MediaError]) -> Iterator[Prediction]:
-    for answer in answers:
-        if isinstance(answer, MediaError):
-            raise answer
-        yield answer
+def _raising(answers: Generator[Prediction | MediaError, None, None]) -> Iterator[Prediction]:
+    # the error's traceback holds this frame, and so would keep the stream and its threads: close it, do not let go
+    with closing(answers):
+        for answer in answers:
+            if isinstance(answer, MediaError):
+                raise answer
+            yield answer
 
 
 def _direction(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
