@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cliphar.bundle import Calibration
-from cliphar.recognizer._scoring import probabilities
+from cliphar.recognizer import probabilities
 
 __all__ = ["fit_calibration"]
 

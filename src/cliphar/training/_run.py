@@ -34,8 +34,7 @@ from cliphar.export import compress_weights, export_image_tower, export_teacher_
 from cliphar.labels import glossary
 from cliphar.media import to_square
 from cliphar.models import ImageTower
-from cliphar.recognizer import Recognizer
-from cliphar.recognizer._scoring import to_predictions
+from cliphar.recognizer import Recognizer, to_predictions
 from cliphar.runtime import OnnxRuntime
 from cliphar.training._corpus import TEST, TRAIN, VAL, Corpus, build_corpus
 from cliphar.training._distill import DistillData, distill, embed

@@ -34,7 +34,6 @@ def teacher_embeddings(
 ) -> NDArray[np.float32]:
     """float32 [N,512], unit length. Saved as it goes, so an interrupted run takes up where it stopped."""
     weights = teacher_weights(recipe, cache, log)
-    graph = export_teacher_graph(weights)
     key = f"teacher-{sha256_file(weights)[:8]}-{recipe.max_aspect:g}"
     file = cache / corpus.sha256[:16] / f"{key}.npy"
     count = len(corpus.keys)
@@ -42,7 +41,7 @@ def teacher_embeddings(
     if len(done) >= count:
         return np.asarray(done, np.float32)
     with tempfile.TemporaryDirectory(dir=weights.parent) as work:
-        onnx.save(graph, Path(work) / "image.onnx")
+        onnx.save(export_teacher_graph(weights), Path(work) / "image.onnx")
         (Path(work) / weights.name).hardlink_to(weights)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
