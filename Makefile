@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 # the exact torch keeps the accelerator builds of several GB away where a CPU wheel can be found
-TORCH := torch==2.13.0
+TORCH := torch==2.13.0 torchvision==0.28.0
 
 .DEFAULT_GOAL := help
 .PHONY: help run test lint types lock clean
