@@ -33,27 +33,13 @@ def export_teacher_graph(weights: Path) -> onnx.ModelProto:
     content = weights.read_bytes()
     model = onnx.load_from_string(content)
     graph = model.graph
-    for tensor in graph.initializer:
-        raw = tensor.raw_data
-        if len(raw) < _LARGE:
-            continue
-        offset = content.find(raw)
-        if offset < 0:
-            raise ValueError(f"{tensor.name} is not stored as plain bytes in {weights}")
-        tensor.ClearField("raw_data")
-        tensor.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", weights.name), ("offset", offset), ("length", len(raw))):
-            entry = tensor.external_data.add()
-            entry.key, entry.value = key, str(value)
     before = [
-        helper.make_node("Cast", ["images"], ["pixels"], to=TensorProto.FLOAT, name="pixels_to_float"),
-        helper.make_node("Transpose", ["pixels"], ["planes"], perm=[0, 3, 1, 2], name="channels_first"),
-        helper.make_node("Mul", ["planes", "pixel_scale"], ["scaled"], name="scale_pixels"),
-        helper.make_node("Add", ["scaled", "pixel_shift"], ["pixel_values"], name="shift_pixels"),
+        helper.make_node("Cast", ["images"], ["pixels"], to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["pixels"], ["planes"], perm=[0, 3, 1, 2]),
+        helper.make_node("Mul", ["planes", "pixel_scale"], ["scaled"]),
+        helper.make_node("Add", ["scaled", "pixel_shift"], ["pixel_values"]),
     ]
-    after = [
-        helper.make_node("LpNormalization", ["image_embeds"], ["embeddings"], axis=-1, p=2, name="unit_length"),
-    ]
+    after = [helper.make_node("LpNormalization", ["image_embeds"], ["embeddings"], axis=-1, p=2)]
     graph.initializer.extend(
         [
             numpy_helper.from_array((1 / (255 * _DEVIATION)).reshape(1, 3, 1, 1), "pixel_scale"),
@@ -61,8 +47,50 @@ def export_teacher_graph(weights: Path) -> onnx.ModelProto:
         ]
     )
     nodes = [*before, *graph.node, *after]
-    del graph.node[:], graph.input[:], graph.output[:], graph.value_info[:]
+    _drop_zero_points(nodes, {tensor.name: tensor for tensor in graph.initializer})
+    used = {name for node in nodes for name in node.input}
+    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    for tensor in kept:
+        _refer(tensor, content, weights.name)
+    del graph.node[:], graph.initializer[:], graph.input[:], graph.output[:], graph.value_info[:]
     graph.node.extend(nodes)
+    graph.initializer.extend(kept)
     graph.input.append(helper.make_tensor_value_info("images", TensorProto.UINT8, [1, 224, 224, 3]))
     graph.output.append(helper.make_tensor_value_info("embeddings", TensorProto.FLOAT, [1, 512]))
+    _shorten(model)
     return model
+
+
+def _drop_zero_points(nodes: list[onnx.NodeProto], tensors: dict[str, onnx.TensorProto]) -> None:
+    """Leave out the weights' zero points, which are zero, as if they were not given."""
+    for node in nodes:
+        if node.op_type == "MatMulInteger" and not numpy_helper.to_array(tensors[node.input[3]]).any():
+            del node.input[3]
+
+
+def _refer(tensor: onnx.TensorProto, content: bytes, location: str) -> None:
+    """Have a large tensor read from where it stands in the original file."""
+    raw = tensor.raw_data or np.array(tensor.float_data, np.float32).tobytes()
+    if len(raw) < _LARGE:
+        return
+    offset = content.find(raw)
+    if offset < 0:
+        raise ValueError(f"{tensor.name} is not stored as plain bytes in {location}")
+    tensor.ClearField("raw_data")
+    tensor.ClearField("float_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", location), ("offset", offset), ("length", len(raw))):
+        entry = tensor.external_data.add()
+        entry.key, entry.value = key, str(value)
+
+
+def _shorten(model: onnx.ModelProto) -> None:
+    """Number the values instead of naming each by its path: most of what is left of the file are names."""
+    graph = model.graph
+    short = {"": ""} | {value.name: value.name for value in [*graph.input, *graph.output]}
+    for tensor in graph.initializer:
+        tensor.name = short.setdefault(tensor.name, f"w{len(short)}")
+    for node in graph.node:
+        node.name = ""
+        node.input[:] = [short[name] for name in node.input]
+        node.output[:] = [short.setdefault(name, f"v{len(short)}") for name in node.output]

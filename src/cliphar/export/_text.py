@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx
 import torch
 from onnx import compose
@@ -12,7 +14,9 @@ from cliphar.models import SentenceEncoder, TextProjection
 __all__ = ["export_text_tower", "quantize_sentence_encoder"]
 
 
-def _weight_only(model: onnx.ModelProto, bits: int, block: int, operators: tuple[str, ...]) -> onnx.ModelProto:
+def _weight_only(
+    model: onnx.ModelProto, bits: int, block: int, operators: tuple[str, ...], left_out: Sequence[str] = ()
+) -> onnx.ModelProto:
     from onnxruntime.quantization import QuantFormat
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
@@ -25,7 +29,7 @@ def _weight_only(model: onnx.ModelProto, bits: int, block: int, operators: tuple
         quant_axes=(("MatMul", 0), ("Gather", 1)),
         bits=bits,
     )
-    quantizer = MatMulNBitsQuantizer(model, algo_config=config)
+    quantizer = MatMulNBitsQuantizer(model, nodes_to_exclude=list(left_out), algo_config=config)
     quantizer.process()
     quantized: onnx.ModelProto = quantizer.model.model
     return quantized
@@ -77,9 +81,16 @@ def quantize_sentence_encoder(encoder: SentenceEncoder, block: int) -> onnx.Mode
 
 
 def export_text_tower(sentences: onnx.ModelProto, projection: TextProjection, block: int) -> onnx.ModelProto:
-    """``ids`` int64 [N,T] -> ``embeddings`` float32 [N,D], unit length; the projection's weights in 8 bits."""
+    """``ids`` int64 [N,T] -> ``embeddings`` float32 [N,D], unit length.
+
+    Of the projection, the perceptron's weights are kept in 4 bits (cosine 0.9998 to 8 bits on labels and captions) and
+    the linear map's, which carries most of the answer, in 8 (4 bits: 0.998).
+    """
     example = torch.zeros(3, SentenceEncoder.out_features)
     tail = _gemm_to_matmul(export(projection, example, "projected", "embeddings", {0: torch.export.Dim("photos")}))
+    products = {node.input[1]: node.name for node in tail.graph.node if node.op_type == "MatMul"}
+    linear = next(name for weight, name in products.items() if weight.startswith("linear."))
+    tail = _weight_only(tail, 4, block, ("MatMul",), left_out=[linear])
     tail = _weight_only(tail, 8, block, ("MatMul",))
     tail.ir_version = sentences.ir_version
     domains = {entry.domain: entry.version for entry in [*sentences.opset_import, *tail.opset_import]}
