@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import suppress
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from cliphar._version import __version__
 from cliphar.cli import _doctor, _eval, _model, _predict, _train
@@ -13,8 +16,22 @@ from cliphar.errors import ClipharError, UsageError
 
 __all__ = ["main"]
 
+# typer does not say where it keeps the base of its own usage errors
+_WrongUsage: type[Any] = typer.BadParameter.__mro__[1]
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # the reader of our output went away, as in "| head", and typer would exit with 1
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return None
+
+
 app = typer.Typer(
     name="cliphar",
+    cls=_Commands,
     help="What are the people in this picture doing? Actions in plain words, without retraining.",
     no_args_is_help=True,
     add_completion=False,
@@ -44,19 +61,20 @@ def _root(
 def main() -> None:
     """Run the command line; exit status 0 done, 1 failed on some input, 2 wrong usage."""
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
+    except _WrongUsage as error:
+        if "Usage:" in error.format_message():  # no arguments: the message is the help
+            error.show()
+        else:
+            what = error.format_message().rstrip(".")
+            print(f"cliphar: {what}; see '{error.ctx.command_path} --help'", file=sys.stderr)
+        sys.exit(2)
     except UsageError as error:
         print(f"cliphar: {error}", file=sys.stderr)
         sys.exit(2)
     except ClipharError as error:
         print(f"cliphar: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("cliphar: stopped", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output went away, as in "| head"
-        sys.exit(0)
     except OSError as error:
         print(f"cliphar: {error}; see that there is room and permission to write", file=sys.stderr)
         with suppress(OSError):
