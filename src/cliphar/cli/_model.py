@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from cliphar.cli._options import Model
+from cliphar.errors import UsageError
 
 __all__ = ["app"]
 
@@ -76,3 +81,43 @@ def pull(
 
     bundle = fetch(model, source, say=lambda line: print(line, file=sys.stderr))
     print(f"{bundle.info.name} is ready at {bundle.path}")
+
+
+@app.command()
+def teach(
+    name: Annotated[str, typer.Argument(help="The new action, in plain words.")],
+    photos: Annotated[list[str], typer.Argument(help="Photos of it, folders of them, or patterns; 8 to 16 are good.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder of the model that knows it.")],
+    model: Model = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Teach a model one more action from a few photos, in seconds; what it knew stays as it was."""
+    from cliphar.bundle import find_bundle, write_bundle
+    from cliphar.cli._predict import expand
+    from cliphar.recognizer import TAUGHT_FILE, Recognizer
+    from cliphar.runtime import OnnxRuntime
+
+    bundle = find_bundle(model)
+    again = out.exists() and out.resolve() == bundle.path.resolve()
+    if out.exists() and not again:
+        raise UsageError(f"{out} exists; choose another place, or give it as --model too, to teach it more")
+    recognizer = Recognizer(bundle, OnnxRuntime(bundle))
+    lesson = recognizer.teach(name, expand(photos))
+    files = {file: bundle.file(file) for file in bundle.info.files}
+    with tempfile.TemporaryDirectory() as work:
+        files[TAUGHT_FILE] = Path(work) / TAUGHT_FILE
+        recognizer.save_taught(files[TAUGHT_FILE])
+        write_bundle(out, bundle.info, files, overwrite=again)
+    for error in lesson.refused:
+        print(f"cliphar: {error}", file=sys.stderr)
+    if as_json:
+        print(json.dumps(lesson.to_dict(), ensure_ascii=False))
+    else:
+        print(f"{out} knows '{lesson.name}' from {lesson.photos} photos")
+        if lesson.recall is not None:
+            others = ", ".join(f"{label} {share:.0%}" for label, share in lesson.confused_with[:3])
+            print(
+                f"each photo, by what the others teach: {lesson.recall:.0%} right" + (f"; else {others}" * bool(others))
+            )
+    if lesson.refused:
+        raise typer.Exit(1)

@@ -2,6 +2,22 @@
 
 from cliphar.recognizer._recognizer import Recognizer, load
 from cliphar.recognizer._scoring import probabilities, to_predictions
+from cliphar.recognizer._taught import TAUGHT_FILE, Lesson
+from cliphar.recognizer._teaching import BACKGROUND_FILE, Background, fit_background, gda_vectors, read_background
 from cliphar.recognizer._types import Prediction, Score
 
-__all__ = ["Prediction", "Recognizer", "Score", "load", "probabilities", "to_predictions"]
+__all__ = [
+    "BACKGROUND_FILE",
+    "TAUGHT_FILE",
+    "Background",
+    "Lesson",
+    "Prediction",
+    "Recognizer",
+    "Score",
+    "fit_background",
+    "gda_vectors",
+    "load",
+    "probabilities",
+    "read_background",
+    "to_predictions",
+]

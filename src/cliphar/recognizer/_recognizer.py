@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import islice
+from pathlib import Path
 from typing import overload
 
 import numpy as np
@@ -20,7 +21,9 @@ from cliphar.errors import MediaError, UsageError
 from cliphar.labels import clean_labels, prompts
 from cliphar.media import ImageLike, decode_image, to_square
 from cliphar.recognizer._scoring import to_predictions
-from cliphar.recognizer._types import Prediction
+from cliphar.recognizer._taught import TAUGHT_FILE, Lesson, Taught, read_taught, write_taught
+from cliphar.recognizer._teaching import Background, gda_vectors, read_background
+from cliphar.recognizer._types import Prediction, Score
 from cliphar.runtime import OnnxRuntime, Runtime, cpu_quota
 
 __all__ = ["Recognizer", "load"]
@@ -56,28 +59,48 @@ class Recognizer:
         self._known = dict(zip(bundle.info.labels, bundle.class_vectors(), strict=True))
         self._cache: OrderedDict[str, NDArray[np.float32]] = OrderedDict()
         self._lock = threading.Lock()
+        # never changed, only replaced: who reads it once has a list of labels that fits together
+        self._taught: dict[str, Taught] = {}
+        if TAUGHT_FILE in bundle.info.files:
+            self._taught = read_taught(bundle.file(TAUGHT_FILE), bundle)
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The actions the bundle was trained on: what is recognised when no labels are given."""
-        return self.bundle.info.labels
+        """What is recognised when no labels are given: the actions the bundle was trained on, then those taught."""
+        return tuple(dict.fromkeys((*self.bundle.info.labels, *self._taught)))
+
+    @property
+    def taught(self) -> dict[str, int]:
+        """The actions that were taught, and from how many photos each."""
+        return {name: one.photos for name, one in self._taught.items()}
 
     def embed_labels(self, labels: Sequence[str]) -> NDArray[np.float32]:
         """Label vectors, float32 [C,D], unit length.
 
-        Where every label was trained, their class vectors. Otherwise all of them come from the text tower, so that
-        trained labels have no advantage over new ones: each is the mean of its prompts' embeddings and, if the
-        glossary describes it, of its descriptions' in equal parts. These are cached.
+        Where every label was trained or taught, their class vectors. Otherwise all of them come from the text tower,
+        so that trained labels have no advantage over new ones: each is the mean of its prompts' embeddings and, if
+        the glossary describes it, of its descriptions' in equal parts. These are cached. A taught label keeps what
+        its photos taught, in the form that is compared with text.
         """
-        if all(label in self._known for label in labels):
-            return np.stack([self._known[label] for label in labels])
+        return self._vectors(labels, self._taught)
+
+    def _vectors(self, labels: Sequence[str], taught: dict[str, Taught]) -> NDArray[np.float32]:
+        if self._are_known(labels, taught):
+            return np.stack([taught[label].known if label in taught else self._known[label] for label in labels])
+        texts = self._text_vectors([label for label in labels if label not in taught])
+        return np.stack([taught[label].open if label in taught else texts[label] for label in labels])
+
+    def _are_known(self, labels: Sequence[str], taught: dict[str, Taught]) -> bool:
+        return bool(self._known) and all(label in self._known or label in taught for label in labels)
+
+    def _text_vectors(self, labels: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         with self._lock:
             missing = [label for label in dict.fromkeys(labels) if label not in self._cache]
             if missing:
                 self._embed_text(missing)
             for label in labels:
                 self._cache.move_to_end(label)
-            found = np.stack([self._cache[label] for label in labels])
+            found = {label: self._cache[label] for label in labels}
             while len(self._cache) > _CACHED_LABELS:
                 self._cache.popitem(last=False)
         return found
@@ -103,8 +126,93 @@ class Recognizer:
             self._cache[label] = vector
 
     def calibration(self, labels: Sequence[str]) -> Calibration:
-        """The calibration that holds for these labels: ``known`` if all were trained, else ``open``."""
-        return self.bundle.info.known if all(label in self._known for label in labels) else self.bundle.info.open
+        """The calibration that holds for these labels: ``known`` if all were trained or taught, else ``open``."""
+        return self._calibration(labels, self._taught)
+
+    def _calibration(self, labels: Sequence[str], taught: dict[str, Taught]) -> Calibration:
+        return self.bundle.info.known if self._are_known(labels, taught) else self.bundle.info.open
+
+    def teach(self, name: str, photos: Iterable[ImageLike]) -> Lesson:
+        """Learn an action from a few photos of it, in closed form; taught again, the new photos replace the old.
+
+        From then on the label works like a trained one, alone and in any list. One photo helps, 8 to 16 are good.
+        Methods and sources: ``_teaching.py``. Nothing is kept of the photos but two vectors.
+
+        Raises:
+            UsageError: the name cannot be a label, or there are no photos.
+            MediaError: none of the photos can be read.
+            BundleError: the bundle has no background statistics.
+        """
+        (label,) = clean_labels([name])
+        background = read_background(self.bundle)
+        found = list(self.embed_images(photos))
+        refused = tuple(one for one in found if isinstance(one, MediaError))
+        seen = [one for one in found if not isinstance(one, MediaError)]
+        if not found:
+            raise UsageError(f"no photos to teach '{label}' from; give some, 8 or more are good")
+        if not seen:
+            raise MediaError(f"cannot teach '{label}': no photo can be read, the first because {refused[0]}")
+        embeddings = np.stack(seen)
+        recall, confused = self._leave_one_out(label, embeddings, background)
+        one = self._learn(label, embeddings, background)
+        with self._lock:
+            self._taught = self._taught | {label: one}
+        return Lesson(label, len(seen), refused, recall, confused)
+
+    def forget(self, name: str) -> None:
+        """Forget a taught action; a trained one of that name answers as it was trained again.
+
+        Raises:
+            UsageError: it was not taught.
+        """
+        label = " ".join(name.replace("_", " ").split())
+        with self._lock:
+            if label not in self._taught:
+                known = ", ".join(self._taught) or "none"
+                raise UsageError(f"'{label}' was not taught; taught are: {known}")
+            self._taught = {key: one for key, one in self._taught.items() if key != label}
+
+    def save_taught(self, path: str | os.PathLike[str]) -> None:
+        """Write the taught actions to one file, whole or not at all."""
+        write_taught(Path(path), self.bundle, self._taught)
+
+    def load_taught(self, path: str | os.PathLike[str]) -> None:
+        """Add the actions of a file that ``save_taught`` wrote.
+
+        Raises:
+            BundleError: it cannot be read, or was taught to another bundle.
+        """
+        loaded = read_taught(Path(path), self.bundle)
+        with self._lock:
+            self._taught = self._taught | loaded
+
+    def _learn(self, label: str, embeddings: NDArray[np.float32], background: Background) -> Taught:
+        mean, count = embeddings.mean(0)[None], np.array([len(embeddings)])
+        text = self._text_vectors([label])[label][None]
+        open_ = gda_vectors(mean, count, text, background)[0]
+        if not self._known:
+            return Taught(open_, open_, len(embeddings))
+        trained = np.stack(list(self._known.values()))
+        prior = self._known[label][None] if label in self._known else text
+        return Taught(gda_vectors(mean, count, prior, background, like=trained)[0], open_, len(embeddings))
+
+    def _leave_one_out(
+        self, label: str, embeddings: NDArray[np.float32], background: Background
+    ) -> tuple[float | None, tuple[Score, ...]]:
+        taught = self._taught
+        rivals = [other for other in dict.fromkeys((*self._known, *taught)) if other != label]
+        count = len(embeddings)
+        if count < 2 or not rivals:
+            return None, ()
+        rival_vectors = self._vectors(rivals, taught)
+        best = embeddings @ rival_vectors.T
+        answers: list[str] = []
+        for i, embedding in enumerate(embeddings):
+            one = self._learn(label, np.delete(embeddings, i, 0), background)
+            own = one.known if self._known else one.open
+            answers.append(label if embedding @ own > best[i].max() else rivals[int(best[i].argmax())])
+        wrong = Counter(answer for answer in answers if answer != label)
+        return answers.count(label) / count, tuple(Score(other, n / count) for other, n in wrong.most_common())
 
     def prepare(self, image: ImageLike) -> NDArray[np.uint8]:
         """Decode and bring to the model's input: uint8 [S,S,3]; MediaError if it cannot be read."""
@@ -126,25 +234,26 @@ class Recognizer:
         Raises:
             UsageError: at the call, for bad labels, ``top_k`` or ``coverage``.
         """
-        chosen = self.labels if labels is None else clean_labels(labels)
+        taught = self._taught
+        chosen = tuple(dict.fromkeys((*self._known, *taught))) if labels is None else clean_labels(labels)
         if not chosen:
             raise UsageError(f"bundle '{self.bundle.info.name}' has no labels of its own; give some")
         if top_k < 1:
             raise UsageError(f"top-k {top_k} is below 1")
         if not 0 < coverage < 1:
             raise UsageError(f"coverage {coverage} is not between 0 and 1; 0.9 is usual")
-        vectors = self.embed_labels(chosen)
-        return self._run(images, vectors, chosen, top_k, coverage)
+        vectors, calibration = self._vectors(chosen, taught), self._calibration(chosen, taught)
+        return self._run(images, vectors, chosen, calibration, top_k, coverage)
 
     def _run(
         self,
         images: Iterable[ImageLike],
         vectors: NDArray[np.float32],
         labels: tuple[str, ...],
+        calibration: Calibration,
         top_k: int,
         coverage: float,
     ) -> Generator[Prediction | MediaError, None, None]:
-        calibration = self.calibration(labels)
         for embeddings in self._embed_batches(images):
             good = [embedding for embedding in embeddings if not isinstance(embedding, MediaError)]
             answers: Iterator[Prediction] = iter(())

@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.numpy import save
+
+from cliphar.bundle import Bundle, BundleInfo, write_bundle
+from cliphar.errors import BundleError, MediaError, UsageError
+from cliphar.recognizer import Background, Recognizer, fit_background, gda_vectors, read_background
+from conftest import FakeRuntime, unit
+
+RNG = np.random.default_rng(0)
+DIM, RED = 24, np.full((20, 20, 3), (250, 0, 0), np.uint8)
+
+
+def cloud(count: int, seed: int) -> NDArray[np.float32]:
+    """Embeddings as an image tower makes them: a common direction, a few strong ones, little else."""
+    random = np.random.default_rng(seed)
+    axes = np.random.default_rng(1).normal(size=(6, DIM))
+    return unit(np.r_[5.0, np.zeros(DIM - 1)] + random.normal(size=(count, 6)) @ axes * 0.3)
+
+
+@pytest.fixture
+def background() -> Background:
+    return fit_background(cloud(400, 2))
+
+
+@pytest.fixture
+def pupil(tmp_path: Path, make_info: Callable[..., BundleInfo], head: bytes, fake_runtime: FakeRuntime) -> Recognizer:
+    """The tiny bundle (a photo is its mean colour) with a background of many colours."""
+    colours = unit(RNG.uniform(0.05, 1, (300, 3)))
+    files: dict[str, Path | bytes] = {
+        "head.safetensors": head,
+        "background.safetensors": fit_background(colours).to_bytes(),
+    }
+    return Recognizer(write_bundle(tmp_path / "pupil", make_info(), files), fake_runtime)
+
+
+def tints(colour: tuple[int, int, int], count: int = 8) -> list[NDArray[np.uint8]]:
+    random = np.random.default_rng(sum(colour))
+    return [np.full((20, 20, 3), np.clip(colour + random.normal(0, 8, 3), 0, 255), np.uint8) for _ in range(count)]
+
+
+def test_the_background_keeps_its_statistics(background: Background) -> None:
+    photos, vectors = cloud(400, 2), unit(RNG.normal(size=(5, DIM)))
+    assert np.allclose(background.spread(vectors), (photos @ vectors.T).std(0), rtol=0.02)
+    assert np.allclose(background.basis @ background.basis.T, np.eye(len(background.basis)), atol=1e-5)
+
+
+def test_a_taught_vector_finds_its_photos_and_answers_to_others_as_its_prior_does(background: Background) -> None:
+    mine = unit(cloud(40, 3) + 0.25 * unit(np.random.default_rng(5).normal(size=(1, DIM))))
+    prior = unit(RNG.normal(size=(1, DIM)) + np.eye(DIM)[:1])
+    vector = gda_vectors(mine[:8].mean(0)[None], np.array([8]), prior, background)
+    others = cloud(400, 4)
+    assert vector.dtype == np.float32
+    assert np.isclose(np.linalg.norm(vector), 1, atol=1e-5)
+    assert abs((others @ vector.T).mean() - (others @ prior.T).mean()) < 0.02
+    assert (others @ vector.T).std() < 1.2 * (others @ prior.T).std()
+
+    def separation(v: NDArray[np.float32]) -> float:
+        return float(((mine[8:] @ v.T).mean() - (others @ v.T).mean()) / (others @ v.T).std())
+
+    assert separation(vector) > separation(prior) + 1
+
+
+def test_more_photos_count_for_more_than_the_text(background: Background) -> None:
+    prior, mean = unit(RNG.normal(size=(1, DIM))), cloud(1, 9)
+    vectors = [gda_vectors(mean, np.array([n]), prior, background) for n in (1, 8, 1000)]
+    nearness = [float((vector @ prior.T)[0, 0]) for vector in vectors]
+    assert nearness[0] > nearness[1] > nearness[2]
+
+
+def test_a_taught_action_joins_trained_ones_and_any_words(pupil: Recognizer) -> None:
+    yellow = tints((240, 230, 10))
+    before = pupil.predict(RED)
+    assert pupil.predict(yellow[0]).label != "yellow"
+    lesson = pupil.teach("yellow", yellow)
+    assert (lesson.name, lesson.photos, lesson.refused) == ("yellow", 8, ())
+    assert lesson.recall is not None
+    assert lesson.recall + sum(share for _, share in lesson.confused_with) == pytest.approx(1)
+    assert pupil.labels == ("red", "green", "blue", "yellow")
+    assert pupil.taught == {"yellow": 8}
+    assert pupil.predict(tints((235, 235, 20), 1)[0]).label == "yellow"
+    assert pupil.calibration(["red", "yellow"]) == pupil.bundle.info.known
+    assert pupil.calibration(["yellow", "a word"]) == pupil.bundle.info.open
+    known, mixed = pupil.embed_labels(["yellow", "red"]), pupil.embed_labels(["yellow", "a word"])
+    assert np.allclose(np.linalg.norm(np.r_[known, mixed], axis=1), 1, atol=1e-5)
+    assert not np.allclose(known[0], mixed[0])
+    pupil.forget("yellow")
+    assert pupil.labels == ("red", "green", "blue")
+    assert pupil.predict(RED) == before
+
+
+def test_a_trained_action_can_be_taught_again_and_forgotten(pupil: Recognizer) -> None:
+    trained = pupil.embed_labels(["blue"])
+    pupil.teach("blue", tints((10, 220, 240)))
+    assert pupil.labels == ("red", "green", "blue")
+    assert not np.allclose(pupil.embed_labels(["blue"]), trained)
+    pupil.forget("blue")
+    assert np.array_equal(pupil.embed_labels(["blue"]), trained)
+
+
+def test_bad_photos_are_named_and_the_others_teach(pupil: Recognizer, tmp_path: Path) -> None:
+    lesson = pupil.teach("yellow", [b"no image", *tints((240, 230, 10), 3), tmp_path / "absent.jpg"])
+    assert lesson.photos == 3
+    assert "absent.jpg" in str(lesson.refused[1])
+    assert len(lesson.to_dict()["refused"]) == 2
+    assert pupil.teach("teal", tints((0, 120, 120), 1)).recall is None
+    with pytest.raises(MediaError, match="no photo can be read"):
+        pupil.teach("nothing", [b"no image"])
+    with pytest.raises(UsageError, match="give some"):
+        pupil.teach("nothing", [])
+    for name in ("unknown", " ", "x" * 201):
+        with pytest.raises(UsageError):
+            pupil.teach(name, [RED])
+    with pytest.raises(UsageError, match="was not taught"):
+        pupil.forget("nothing")
+    assert set(pupil.taught) == {"yellow", "teal"}
+
+
+def test_taught_actions_are_kept_in_one_file_bound_to_the_bundle(
+    pupil: Recognizer, tmp_path: Path, make_info: Callable[..., BundleInfo], fake_runtime: FakeRuntime
+) -> None:
+    pupil.teach("yellow", tints((240, 230, 10)))
+    pupil.save_taught(tmp_path / "deep" / "mine.safetensors")
+    assert [f.name for f in (tmp_path / "deep").iterdir()] == ["mine.safetensors"]
+    again = Recognizer(pupil.bundle, fake_runtime)
+    again.load_taught(tmp_path / "deep" / "mine.safetensors")
+    assert again.taught == pupil.taught
+    assert np.array_equal(again.embed_labels(["yellow", "red"]), pupil.embed_labels(["yellow", "red"]))
+    other = write_bundle(
+        tmp_path / "other", make_info(), {"head.safetensors": save({"class_vectors": -np.eye(3, dtype=np.float32)})}
+    )
+    stranger = Recognizer(other, fake_runtime)
+    with pytest.raises(BundleError, match="another model"):
+        stranger.load_taught(tmp_path / "deep" / "mine.safetensors")
+    with pytest.raises(BundleError, match=r"no background\.safetensors"):
+        stranger.teach("yellow", [RED])
+    for content in (b"", b"\x10" * 40, save({"known": np.eye(3, dtype=np.float32)})):
+        (tmp_path / "bad").write_bytes(content)
+        with pytest.raises(BundleError, match="cannot read taught actions"):
+            again.load_taught(tmp_path / "bad")
+
+
+def test_teaching_while_others_ask(pupil: Recognizer) -> None:
+    def ask(_: int) -> bool:
+        answer = pupil.predict(RED)
+        return len(answer.top) in (3, 4) and answer.label != "unknown"
+
+    def teach(i: int) -> bool:
+        pupil.teach(f"action {i}", tints((240, 230, 10), 2))
+        pupil.forget(f"action {i}")
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(teach if i % 4 == 0 else ask, i) for i in range(40)]
+        assert all(job.result() for job in jobs)
+    assert pupil.taught == {}
+
+
+@pytest.mark.parametrize("model", ["mini", "clip-b16"])
+def test_the_models_carry_a_background(model: str) -> None:
+    from cliphar.bundle import packaged
+
+    info = BundleInfo.model_validate_json((packaged(model) / "bundle.json").read_bytes())
+    background = read_background(Bundle(packaged(model), info))
+    assert background.basis.shape == (64, info.embedding_dim)
+    assert 0.4 < np.linalg.norm(background.mean) < 1
+
+
+def test_teaching_from_the_command_line(tmp_path: Path, clean_env: dict[str, str], photos: list[Path]) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    with Image.open(photos[0]) as photo:
+        for i in range(3):
+            photo.crop((i * 9, i * 9, photo.width - 9, photo.height - 9)).save(folder / f"{i}.png")
+
+    def cliphar(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "cliphar", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=clean_env, cwd=tmp_path, check=False)
+
+    done = cliphar("model", "teach", "stroking_a cat", "photos", "--out", "mine", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["photos"] == 3
+    answer: dict[str, Any] = json.loads(
+        cliphar("predict", str(photos[0]), "--model", "./mine", "--json", "-k", "20").stdout
+    )
+    assert answer["label"] == "stroking a cat"
+    assert len(answer["top"]) == 16
+    assert cliphar("model", "teach", "waving", "photos", "--out", "mine").returncode == 2
+    (folder / "bad.png").write_bytes(b"no image")
+    more = cliphar("model", "teach", "waving", "photos", "--model", "./mine", "--out", "mine")
+    assert more.returncode == 1
+    assert "bad.png" in more.stderr
+    assert "from 3 photos" in more.stdout
+    assert cliphar("model", "verify", "./mine").returncode == 0
