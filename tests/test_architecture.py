@@ -22,6 +22,7 @@ ROOMS = (
     "evaluation",
     "export",
     "training",
+    "ui",
     "cli",
 )
 FREE = {"errors", "_version"}

@@ -9,6 +9,7 @@ from cliphar.labels._labels import (
     glossary,
     prompts,
     read_labels_file,
+    vocabularies,
 )
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "glossary",
     "prompts",
     "read_labels_file",
+    "vocabularies",
 ]

@@ -25,6 +25,7 @@ __all__ = [
     "glossary",
     "prompts",
     "read_labels_file",
+    "vocabularies",
 ]
 
 UNKNOWN = "unknown"
@@ -87,6 +88,13 @@ def _index() -> dict[str, tuple[str, ...]]:
         key = re.sub(r"\b(a|an|the)\b", " ", name.replace("-", " "))
         index[" ".join(key.split())] = descriptions
     return index
+
+
+@functools.cache
+def vocabularies() -> dict[str, tuple[str, ...]]:
+    """Ready lists of actions by name, for a home, a kitchen and other places; the first is what mini was trained on."""
+    text = resources.files(__package__).joinpath("vocabularies.json").read_text(encoding="utf-8")
+    return {name: tuple(labels) for name, labels in json.loads(text).items()}
 
 
 def prompts(label: str, templates: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -1,0 +1,28 @@
+"""cliphar app: the web page."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cliphar.cli._options import Model
+
+__all__ = ["page"]
+
+
+def page(
+    host: Annotated[str, typer.Option(envvar="CLIPHAR_APP_HOST", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(envvar="CLIPHAR_APP_PORT", min=1, max=65535, help="Port.")] = 8501,
+    api: Annotated[
+        str | None,
+        typer.Option(
+            envvar="CLIPHAR_API_URL", help="A running cliphar serve that answers.", show_default="answer by itself"
+        ),
+    ] = None,
+    model: Model = None,
+) -> None:
+    """Open the web page: photos, video, camera, teaching."""
+    from cliphar.ui import launch
+
+    launch(host, port, api=api, model=model)

@@ -1,0 +1,5 @@
+"""The web page: photos, video, camera, teaching and the models, for people who don't write code."""
+
+from cliphar.ui._launch import launch
+
+__all__ = ["launch"]

@@ -1,0 +1,34 @@
+"""The script that Streamlit runs for every visitor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import streamlit as st
+
+from cliphar.errors import ClipharError
+from cliphar.ui._photo import photo_page
+from cliphar.ui._session import backend
+from cliphar.ui._show import STYLE
+
+__all__ = ["app"]
+
+
+def app() -> None:
+    """Draw the chosen page."""
+    st.set_page_config(page_title="cliphar", page_icon=str(Path(__file__).with_name("icon.svg")), layout="wide")
+    st.html(STYLE)
+    page = st.navigation(
+        [st.Page(photo_page, title="Photo", icon=":material/photo_camera:", url_path="photo", default=True)],
+        position="top",
+    )
+    try:
+        where = backend().where
+        page.run()
+        st.caption(f"Answers by {where}. Photos stay in this session and are gone when it ends.")
+    except ClipharError as error:
+        st.error(f"{error}.", icon=":material/error:")
+
+
+if __name__ == "__main__":
+    app()

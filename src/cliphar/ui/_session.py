@@ -1,0 +1,115 @@
+"""What a visitor has at hand: the backend, the photos and the lists of actions. All of it lives in the session."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any
+
+import streamlit as st
+
+from cliphar.errors import MediaError, UsageError
+from cliphar.labels import clean_labels, glossary, vocabularies
+from cliphar.media import decode_image
+from cliphar.ui._backend import Backend, Photo, connect
+
+__all__ = ["MAX_PHOTOS", "add_photos", "backend", "choose_actions", "photos", "sample_photos"]
+
+MAX_PHOTOS = 50
+_MAX_BYTES = 150 * 2**20
+_OWN = "Your own"
+_THUMBNAIL = 480
+
+
+def backend() -> Backend:
+    """This session's backend; BundleError if there is no such model."""
+    if "backend" not in st.session_state:
+        st.session_state.backend = connect(os.environ.get("MODEL_PATH"))
+    found: Backend = st.session_state.backend
+    return found
+
+
+def photos(shelf: str) -> dict[str, Photo]:
+    """The photos that were put on a shelf (one a page), by digest, in their order."""
+    found: dict[str, Photo] = st.session_state.setdefault(f"{shelf}_photos", {})
+    return found
+
+
+def add_photos(shelf: str, files: Sequence[tuple[str, bytes]]) -> list[str]:
+    """Put photos on a shelf, each once; a line for each that was refused, saying why."""
+    there, refused = photos(shelf), []
+    for name, data in files:
+        digest = hashlib.sha256(data).hexdigest()
+        if digest in there:
+            continue
+        if len(there) >= MAX_PHOTOS:
+            refused.append(f"{name} was left out: {MAX_PHOTOS} photos are here already. Clear them to go on.")
+        elif sum(len(photo.data) for photo in there.values()) + len(data) > _MAX_BYTES:
+            refused.append(f"{name} was left out: the photos here would pass {_MAX_BYTES >> 20} MB. Clear some first.")
+        else:
+            try:
+                there[digest] = Photo(name, data, digest, _thumbnail(data))
+            except MediaError as error:
+                refused.append(f"{name} was left out: {error}.")
+    return refused
+
+
+def _thumbnail(data: bytes) -> bytes:
+    image = decode_image(data, min_side=_THUMBNAIL)
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
+def sample_photos() -> list[tuple[str, bytes]]:
+    """The photos that come with the package: name and encoded bytes."""
+    folder = resources.files("cliphar") / "assets" / "samples"
+    return sorted((file.name, file.read_bytes()) for file in folder.iterdir() if file.name.endswith(".jpg"))
+
+
+def choose_actions() -> tuple[str, ...]:
+    """The editor of the list of actions, the same on every page; an empty tuple while the list is empty."""
+    ready = vocabularies()
+    state = st.session_state
+    lists: dict[str, list[str]] = state.setdefault("lists", {name: list(words) for name, words in ready.items()})
+    lists.setdefault(_OWN, [])
+    state.setdefault("list_name", next(iter(ready)))
+    state.setdefault("actions", lists[state.list_name])
+
+    def switch() -> None:
+        state.actions = lists[state.list_name]
+
+    def edit() -> None:
+        state.refused_action = ""
+        try:
+            state.actions = lists[state.list_name] = (
+                list(clean_labels(",".join(state.actions))) if state.actions else []
+            )
+        except UsageError as error:
+            state.refused_action = str(error)
+            state.actions = lists[state.list_name]
+
+    def restore() -> None:
+        state.actions = lists[state.list_name] = list(ready.get(state.list_name, ()))
+
+    st.selectbox("List of actions", [*ready, _OWN], key="list_name", on_change=switch, persist_state="session")
+    chosen: list[Any] = st.multiselect(
+        "Actions to choose from",
+        list(dict.fromkeys((*state.actions, *glossary()))),
+        key="actions",
+        on_change=edit,
+        accept_new_options=True,
+        persist_state="session",
+        wrap=True,
+        placeholder="Type an action and press Enter",
+        help="Any words: type one and press Enter, or several with commas between. The cross takes one away.",
+    )
+    if state.get("refused_action"):
+        st.warning(f"That was not added: {state.refused_action}.", icon=":material/info:")
+    if state.list_name in ready and chosen != list(ready[state.list_name]):
+        st.button("Restore this list", on_click=restore, type="tertiary", icon=":material/undo:")
+    return tuple(chosen)

@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+from streamlit.testing.v1 import AppTest
+
+from cliphar.labels import clean_labels, vocabularies
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "src" / "cliphar" / "ui" / "_app.py"
+CHROMIUM = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def start(*options: str) -> tuple[subprocess.Popen[str], str]:
+    """A page on a port of its own, when it answers."""
+    port = free_port()
+    environment = {k: v for k, v in os.environ.items() if k != "MODEL_PATH" and not k.startswith("CLIPHAR_")}
+    environment["PYTHONPATH"] = str(ROOT / "src")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cliphar", "app", "--port", str(port), *options],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health", timeout=1):
+                return process, f"http://127.0.0.1:{port}"
+        except OSError:
+            time.sleep(0.1)
+    process.kill()
+    raise AssertionError(process.communicate()[0])
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    process, url = start()
+    yield url
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == 0, output
+    assert "Traceback" not in output
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=CHROMIUM)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Browser, address: str) -> Iterator[Page]:
+    """The Photo page in a window of its own. Nothing may be asked of any other machine."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    strange: list[str] = []
+    page.on("request", lambda request: strange.append(request.url))
+    page.goto(address)
+    expect(page.get_by_text("Answers by mini")).to_be_visible(timeout=30_000)
+    yield page
+    context.close()
+    own = re.compile(rf"(http|ws)://{re.escape(address.removeprefix('http://'))}/|data:|blob:")
+    assert [url for url in strange if not own.match(url)] == []
+
+
+def test_photos_are_answered_and_answers_follow_the_list(page: Page, photos: list[Path]) -> None:
+    page.locator("input[type=file]").set_input_files([str(photo) for photo in photos])
+    expect(page.locator(".cl-answer")).to_have_count(len(photos))
+    expect(page.get_by_role("img", name="the photo portrait.jpg")).to_be_visible()
+    words = page.get_by_role("combobox", name="Actions to choose from")
+    words.fill("smiling for a portrait, photographing a tower")
+    words.press("Enter")
+    words.press("Escape")
+    expect(page.get_by_text("smiling for a portrait").first).to_be_visible()
+    expect(page.locator(".cl-answer").first.get_by_role("listitem")).to_have_count(5)
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download answers").click()
+    lines = download.value.path().read_text().splitlines()
+    assert lines[0] == "path,label,score,set"
+    assert len(lines) == 1 + len(photos)
+    page.get_by_role("button", name="Clear all photos").click()
+    expect(page.locator(".cl-answer")).to_have_count(0)
+
+
+def test_a_damaged_photo_is_refused_in_words_and_the_others_are_answered(
+    page: Page, photos: list[Path], tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(photos[0].read_bytes()[:200])
+    page.locator("input[type=file]").set_input_files([str(broken), str(photos[0])])
+    expect(page.get_by_text("broken.jpg was left out")).to_be_visible()
+    expect(page.locator(".cl-answer")).to_have_count(1)
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> AppTest:
+    monkeypatch.delenv("MODEL_PATH", raising=False)
+    return AppTest.from_file(str(SCRIPT), default_timeout=30).run()
+
+
+def test_each_list_keeps_what_was_changed(script: AppTest) -> None:
+    assert not script.exception
+    assert script.multiselect(key="actions").value == list(vocabularies()["Everyday actions"])
+    script.selectbox(key="list_name").set_value("Kitchen").run()
+    kitchen = list(vocabularies()["Kitchen"])
+    assert script.multiselect(key="actions").value == kitchen
+    script.multiselect(key="actions").set_value([*kitchen, "flipping a pancake,  juggling_eggs"]).run()
+    longer = [*kitchen, "flipping a pancake", "juggling eggs"]
+    assert script.multiselect(key="actions").value == longer
+    script.selectbox(key="list_name").set_value("Sports").run()
+    script.selectbox(key="list_name").set_value("Kitchen").run()
+    assert script.multiselect(key="actions").value == longer
+
+
+def test_what_cannot_be_an_action_is_said(script: AppTest) -> None:
+    script.multiselect(key="actions").set_value(["unknown"]).run()
+    assert "cannot be a label" in script.warning[0].value
+    assert script.multiselect(key="actions").value == list(vocabularies()["Everyday actions"])
+
+
+def test_a_model_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODEL_PATH", "/no/such/bundle")
+    script = AppTest.from_file(str(SCRIPT), default_timeout=30).run()
+    assert not script.exception
+    assert "/no/such/bundle" in script.error[0].value
+
+
+def test_a_taken_port_is_one_line() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = subprocess.run(
+            [sys.executable, "-m", "cliphar", "app", "--port", str(taken.getsockname()[1])],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == 2
+    assert re.fullmatch(r"cliphar: cannot listen on .*\n", done.stderr)
+
+
+@pytest.mark.parametrize("name", vocabularies())
+def test_ready_lists_are_clean(name: str) -> None:
+    assert clean_labels(vocabularies()[name]) == vocabularies()[name]
