@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import os
 import re
 import signal
@@ -85,6 +86,12 @@ def page(browser: Browser, address: str) -> Iterator[Page]:
     assert [url for url in strange if not own.match(url)] == []
 
 
+def visit(page: Page, name: str, heading: str) -> None:
+    page.get_by_role("link", name=name).click()
+    expect(page.get_by_role("heading", name=heading)).to_be_visible()
+    expect(page.get_by_test_id("stStatusWidget")).to_have_count(0)
+
+
 def test_photos_are_answered_and_answers_follow_the_list(page: Page, photos: list[Path]) -> None:
     page.locator("input[type=file]").set_input_files([str(photo) for photo in photos])
     expect(page.locator(".cl-answer")).to_have_count(len(photos))
@@ -112,6 +119,40 @@ def test_a_damaged_photo_is_refused_in_words_and_the_others_are_answered(
     page.locator("input[type=file]").set_input_files([str(broken), str(photos[0])])
     expect(page.get_by_text("broken.jpg was left out")).to_be_visible()
     expect(page.locator(".cl-answer")).to_have_count(1)
+
+
+def test_a_photo_can_be_pasted(page: Page, photos: list[Path]) -> None:
+    page.get_by_text("or paste one").wait_for()
+    paste(page, photos[0])
+    expect(page.locator(".cl-answer")).to_have_count(1)
+
+
+def paste(page: Page, photo: Path) -> None:
+    page.evaluate(
+        """(encoded) => {
+            const bytes = Uint8Array.from(atob(encoded), (c) => c.charCodeAt(0));
+            const clipboard = new DataTransfer();
+            clipboard.items.add(new File([bytes], "pasted.jpg", { type: "image/jpeg" }));
+            document.dispatchEvent(new ClipboardEvent("paste", { clipboardData: clipboard }));
+        }""",
+        base64.b64encode(photo.read_bytes()).decode(),
+    )
+
+
+def test_an_action_is_taught_kept_and_used(page: Page, photos: list[Path]) -> None:
+    visit(page, "Teach", "Teach it an action")
+    page.get_by_role("button", name="Teach", exact=True).click()
+    expect(page.get_by_text("Give the action a name first")).to_be_visible()
+    page.get_by_role("textbox", name="Name of the action").fill("standing for the camera")
+    page.locator("input[type=file]").set_input_files([str(photo) for photo in photos])
+    expect(page.get_by_role("img", name="example: ")).to_have_count(3)
+    page.get_by_role("button", name="Teach", exact=True).click()
+    expect(page.get_by_text(re.compile("^[0-3] of 3$"))).to_be_visible()
+    page.get_by_role("button", name="Keep it").click()
+    expect(page.get_by_text("standing for the camera, from 3 photos")).to_be_visible()
+    visit(page, "Photo", "What are they doing?")
+    page.locator("input[type=file]").set_input_files(str(photos[-1]))
+    expect(page.locator(".cl-answer h3")).to_have_text("standing for the camera")
 
 
 @pytest.fixture

@@ -204,3 +204,12 @@ def test_teaching_from_the_command_line(tmp_path: Path, clean_env: dict[str, str
     assert "bad.png" in more.stderr
     assert "from 3 photos" in more.stdout
     assert cliphar("model", "verify", "./mine").returncode == 0
+
+
+def test_a_fork_shares_what_was_taught_and_learns_on_its_own(pupil: Recognizer) -> None:
+    pupil.teach("crimson", tints((200, 20, 40)))
+    other = pupil.fork()
+    other.teach("teal", tints((10, 140, 130)))
+    other.forget("crimson")
+    assert (set(pupil.taught), set(other.taught)) == ({"crimson"}, {"teal"})
+    assert other.runtime is pupil.runtime

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 from collections import Counter, OrderedDict, deque
@@ -63,6 +64,10 @@ class Recognizer:
         self._taught: dict[str, Taught] = {}
         if TAUGHT_FILE in bundle.info.files:
             self._taught = read_taught(bundle.file(TAUGHT_FILE), bundle)
+
+    def fork(self) -> Recognizer:
+        """Another one that shares the model and its caches, knows what this one was taught, and learns on its own."""
+        return copy.copy(self)  # what was taught is replaced, never changed, so a shallow copy is enough
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from cliphar.errors import ClipharError
 from cliphar.ui._photo import photo_page
 from cliphar.ui._session import backend
 from cliphar.ui._show import STYLE
+from cliphar.ui._teach import teach_page
 
 __all__ = ["app"]
 
@@ -18,10 +19,14 @@ def app() -> None:
     """Draw the chosen page."""
     st.set_page_config(page_title="cliphar", page_icon=str(Path(__file__).with_name("icon.svg")), layout="wide")
     st.html(STYLE)
-    page = st.navigation(
-        [st.Page(photo_page, title="Photo", icon=":material/photo_camera:", url_path="photo", default=True)],
-        position="top",
-    )
+    pages = [
+        st.Page(photo_page, title="Photo", icon=":material/photo_camera:", url_path="photo", default=True),
+        st.Page(teach_page, title="Teach", icon=":material/school:", url_path="teach"),
+    ]
+    page = st.navigation(pages, position="hidden")
+    with st.container(horizontal=True, gap="small", key="pages"):  # Streamlit's own bar hides behind a button on phones
+        for one in pages:
+            st.page_link(one)
     try:
         where = backend().where
         page.run()

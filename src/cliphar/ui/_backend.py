@@ -1,23 +1,15 @@
-"""Who answers: the recogniser in this process, or a service. The page knows only the protocol."""
+"""Who answers: the recogniser in this process, or a service. The pages know only this protocol."""
 
 from __future__ import annotations
 
-import functools
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from cliphar.errors import MediaError
-from cliphar.recognizer import Prediction, Recognizer, load, to_predictions
+from cliphar.recognizer import Lesson, Prediction
 
-__all__ = ["Backend", "LocalBackend", "Photo", "connect"]
-
-_KEPT_EMBEDDINGS = 1000
-_TOP = 1000
+__all__ = ["Backend", "Photo"]
 
 
 @dataclass(frozen=True)
@@ -31,49 +23,39 @@ class Photo:
 
 
 class Backend(Protocol):
-    """What the page asks for. One belongs to one session."""
+    """What the pages ask for. One belongs to one session. All calls may raise a ClipharError."""
 
-    where: str
+    @property
+    def where(self) -> str:
+        """Who answers, in words."""
+        ...
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The actions that the model was trained on, then those it was taught."""
+        ...
+
+    @property
+    def taught(self) -> dict[str, int]:
+        """The actions that were taught and kept, and from how many photos each."""
+        ...
 
     def answer(self, photos: Sequence[Photo], labels: Sequence[str], coverage: float) -> list[Prediction | MediaError]:
         """One answer a photo, with every label in ``top``; a photo that is refused gets its error."""
         ...
 
+    def teach(self, name: str, photos: Sequence[Photo]) -> Lesson:
+        """Learn an action for a trial, until it is kept or discarded."""
+        ...
 
-@functools.lru_cache(maxsize=2)
-def _shared(model: str | None) -> Recognizer:
-    return load(model)
+    def keep(self) -> None:
+        """Keep what was last taught."""
+        ...
 
+    def discard(self) -> None:
+        """Drop what was last taught; what was known before is as it was."""
+        ...
 
-def connect(model: str | None) -> Backend:
-    """A backend for a new session: the service at CLIPHAR_API_URL, else the model in this process."""
-    return LocalBackend(_shared(model))
-
-
-class LocalBackend:
-    """The recogniser in this process. The model is shared; what is taught and remembered belongs to the session."""
-
-    def __init__(self, shared: Recognizer) -> None:
-        self.recognizer = Recognizer(shared.bundle, shared.runtime)
-        self.where = f"{shared.bundle.info.name} in this page's own process, on {shared.runtime.name}"
-        self._embeddings: OrderedDict[str, NDArray[np.float32] | MediaError] = OrderedDict()
-
-    def answer(self, photos: Sequence[Photo], labels: Sequence[str], coverage: float) -> list[Prediction | MediaError]:
-        """See :class:`Backend`. A photo is embedded once, so that other labels cost only a product of matrices."""
-        found = self._embed(photos)
-        good = [one for one in found if not isinstance(one, MediaError)]
-        if not good:
-            return [one for one in found if isinstance(one, MediaError)]
-        chosen = tuple(labels)
-        cosines = np.stack(good) @ self.recognizer.embed_labels(chosen).T
-        answers = iter(to_predictions(cosines, chosen, self.recognizer.calibration(chosen), _TOP, coverage))
-        return [one if isinstance(one, MediaError) else next(answers) for one in found]
-
-    def _embed(self, photos: Sequence[Photo]) -> list[NDArray[np.float32] | MediaError]:
-        new = {photo.digest: photo.data for photo in photos if photo.digest not in self._embeddings}
-        for digest, embedding in zip(new, self.recognizer.embed_images(new.values()), strict=True):
-            self._embeddings[digest] = embedding
-        found = [self._embeddings[photo.digest] for photo in photos]
-        while len(self._embeddings) > _KEPT_EMBEDDINGS:
-            self._embeddings.popitem(last=False)
-        return found
+    def forget(self, name: str) -> None:
+        """Forget an action that was kept."""
+        ...

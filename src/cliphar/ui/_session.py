@@ -7,27 +7,37 @@ import io
 import os
 from collections.abc import Sequence
 from importlib import resources
-from typing import Any
 
 import streamlit as st
 
 from cliphar.errors import MediaError, UsageError
 from cliphar.labels import clean_labels, glossary, vocabularies
 from cliphar.media import decode_image
-from cliphar.ui._backend import Backend, Photo, connect
+from cliphar.ui._backend import Backend, Photo
+from cliphar.ui._local import LocalBackend
 
-__all__ = ["MAX_PHOTOS", "add_photos", "backend", "choose_actions", "photos", "sample_photos"]
+__all__ = [
+    "MAX_PHOTOS",
+    "add_photos",
+    "backend",
+    "choose_actions",
+    "choose_coverage",
+    "know_action",
+    "photos",
+    "sample_photos",
+]
 
 MAX_PHOTOS = 50
 _MAX_BYTES = 150 * 2**20
-_OWN = "Your own"
 _THUMBNAIL = 480
+_KNOWN = "What the model knows"
+_OWN = "Your own"
 
 
 def backend() -> Backend:
     """This session's backend; BundleError if there is no such model."""
     if "backend" not in st.session_state:
-        st.session_state.backend = connect(os.environ.get("MODEL_PATH"))
+        st.session_state.backend = LocalBackend(os.environ.get("MODEL_PATH"))
     found: Backend = st.session_state.backend
     return found
 
@@ -71,33 +81,51 @@ def sample_photos() -> list[tuple[str, bytes]]:
     return sorted((file.name, file.read_bytes()) for file in folder.iterdir() if file.name.endswith(".jpg"))
 
 
+def _lists() -> dict[str, list[str]]:
+    """The lists as the visitor has them, by name: what the model knows, the ready ones, and an empty one."""
+    state = st.session_state
+    if "lists" not in state:
+        known = list(backend().labels)
+        ready = {name: list(words) for name, words in vocabularies().items() if set(words) != set(known)}
+        state.ready_lists = ({_KNOWN: known} if known else {}) | ready | {_OWN: []}
+        state.lists = dict(state.ready_lists)
+        state.list_name = next(iter(state.lists))
+        state.actions = state.lists[state.list_name]
+    found: dict[str, list[str]] = state.lists
+    return found
+
+
+def know_action(name: str, *, known: bool = True) -> None:
+    """Add an action to the list of what the model knows, and choose that list; or take one off."""
+    lists, state = _lists(), st.session_state
+    lists.setdefault(_KNOWN, [])
+    for shelf in (lists, state.ready_lists):
+        others = [label for label in shelf.get(_KNOWN, []) if label != name]
+        shelf[_KNOWN] = [*others, name] if known or name in backend().labels else others
+    if known:
+        state.list_name = _KNOWN
+    state.actions = lists[state.list_name]
+
+
 def choose_actions() -> tuple[str, ...]:
     """The editor of the list of actions, the same on every page; an empty tuple while the list is empty."""
-    ready = vocabularies()
-    state = st.session_state
-    lists: dict[str, list[str]] = state.setdefault("lists", {name: list(words) for name, words in ready.items()})
-    lists.setdefault(_OWN, [])
-    state.setdefault("list_name", next(iter(ready)))
-    state.setdefault("actions", lists[state.list_name])
+    lists, state = _lists(), st.session_state
 
     def switch() -> None:
         state.actions = lists[state.list_name]
 
     def edit() -> None:
-        state.refused_action = ""
         try:
-            state.actions = lists[state.list_name] = (
-                list(clean_labels(",".join(state.actions))) if state.actions else []
-            )
+            lists[state.list_name] = list(clean_labels(",".join(state.actions))) if state.actions else []
         except UsageError as error:
             state.refused_action = str(error)
-            state.actions = lists[state.list_name]
+        state.actions = lists[state.list_name]
 
     def restore() -> None:
-        state.actions = lists[state.list_name] = list(ready.get(state.list_name, ()))
+        state.actions = lists[state.list_name] = state.ready_lists[state.list_name]
 
-    st.selectbox("List of actions", [*ready, _OWN], key="list_name", on_change=switch, persist_state="session")
-    chosen: list[Any] = st.multiselect(
+    st.selectbox("List of actions", list(lists), key="list_name", on_change=switch, persist_state="session")
+    chosen = st.multiselect(
         "Actions to choose from",
         list(dict.fromkeys((*state.actions, *glossary()))),
         key="actions",
@@ -108,8 +136,22 @@ def choose_actions() -> tuple[str, ...]:
         placeholder="Type an action and press Enter",
         help="Any words: type one and press Enter, or several with commas between. The cross takes one away.",
     )
-    if state.get("refused_action"):
-        st.warning(f"That was not added: {state.refused_action}.", icon=":material/info:")
-    if state.list_name in ready and chosen != list(ready[state.list_name]):
+    if refused := state.pop("refused_action", None):
+        st.warning(f"That was not added: {refused}.", icon=":material/info:")
+    if state.list_name != _OWN and chosen != state.ready_lists[state.list_name]:
         st.button("Restore this list", on_click=restore, type="tertiary", icon=":material/undo:")
     return tuple(chosen)
+
+
+def choose_coverage() -> float:
+    """How often the set of filled bars should hold the true action, 0.5 to 0.99."""
+    coverage: float = st.select_slider(
+        "How often the filled bars should hold the true action",
+        [0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99],
+        value=0.9,
+        format_func=lambda share: f"{share * 100:.0f} %",
+        key="coverage",
+        persist_state="session",
+        help="More certainty takes more labels. Measured on photos that the model never saw.",
+    )
+    return coverage

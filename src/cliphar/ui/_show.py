@@ -10,7 +10,12 @@ from cliphar.recognizer import Prediction
 __all__ = ["STYLE", "answer_html"]
 
 STYLE = """<style>
-.block-container, .stMainBlockContainer { padding-top: 4.5rem; padding-bottom: 3rem; max-width: 76rem; }
+.stMainBlockContainer { padding-top: 1rem; padding-bottom: 3rem; max-width: 76rem; }
+.stAppHeader, .stAppHeader :not(button, button *) { background: transparent; pointer-events: none; }
+.stMainBlockContainer h1 { font-size: 2.1rem; padding: .6rem 0 1rem; }
+.stMainBlockContainer h2, .stMainBlockContainer h3 { font-size: 1.35rem; }
+.stMultiSelect [data-tag] { background: color-mix(in srgb, #12948c 16%, transparent); color: inherit; }
+.stMultiSelect [role="group"] { max-height: 17rem; }
 .cl-answer { line-height: 1.35; }
 .cl-answer h3 { font-size: 1.45rem; font-weight: 650; margin: 0; padding: 0; overflow-wrap: anywhere; }
 .cl-answer p { margin: .15rem 0 .7rem; opacity: .8; font-size: .92rem; }

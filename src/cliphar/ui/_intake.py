@@ -1,0 +1,62 @@
+"""How photos come in: from files, the clipboard, the camera or the samples, onto a page's shelf."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from cliphar.ui._components import pasted_photos
+from cliphar.ui._session import add_photos, photos, sample_photos
+
+__all__ = ["clear_photos", "offer_samples", "take_in"]
+
+_TYPES = ["jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff", "ppm", "jfif"]
+_MAX_MB = 50
+
+
+def take_in(shelf: str) -> None:
+    """Ways to bring photos in; what is refused is said below them."""
+    state = st.session_state
+    seen: set[str] = state.setdefault(f"{shelf}_seen", set())
+    new: list[tuple[str, bytes]] = []
+    files, camera = st.tabs(["Photos", "Camera"])
+    with files:
+        uploads = st.file_uploader(
+            "Drop photos here, or choose them",
+            type=_TYPES,
+            accept_multiple_files=True,
+            max_upload_size=_MAX_MB,
+            key=f"{shelf}_upload_{state.get(f'{shelf}_round', 0)}",
+        )
+        pasted, large = pasted_photos(f"{shelf}_paste", _MAX_MB)
+    with camera:
+        shot = None
+        if st.toggle("Turn on the camera", key=f"{shelf}_camera"):
+            shot = st.camera_input("Take a photo", key=f"{shelf}_shot")
+    for file in [*uploads, *([shot] if shot else [])]:
+        if file.file_id not in seen:
+            seen.add(file.file_id)
+            new.append((file.name, file.getvalue()))
+    for line in add_photos(shelf, new + pasted):
+        st.error(line, icon=":material/error:")
+    for name in large:
+        st.error(f"{name} was left out: it is over {_MAX_MB} MB. Make it smaller first.", icon=":material/error:")
+
+
+def offer_samples(shelf: str) -> None:
+    """The sample photos, each with a button that takes it."""
+    with st.container(horizontal=True):
+        for name, data in sample_photos():
+            title = name.removesuffix(".jpg")
+            with st.container(width=150):
+                st.image(data, alt=f"sample photo: {title}", width=140)
+                st.button(f"Try {title}", key=f"{shelf}_{name}", on_click=_add_sample, args=(shelf, name, data))
+
+
+def _add_sample(shelf: str, name: str, data: bytes) -> None:
+    add_photos(shelf, [(name, data)])
+
+
+def clear_photos(shelf: str) -> None:
+    """Take all photos off a shelf, and their names out of the upload field."""
+    photos(shelf).clear()
+    st.session_state[f"{shelf}_round"] = st.session_state.get(f"{shelf}_round", 0) + 1

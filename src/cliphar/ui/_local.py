@@ -1,0 +1,101 @@
+"""The recogniser in the page's own process."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cliphar.errors import MediaError
+from cliphar.labels import vocabularies
+from cliphar.recognizer import Lesson, Prediction, Recognizer, load, to_predictions
+from cliphar.ui._backend import Photo
+
+__all__ = ["LocalBackend"]
+
+_KEPT_EMBEDDINGS = 1000
+_TOP = 1000
+
+
+@functools.lru_cache(maxsize=2)
+def _shared(model: str | None) -> Recognizer:
+    recognizer = load(model)
+    # a list's first words take a moment each; the visitor is still looking at the page
+    threading.Thread(target=_embed_ready_lists, args=(recognizer,)).start()
+    return recognizer
+
+
+def _embed_ready_lists(recognizer: Recognizer) -> None:
+    for labels in (recognizer.labels, *vocabularies().values()):
+        for label in labels:
+            if not threading.main_thread().is_alive():  # the page is being stopped
+                return
+            recognizer.embed_labels([label, "anything"])
+
+
+class LocalBackend:
+    """A :class:`Backend` whose model is shared with all sessions; what is taught belongs to the session."""
+
+    def __init__(self, model: str | None) -> None:
+        self._recognizer = _shared(model).fork()
+        self._trial: Recognizer | None = None
+        self._embeddings: OrderedDict[str, NDArray[np.float32] | MediaError] = OrderedDict()
+
+    @property
+    def where(self) -> str:
+        """The model and the runtime."""
+        return f"{self._recognizer.bundle.info.name} in this page's own process, on {self._recognizer.runtime.name}"
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Trained, then taught."""
+        return self._recognizer.labels
+
+    @property
+    def taught(self) -> dict[str, int]:
+        """Taught in this session."""
+        return self._recognizer.taught
+
+    def answer(self, photos: Sequence[Photo], labels: Sequence[str], coverage: float) -> list[Prediction | MediaError]:
+        """A photo is embedded once, so that other labels cost only a product of matrices."""
+        found = self._embed(photos)
+        good = [one for one in found if not isinstance(one, MediaError)]
+        if not good:
+            return [one for one in found if isinstance(one, MediaError)]
+        chosen = tuple(labels)
+        cosines = np.stack(good) @ self._recognizer.embed_labels(chosen).T
+        answers = iter(to_predictions(cosines, chosen, self._recognizer.calibration(chosen), _TOP, coverage))
+        return [one if isinstance(one, MediaError) else next(answers) for one in found]
+
+    def _embed(self, photos: Sequence[Photo]) -> list[NDArray[np.float32] | MediaError]:
+        new = {photo.digest: photo.data for photo in photos if photo.digest not in self._embeddings}
+        for digest, embedding in zip(new, self._recognizer.embed_images(new.values()), strict=True):
+            self._embeddings[digest] = embedding
+        found = [self._embeddings[photo.digest] for photo in photos]
+        while len(self._embeddings) > _KEPT_EMBEDDINGS:
+            self._embeddings.popitem(last=False)
+        return found
+
+    def teach(self, name: str, photos: Sequence[Photo]) -> Lesson:
+        """Taught to a copy, which takes the place of the session's recogniser if it is kept."""
+        trial = self._recognizer.fork()
+        lesson = trial.teach(name, [photo.data for photo in photos])
+        self._trial = trial
+        return lesson
+
+    def keep(self) -> None:
+        """The copy takes over."""
+        if self._trial:
+            self._recognizer, self._trial = self._trial, None
+
+    def discard(self) -> None:
+        """The copy is dropped."""
+        self._trial = None
+
+    def forget(self, name: str) -> None:
+        """In this session."""
+        self._recognizer.forget(name)
