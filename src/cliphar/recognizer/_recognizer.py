@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
-from typing import overload
+from typing import TypeAlias, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,9 @@ from cliphar.runtime import OnnxRuntime, Runtime, cpu_quota
 __all__ = ["Recognizer", "load"]
 
 _CACHED_LABELS = 10_000
+
+# labels, their vectors float32 [C,D], and the calibration that holds for them
+_Choice: TypeAlias = tuple[tuple[str, ...], NDArray[np.float32], Calibration]
 
 
 def load(
@@ -239,6 +242,25 @@ class Recognizer:
         Raises:
             UsageError: at the call, for bad labels, ``top_k`` or ``coverage``.
         """
+        return self._run(images, self._choice(labels, top_k, coverage), top_k, coverage)
+
+    def score(
+        self,
+        embeddings: NDArray[np.float32],
+        labels: Iterable[str] | None = None,
+        *,
+        top_k: int = 5,
+        coverage: float = 0.9,
+    ) -> list[Prediction]:
+        """Answers for photos that were embedded: float32 [N,D], unit length. No model is run, but for new words.
+
+        Raises:
+            UsageError: bad labels, ``top_k`` or ``coverage``.
+        """
+        chosen, vectors, calibration = self._choice(labels, top_k, coverage)
+        return to_predictions(embeddings @ vectors.T, chosen, calibration, top_k, coverage)
+
+    def _choice(self, labels: Iterable[str] | None, top_k: int, coverage: float) -> _Choice:
         taught = self._taught
         chosen = tuple(dict.fromkeys((*self._known, *taught))) if labels is None else clean_labels(labels)
         if not chosen:
@@ -247,18 +269,16 @@ class Recognizer:
             raise UsageError(f"top-k {top_k} is below 1")
         if not 0 < coverage < 1:
             raise UsageError(f"coverage {coverage} is not between 0 and 1; 0.9 is usual")
-        vectors, calibration = self._vectors(chosen, taught), self._calibration(chosen, taught)
-        return self._run(images, vectors, chosen, calibration, top_k, coverage)
+        return chosen, self._vectors(chosen, taught), self._calibration(chosen, taught)
 
     def _run(
         self,
         images: Iterable[ImageLike],
-        vectors: NDArray[np.float32],
-        labels: tuple[str, ...],
-        calibration: Calibration,
+        choice: _Choice,
         top_k: int,
         coverage: float,
     ) -> Generator[Prediction | MediaError, None, None]:
+        labels, vectors, calibration = choice
         for embeddings in self._embed_batches(images):
             good = [embedding for embedding in embeddings if not isinstance(embedding, MediaError)]
             answers: Iterator[Prediction] = iter(())

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cliphar.errors import MediaError
 from cliphar.labels import vocabularies
-from cliphar.recognizer import Lesson, Prediction, Recognizer, load, to_predictions
+from cliphar.recognizer import Lesson, Prediction, Recognizer, load
 from cliphar.ui._backend import Photo
 
 __all__ = ["LocalBackend"]
@@ -66,9 +66,7 @@ class LocalBackend:
         good = [one for one in found if not isinstance(one, MediaError)]
         if not good:
             return [one for one in found if isinstance(one, MediaError)]
-        chosen = tuple(labels)
-        cosines = np.stack(good) @ self._recognizer.embed_labels(chosen).T
-        answers = iter(to_predictions(cosines, chosen, self._recognizer.calibration(chosen), _TOP, coverage))
+        answers = iter(self._recognizer.score(np.stack(good), labels, top_k=_TOP, coverage=coverage))
         return [one if isinstance(one, MediaError) else next(answers) for one in found]
 
     def _embed(self, photos: Sequence[Photo]) -> list[NDArray[np.float32] | MediaError]:
