@@ -5,15 +5,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
-import json
-import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,34 +24,9 @@ from cliphar.errors import MediaError, UsageError
 from cliphar.recognizer import Prediction, Recognizer
 from cliphar.serving import Engine
 from cliphar.serving._problems import ProblemError
+from serving_process import serving
 
 PACKAGE = Path(cliphar.__file__).parent
-
-
-@contextmanager
-def serving(env: dict[str, str], *arguments: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    command = [sys.executable, "-m", "cliphar", "serve", "--port", "0", *arguments]
-    with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        first = process.stderr.readline()
-        try:
-            assert '"ready"' in first, first + process.stderr.read()
-            threading.Thread(target=process.stderr.read, daemon=True).start()  # a full pipe would stop it
-            yield json.loads(first)["address"], process
-        finally:
-            process.terminate()
-            process.wait(30)
-
-
-@pytest.fixture(scope="module")
-def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    kept = {k: v for k, v in os.environ.items() if k != "MODEL_PATH" and not k.startswith("CLIPHAR_")}
-    state = tmp_path_factory.mktemp("state")
-    with serving(kept | {"CLIPHAR_STATE": str(state), "PYTHONPATH": str(Path(__file__).parents[1] / "src")}) as (
-        url,
-        _,
-    ):
-        yield url
 
 
 def problem(response: httpx.Response, status: int) -> str:

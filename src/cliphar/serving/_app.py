@@ -7,7 +7,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from cliphar._version import __version__
-from cliphar.serving import _legacy, _routes
+from cliphar.serving import _legacy, _open_inference, _routes
 from cliphar.serving._keys import Keys
 from cliphar.serving._middleware import Around
 from cliphar.serving._problems import ProblemError, add_problem_handlers
@@ -50,5 +50,6 @@ def create_app(service: Service) -> FastAPI:
         return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
     app.include_router(_routes.router)
+    app.include_router(_open_inference.router)
     app.include_router(_legacy.router)
     return app

@@ -32,7 +32,7 @@ Observer = Callable[[str, float], None]
 
 @dataclass
 class _Work:
-    content: bytes
+    content: bytes | Square
     key: bytes
     done: asyncio.Future[Embedding | MediaError]
     since: float
@@ -66,7 +66,7 @@ class Engine:
     """Embeds photos for many callers at once. Used from one event loop.
 
     Args:
-        prepare: encoded bytes -> uint8 [S,S,3]; raises MediaError. Called on threads.
+        prepare: encoded bytes, or a square -> uint8 [S,S,3]; raises MediaError. Called on threads.
         encode: uint8 [N,S,S,3] -> float32 [N,D]. Called on one thread.
         queue_size: photos that may be waiting or worked on; more are refused.
         max_batch: photos the model is given at once, at most.
@@ -76,7 +76,7 @@ class Engine:
 
     def __init__(
         self,
-        prepare: Callable[[bytes], Square],
+        prepare: Callable[[bytes | Square], Square],
         encode: Callable[[Square], Embedding],
         *,
         queue_size: int,
@@ -99,7 +99,7 @@ class Engine:
         """About how long it takes to work off what is pending."""
         return self.pending / self._rate
 
-    async def embed(self, contents: Sequence[bytes], deadline_s: float) -> list[Embedding | MediaError]:
+    async def embed(self, contents: Sequence[bytes | Square], deadline_s: float) -> list[Embedding | MediaError]:
         """An embedding for each photo, float32 [D], or its MediaError; in order.
 
         Raises:
@@ -119,8 +119,9 @@ class Engine:
             for work in works:
                 self._leave(work)
 
-    def _join(self, caller: int, content: bytes) -> _Work:
-        key = hashlib.blake2b(content, digest_size=16).digest()
+    def _join(self, caller: int, content: bytes | Square) -> _Work:
+        data = content if isinstance(content, bytes) else content.tobytes()
+        key = hashlib.blake2b(data, digest_size=16).digest()
         work = self._shared.get(key)
         if work is None:
             work = _Work(content, key, asyncio.get_running_loop().create_future(), time.perf_counter())

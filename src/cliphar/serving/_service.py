@@ -46,7 +46,9 @@ class Service:
         recognizer = load(settings.model, provider=settings.provider, threads=settings.threads)
         spec, metrics = recognizer.bundle.info.image, Metrics()
 
-        def prepare(content: bytes) -> NDArray[np.uint8]:
+        def prepare(content: bytes | NDArray[np.uint8]) -> NDArray[np.uint8]:
+            if isinstance(content, np.ndarray):
+                return content
             image = decode_image(content, min_side=spec.size, max_pixels=settings.max_pixels)
             return to_square(image, spec.size, spec.max_aspect)
 
@@ -64,8 +66,8 @@ class Service:
         service.ready = True
         return service
 
-    async def embed(self, contents: Sequence[bytes]) -> list[NDArray[np.float32] | MediaError]:
-        """An embedding for each photo, or why it has none."""
+    async def embed(self, contents: Sequence[bytes | NDArray[np.uint8]]) -> list[NDArray[np.float32] | MediaError]:
+        """An embedding for each photo (encoded, or uint8 [S,S,3]), or why it has none."""
         if not contents:
             raise ProblemError(422, "no images; give at least one")
         if len(contents) > self.settings.max_images:
@@ -75,7 +77,11 @@ class Service:
         return await self.engine.embed(contents, self.settings.deadline_s)
 
     async def answer(
-        self, contents: Sequence[bytes], labels: Sequence[str] | str | None, top_k: int, coverage: float
+        self,
+        contents: Sequence[bytes | NDArray[np.uint8]],
+        labels: Sequence[str] | str | None,
+        top_k: int,
+        coverage: float,
     ) -> list[Prediction | MediaError]:
         """An answer for each photo, or why it has none; ``labels`` as a text names a vocabulary or has commas."""
         await asyncio.to_thread(self.state.refresh)
