@@ -22,8 +22,6 @@ ROOMS = (
     "evaluation",
     "export",
     "training",
-    "client",
-    "serving",
     "ui",
     "cli",
 )

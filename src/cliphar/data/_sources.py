@@ -18,12 +18,14 @@ __all__ = ["Photo", "list_labelled", "read_captioned", "read_labelled"]
 
 @dataclass(frozen=True)
 class Photo:
-    """An encoded photo with what is known of it: a label (spaces, not underscores) or captions."""
+    """An encoded photo (or clip) with what is known of it: a label (spaces, not underscores), captions, and the part
+    of the data that it belongs to: ``train``, ``val`` or ``test``, or None."""
 
     key: str
     content: bytes
     label: str | None = None
     captions: tuple[str, ...] = ()
+    split: str | None = None
 
 
 def _files(path: Path) -> Iterator[tuple[str, bytes]]:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["EfficientNetLite"]
+__all__ = ["SCALES", "EfficientNetLite"]
 
 
 class _Stage(NamedTuple):
@@ -34,7 +34,7 @@ _STAGES = (
     _Stage(4, 5, 2, 6, 192),
     _Stage(1, 3, 1, 6, 320),
 )
-_SCALES = {"lite0": (1.0, 1.0), "lite1": (1.0, 1.1), "lite2": (1.1, 1.2)}  # width, depth
+SCALES = {"lite0": (1.0, 1.0), "lite1": (1.0, 1.1), "lite2": (1.1, 1.2)}  # width, depth
 _STEM, _HEAD = 32, 1280
 
 
@@ -107,9 +107,9 @@ class EfficientNetLite(nn.Module):
 
     def __init__(self, scale: str = "lite0", drop_path: float = 0.0) -> None:
         super().__init__()
-        if scale not in _SCALES:
-            raise ValueError(f"unknown EfficientNet-Lite {scale!r}; choose one of {', '.join(_SCALES)}")
-        width_scale, depth_scale = _SCALES[scale]
+        if scale not in SCALES:
+            raise ValueError(f"unknown EfficientNet-Lite {scale!r}; choose one of {', '.join(SCALES)}")
+        width_scale, depth_scale = SCALES[scale]
         self._conv_stem = _SameConv2d(3, _STEM, 3, 2, bias=False)
         self._bn0 = _batch_norm(_STEM)
         plan: list[tuple[int, _Stage, int, int]] = []

@@ -26,7 +26,6 @@ __all__ = ["BACKGROUND_FILE", "Background", "fit_background", "gda_vectors", "re
 
 BACKGROUND_FILE = "background.safetensors"
 _RANK = 64
-_TEXT_PHOTOS = 4.0  # what the text is worth: with as many photos, text and photos count the same
 
 
 @dataclass(frozen=True)
@@ -111,6 +110,8 @@ def gda_vectors(
     priors: NDArray[np.float32],
     background: Background,
     like: NDArray[np.float32] | None = None,
+    *,
+    text_photos: float = 4.0,
 ) -> NDArray[np.float32]:
     """Class vectors, float32 [C,D], unit length, from the photos' mean embeddings and what was known before.
 
@@ -121,6 +122,7 @@ def gda_vectors(
         background: of the same image tower.
         like: float32 [K,D], the vectors that these are to be compared with; each is given their mean response to
             the background and its spread. None: those of its own prior.
+        text_photos: what a prior is worth: with as many photos, both count the same.
     """
     centre = background.mean / np.linalg.norm(background.mean)
     compared = priors if like is None else like
@@ -129,7 +131,7 @@ def gda_vectors(
         levels, spreads = np.full(len(priors), levels.mean()), np.full(len(priors), spreads.mean())
     seen = _without(background.whiten(means - background.mean), centre)
     told = _without(priors.astype(np.float64), centre)
-    share = (counts / (counts + _TEXT_PHOTOS))[:, None]
+    share = (counts / (counts + text_photos))[:, None]
     blend = share * seen / background.spread(seen)[:, None] + (1 - share) * told / background.spread(told)[:, None]
     blend *= (spreads / background.spread(blend))[:, None]
     rows = zip(levels, blend, told, strict=True)

@@ -1,6 +1,22 @@
 """Recipes in, bundles out."""
 
-from cliphar.training._recipe import MiniRecipe, SpaceRecipe, load_recipe
-from cliphar.training._run import run
+from cliphar.training._job import Surroundings
+from cliphar.training._loop import StepReport, Stopped
+from cliphar.training._method_recipe import MethodRecipe
+from cliphar.training._recipe import MiniRecipe, Recipe, SpaceRecipe, load_recipe
+from cliphar.training._tracker import NoTracker, Tracker
+from cliphar.training._train import train
 
-__all__ = ["MiniRecipe", "SpaceRecipe", "load_recipe", "run"]
+__all__ = [
+    "MethodRecipe",
+    "MiniRecipe",
+    "NoTracker",
+    "Recipe",
+    "SpaceRecipe",
+    "StepReport",
+    "Stopped",
+    "Surroundings",
+    "Tracker",
+    "load_recipe",
+    "train",
+]

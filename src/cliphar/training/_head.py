@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from cliphar.training._recipe import HeadRecipe
+from cliphar.training._method_recipe import HeadRecipe
 
 __all__ = ["train_head"]
 
@@ -22,6 +22,7 @@ def train_head(
     text: NDArray[np.float32],
     recipe: HeadRecipe,
     seed: int,
+    pulls: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
     """Class vectors, float32 [C,D], unit length.
 
@@ -29,11 +30,13 @@ def train_head(
         features: float32 [N,D], unit length.
         targets: int64 [N], classes 0..C-1.
         text: float32 [C,D], unit length: where the vectors start.
+        pulls: float32 [C], factors of ``recipe.pull``; None pulls all classes alike.
     """
     torch.manual_seed(seed)
     random = np.random.default_rng(seed)
     x, y = torch.from_numpy(features), torch.from_numpy(targets)
     start = torch.from_numpy(text)
+    weights = torch.ones(len(text)) if pulls is None else torch.from_numpy(pulls)
     vectors = start.clone().requires_grad_()
     optimizer = torch.optim.AdamW([vectors], recipe.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.steps)
@@ -45,7 +48,7 @@ def train_head(
         smooth = recipe.label_smoothing
         loss = share * F.cross_entropy(logits, y[a], label_smoothing=smooth)
         loss = loss + (1 - share) * F.cross_entropy(logits, y[b], label_smoothing=smooth)
-        loss = loss + recipe.pull * (vectors - start).pow(2).sum(1).mean()
+        loss = loss + recipe.pull * (weights * (vectors - start).pow(2).sum(1)).mean()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

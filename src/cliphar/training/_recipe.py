@@ -4,14 +4,33 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cliphar.errors import UsageError
+from cliphar.training._method_recipe import (
+    FullRecipe,
+    GdaRecipe,
+    HeadRecipe,
+    LoraRecipe,
+    MethodRecipe,
+    ProbeRecipe,
+    TemporalRecipe,
+    ZeroShotRecipe,
+)
 
-__all__ = ["DataRecipe", "DistillRecipe", "MiniRecipe", "Recipe", "SpaceRecipe", "TextRecipe", "load_recipe"]
+__all__ = [
+    "DataRecipe",
+    "DistillRecipe",
+    "HeadRecipe",
+    "MiniRecipe",
+    "Recipe",
+    "SpaceRecipe",
+    "TextRecipe",
+    "load_recipe",
+]
 
 
 class _Model(BaseModel):
@@ -64,17 +83,6 @@ class TextRecipe(_Model):
     noise: float = Field(default=0.3, ge=0)
     label_weight: float = Field(default=0.5, ge=0)
     average: int = Field(default=3, ge=1)
-
-
-class HeadRecipe(_Model):
-    """The known actions' class vectors: a linear probe that starts from the text and is pulled back to it."""
-
-    steps: int = Field(default=600, ge=1)
-    lr: float = Field(default=2e-3, gt=0, le=0.1)
-    pull: float = Field(default=0.1, ge=0)
-    mixup: float = Field(default=0.4, ge=0)
-    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
-    logit_scale: float = Field(default=30.0, gt=0)
 
 
 class DistillRecipe(_Model):
@@ -134,8 +142,16 @@ class MiniRecipe(_Model):
     distill: DistillRecipe = DistillRecipe()
 
 
-Recipe = Annotated[SpaceRecipe | MiniRecipe, Field(discriminator="kind")]
-_ADAPTER: TypeAdapter[SpaceRecipe | MiniRecipe] = TypeAdapter(Recipe)
+_KINDS: dict[str, type[SpaceRecipe | MiniRecipe]] = {"space": SpaceRecipe, "mini": MiniRecipe}
+_METHODS: dict[str, type[MethodRecipe]] = {
+    "zero-shot": ZeroShotRecipe,
+    "gda": GdaRecipe,
+    "probe": ProbeRecipe,
+    "lora": LoraRecipe,
+    "full": FullRecipe,
+    "temporal": TemporalRecipe,
+}
+Recipe: TypeAlias = SpaceRecipe | MiniRecipe | MethodRecipe
 
 
 def _set(tree: dict[str, Any], assignment: str) -> None:
@@ -160,7 +176,19 @@ def _known_keys(model: type[BaseModel]) -> list[str]:
     return keys
 
 
-def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> SpaceRecipe | MiniRecipe:
+def _schema(tree: dict[str, Any], path: Path) -> type[Recipe]:
+    known: dict[str, type[Recipe]] = {**_KINDS} if "kind" in tree else {**_METHODS}
+    key = "kind" if "kind" in tree else "method"
+    chosen = tree.get(key)
+    if chosen in known:
+        return known[chosen]
+    close = difflib.get_close_matches(str(chosen), known, 1)
+    hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+    what = f"unknown {key} {chosen}" if chosen is not None else "it says no method"
+    raise UsageError(f"recipe {path}: {what}; {hint}")
+
+
+def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     """Read a recipe and apply ``key=value`` overrides (dots reach into sections, values are YAML).
 
     Raises:
@@ -169,19 +197,20 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> SpaceRecipe | Mi
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"cannot read recipe {path}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UsageError(f"cannot read recipe {path}: {reason}") from error
     if not isinstance(tree, dict):
         raise UsageError(f"recipe {path} is not a mapping of settings")
     for assignment in overrides:
         _set(tree, assignment)
+    schema = _schema(tree, path)
     try:
-        return _ADAPTER.validate_python(tree)
+        return schema.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:]) or str(path)
+        where = ".".join(str(part) for part in first["loc"]) or str(path)
         if first["type"] == "extra_forbidden":
-            known = _known_keys(MiniRecipe if tree.get("kind") == "mini" else SpaceRecipe)
-            close = difflib.get_close_matches(str(first["loc"][-1]), known, 1)
+            close = difflib.get_close_matches(str(first["loc"][-1]), _known_keys(schema), 1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise UsageError(f"recipe {path}: unknown key {where}{hint}") from error
         raise UsageError(f"recipe {path}: {where}: {first['msg']}") from error

@@ -1,0 +1,321 @@
+"""Every kind of data set behind one function: photos or clips come one by one, with what is known of them.
+
+| source | what it is |
+|---|---|
+| a folder, or a tar of it | LABEL/FILE or SPLIT/LABEL/FILE, SPLIT being train, val (validation, valid) or test |
+| the same | with a captions.jsonl of {"file", "captions"} |
+| .csv, .jsonl, .parquet | a manifest: ``file``, and ``label``, ``captions`` (or ``caption``), ``split`` if there are any |
+| a .tar of samples, a folder of such, or a pattern with {000..009} | WebDataset shards: KEY.jpg with KEY.cls, KEY.txt or KEY.json |
+| hub:OWNER/NAME, or a folder that ``datasets`` saved | a data set of the hub |
+
+WebDataset: https://github.com/webdataset/webdataset. Clips are files with a video's suffix, in any of them.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import re
+import tarfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from cliphar.data._sources import Photo, read_captioned
+from cliphar.errors import DataError, UsageError
+from cliphar.media import is_image_name
+
+__all__ = ["SPLITS", "PhotoSource", "is_clip_name", "open_source"]
+
+SPLITS = ("train", "val", "test")
+_SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
+_SPLIT_NAMES |= {"test": "test", "testing": "test"}
+_CLIP_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".y4m"})
+_TEXTS = frozenset({"cls", "txt", "json"})
+
+
+def is_clip_name(name: str) -> bool:
+    """Whether a file's name has the suffix of a video."""
+    return PurePosixPath(name).suffix.lower() in _CLIP_SUFFIXES
+
+
+@dataclass(frozen=True)
+class PhotoSource:
+    """A data set that can be read again and again.
+
+    ``fingerprint`` changes when a file of it changes (sizes and times, not contents); ``read`` gives its photos, each
+    with its content, in an order that does not change.
+    """
+
+    name: str
+    kind: str
+    fingerprint: str
+    read: Callable[[], Iterator[Photo]]
+
+
+def open_source(source: str) -> PhotoSource:  # noqa: PLR0911 - one for each kind
+    """Find out what kind of data set ``source`` is; nothing but names is read.
+
+    Raises:
+        DataError: it does not exist or is of no known kind.
+        UsageError: reading it needs a package that is not installed.
+    """
+    if source.startswith("hub:"):
+        return _hub(source.removeprefix("hub:"), source)
+    path = Path(source)
+    if re.search(r"\{\d+\.\.\d+\}", source):
+        return _shards(_expand_braces(source), source)
+    if path.is_dir():
+        if (path / "captions.jsonl").is_file():
+            return _manifest(path / "captions.jsonl", source)
+        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+            return _hub(str(path), source)
+        tars = sorted(path.glob("*.tar"))
+        if tars and not any(inside.is_dir() for inside in path.iterdir()):
+            return _shards(tars, source)
+        return _folder(path, source)
+    if not path.is_file():
+        raise DataError(f"no data at {source}: there is no such file or folder; check the path")
+    if path.suffix in (".csv", ".jsonl", ".parquet"):
+        return _manifest(path, source)
+    if tarfile.is_tarfile(path):
+        try:
+            return _shards([path], source) if _has_samples(path) else _tar(path, source)
+        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+            raise DataError(f"{path} is damaged or cut short: {error}; copy it again") from error
+    raise DataError(f"{source} is no data set: give a folder, a tar file, or a .csv, .jsonl or .parquet manifest")
+
+
+def _fingerprint(files: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        stat = file.stat()
+        digest.update(f"{file.absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _is_media(name: str) -> bool:
+    return is_image_name(name) or is_clip_name(name)
+
+
+def _labelled(name: str, content: bytes) -> Photo | None:
+    """A photo at .../SPLIT/LABEL/FILE or .../LABEL/FILE."""
+    parts = PurePosixPath(name).parts
+    if len(parts) < 2 or not _is_media(name):
+        return None
+    split = _SPLIT_NAMES.get(parts[-3].lower()) if len(parts) > 2 else None
+    return Photo(name, content, label=_plain(parts[-2]), split=split)
+
+
+def _plain(label: str) -> str:
+    return " ".join(label.replace("_", " ").split())
+
+
+def _folder(path: Path, source: str) -> PhotoSource:
+    files = sorted(file for file in path.rglob("*") if file.is_file() and _is_media(file.name))
+    if not any(file.parent != path for file in files):
+        raise DataError(f"no photos in the subfolders of {path}; expected {path.name}/LABEL/PHOTO")
+
+    def read() -> Iterator[Photo]:
+        for file in files:
+            photo = _labelled(file.relative_to(path.parent).as_posix(), file.read_bytes())
+            if photo is not None and file.parent != path:
+                yield photo
+
+    return PhotoSource(source, "folder", _fingerprint(files), read)
+
+
+def _members(path: Path) -> Iterator[tuple[str, bytes]]:
+    try:
+        with tarfile.open(path, "r|*") as tar:
+            for member in tar:
+                handle = tar.extractfile(member) if member.isfile() else None
+                if handle is not None:
+                    yield member.name, handle.read()
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise DataError(f"{path} is damaged or cut short: {error}; copy it again") from error
+
+
+def _has_samples(path: Path) -> bool:
+    """Whether a tar holds KEY.cls, KEY.txt or KEY.json among its first files."""
+    with tarfile.open(path, "r|*") as tar:
+        for _, member in zip(range(16), tar, strict=False):
+            if member.isfile() and PurePosixPath(member.name).suffix.removeprefix(".") in _TEXTS:
+                return True
+    return False
+
+
+def _tar(path: Path, source: str) -> PhotoSource:
+    with tarfile.open(path) as tar:
+        members = sorted((m.name for m in tar if m.isfile()), key=lambda name: PurePosixPath(name).parts)
+    if any(PurePosixPath(name).name == "captions.jsonl" for name in members):
+        return PhotoSource(source, "captioned", _fingerprint([path]), lambda: iter(read_captioned(path)))
+
+    def read() -> Iterator[Photo]:
+        try:
+            with tarfile.open(path) as tar:
+                for name in members:
+                    handle = tar.extractfile(name) if _is_media(name) else None
+                    photo = _labelled(name, handle.read()) if handle is not None else None
+                    if photo is not None:
+                        yield photo
+        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+            raise DataError(f"{path} is damaged or cut short: {error}; copy it again") from error
+
+    return PhotoSource(source, "tar", _fingerprint([path]), read)
+
+
+def _expand_braces(pattern: str) -> list[Path]:
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if found is None:
+        return [Path(pattern)]
+    first, last = found.groups()
+    numbers = range(int(first), int(last) + 1)
+    return [
+        path
+        for number in numbers
+        for path in _expand_braces(f"{pattern[: found.start()]}{number:0{len(first)}d}{pattern[found.end() :]}")
+    ]
+
+
+def _shards(paths: list[Path], source: str) -> PhotoSource:
+    absent = [path for path in paths if not path.is_file()]
+    if absent:
+        raise DataError(f"no shard {absent[0]} (of {len(paths)}); check the pattern {source}")
+
+    def read() -> Iterator[Photo]:
+        for path in paths:
+            key, fields = "", dict[str, bytes]()
+            for name, content in _members(path):
+                pure = PurePosixPath(name)
+                stem, _, suffix = pure.name.partition(".")
+                base = (pure.parent / stem).as_posix()
+                if base != key:
+                    yield from _sample(key, fields, path)
+                    key, fields = base, {}
+                fields[suffix.lower()] = content
+            yield from _sample(key, fields, path)
+
+    return PhotoSource(source, "shards", _fingerprint(paths), read)
+
+
+def _sample(key: str, fields: dict[str, bytes], shard: Path) -> Iterator[Photo]:
+    suffix = next((suffix for suffix in fields if _is_media("x." + suffix)), None)
+    if suffix is None:
+        return
+    about: dict[str, Any] = {}
+    try:
+        if "json" in fields:
+            about = json.loads(fields["json"])
+        if "cls" in fields:
+            about["label"] = fields["cls"].decode().strip()
+        if "txt" in fields:
+            about["captions"] = [line for line in fields["txt"].decode().splitlines() if line.strip()]
+    except (ValueError, TypeError) as error:
+        raise DataError(f"sample {key} of {shard} is malformed: {error}") from error
+    yield _from_row(about, f"{shard.name}/{key}.{suffix}", fields[suffix], f"sample {key} of {shard}")
+
+
+def _from_row(row: dict[str, Any], key: str, content: bytes, where: str) -> Photo:
+    label, captions = row.get("label"), row.get("captions", row.get("caption", ()))
+    if isinstance(captions, str):
+        captions = (captions,) if captions else ()
+    if not isinstance(captions, list | tuple) or not all(isinstance(text, str) for text in captions):
+        raise DataError(f"{where}: its captions are not texts")
+    split = row.get("split") or None
+    if split is not None and str(split).lower() not in _SPLIT_NAMES:
+        raise DataError(f"{where}: split {split!r} is none of train, val and test")
+    return Photo(
+        key,
+        content,
+        label=None if label in (None, "") else _plain(str(label)),
+        captions=tuple(captions),
+        split=_SPLIT_NAMES[str(split).lower()] if split else None,
+    )
+
+
+def _manifest(path: Path, source: str) -> PhotoSource:
+    rows = list(_rows(path))
+    names = [row.get("file") or row.get("path") or row.get("file_name") for row in rows]
+    lacking = next((number for number, name in enumerate(names) if not name), None)
+    if not rows or lacking is not None:
+        where = f"row {lacking + 1} of {path}" if lacking is not None else str(path)
+        raise DataError(f"{where} names no file; expected columns file, label, captions, split")
+    files = [path.parent / str(name) for name in names]
+    absent = [file for file in files if not file.is_file()]
+    if absent:
+        raise DataError(f"{len(absent)} of the {len(files)} files in {path} do not exist, such as {absent[0]}")
+
+    def read() -> Iterator[Photo]:
+        for number, (row, name, file) in enumerate(zip(rows, names, files, strict=True), 1):
+            yield _from_row(row, str(name), file.read_bytes(), f"row {number} of {path}")
+
+    return PhotoSource(source, "manifest", _fingerprint([path, *files]), read)
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    if path.suffix == ".parquet":
+        try:
+            from pyarrow import parquet
+        except ImportError as error:
+            raise UsageError("Parquet needs pyarrow; run: pip install 'cliphar[parquet]'") from error
+        try:
+            yield from parquet.read_table(path).to_pylist()
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot read {path}: {error}") from error
+        return
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    if path.suffix == ".csv":
+        yield from csv.DictReader(io.StringIO(text))
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"line {number} of {path} is not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise DataError(f"line {number} of {path} is not an object")
+            yield row
+
+
+def _hub(name: str, source: str) -> PhotoSource:
+    try:
+        import datasets  # type: ignore[import-untyped,unused-ignore]
+    except ImportError as error:
+        raise UsageError("a hub data set needs 'datasets'; run: pip install datasets") from error
+    try:
+        found = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name)
+    except Exception as error:  # the hub's client raises classes of its own
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(f"cannot load {source}: {reason}; connect to the network or give a local copy") from error
+    parts = dict(found) if isinstance(found, dict) else {None: found}
+    image = {part: _column(data, ("image", "img", "photo"), source) for part, data in parts.items()}
+
+    def read() -> Iterator[Photo]:
+        for part, data in parts.items():
+            names = getattr(data.features.get("label", data.features.get("labels")), "names", None)
+            plain = data.cast_column(image[part], datasets.Image(decode=False))
+            for number, row in enumerate(plain):
+                cell, label = row[image[part]], row.get("label", row.get("labels"))
+                content = cell["bytes"] or Path(cell["path"]).read_bytes()
+                about = row | {"label": names[label] if names and label is not None and label >= 0 else label}
+                about["split"] = part if len(parts) > 1 else row.get("split")
+                yield _from_row(about, f"{part or 'all'}/{number}", content, f"row {number} of {source}")
+
+    prints = "".join(str(data._fingerprint) for data in parts.values())
+    return PhotoSource(source, "hub", hashlib.sha256(prints.encode()).hexdigest(), read)
+
+
+def _column(data: Any, names: tuple[str, ...], source: str) -> str:
+    for name in names:
+        if name in data.features:
+            return name
+    raise DataError(f"{source} has no column {names[0]}; it has {', '.join(data.features)}")

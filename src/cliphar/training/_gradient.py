@@ -1,0 +1,235 @@
+"""What the methods that train towers have in common: from a job to trained towers in a bundle's files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from cliphar.data import PhotoSet, load_photos, open_source
+from cliphar.errors import DataError, UsageError
+from cliphar.labels import prompts
+from cliphar.media import to_square
+from cliphar.models import WEIGHTS_FILE, Towers, load_towers, save_weights
+from cliphar.training._batches import Batches, TrainItems
+from cliphar.training._contrast import ContrastObjective, Losses
+from cliphar.training._job import TRAIN, VAL, Job, Outcome
+from cliphar.training._loop import Run, fit, pick_device
+from cliphar.training._method_recipe import GradientRecipe
+from cliphar.training._rates import learning_rate
+
+__all__ = ["freeze", "train_towers"]
+
+
+def train_towers(
+    job: Job,
+    recipe: GradientRecipe,
+    *,
+    prepare: Callable[[nn.Module], None] = lambda _: None,
+    finish: Callable[[nn.Module], None] = lambda _: None,
+    shares: Sequence[float] = (1.0,),
+) -> Outcome:
+    """Train, interpolate, export.
+
+    Args:
+        prepare: changes the towers before training, such as by adding to them.
+        finish: and after it, such as by merging what was added.
+        shares: of the trained weights in those kept, to choose from on the validation part.
+    """
+    towers = load_towers(job.bundle)
+    lr = learning_rate(recipe.method, recipe.train.lr, transformer=towers.is_transformer, log=job.around.log)
+    device = pick_device(recipe.train)
+    sentences, items = _material(job, recipe, towers)
+    losses = Losses(recipe.contrastive, recipe.classes, recipe.train.label_smoothing, recipe.train.mixup)
+    vectors = torch.from_numpy(job.start_vectors())
+    text = towers.text if recipe.contrastive else None
+    objective = ContrastObjective(towers.image, vectors, sentences, text, towers.logit_scale, losses)
+    trained = nn.ModuleDict({"image": towers.image} | ({"text": text} if text is not None else {}))
+    trained.requires_grad_(True)
+    prepare(trained)
+    freeze(objective, recipe.train.freeze)
+    if recipe.train.checkpointing:
+        _recompute(towers)
+    size = job.bundle.info.image.size
+    batches = Batches(
+        items, recipe.train, recipe.train.size or size, recipe.seed, job.around.ranks.rank, job.around.ranks.world
+    )
+    start = {name: p.detach().clone() for name, p in objective.named_parameters() if p.requires_grad}
+    total = sum(p.numel() for p in start.values())
+    job.around.log(f"training {total:,} weights at {lr:g} on {device}, {len(batches)} steps an epoch")
+    _train_mode(objective)
+    validation = _Validation(job, objective, size)
+    run = Run(
+        checkpoint=checkpoint_of(recipe.output),
+        identity=job.identity,
+        seed=recipe.seed,
+        lr=lr,
+        device=device,
+        resume=job.around.resume,
+        log=job.around.log,
+        on_step=job.around.on_step,
+        tracker=job.around.tracker,
+        ranks=job.around.ranks,
+        stop=job.around.stop,
+    )
+    measured = fit(objective, batches, recipe.train, run, validation)
+    if tuple(shares) != (1.0,):
+        _interpolate(objective, start, shares, measured["score"], validation, job.around.log)
+    finish(trained)
+    objective.cpu().eval()
+    return Outcome(F.normalize(objective.class_vectors.detach(), dim=-1).numpy(), _export(towers, size))
+
+
+def checkpoint_of(output: Path) -> Path:
+    """Where a run keeps its checkpoint until its bundle is written."""
+    return output.with_name(f"{output.name}.checkpoint")
+
+
+def freeze(objective: nn.Module, patterns: Sequence[str]) -> None:
+    """Parameters whose names fit a pattern stay as they are.
+
+    Raises:
+        UsageError: a pattern fits none.
+    """
+    names = dict(objective.named_parameters())
+    for pattern in patterns:
+        fitting = [name for name in names if fnmatchcase(name, pattern)]
+        if not fitting:
+            raise UsageError(f"train.freeze: {pattern!r} fits no weight; there are {', '.join(list(names)[:3])}, ...")
+        for name in fitting:
+            names[name].requires_grad_(False)
+
+
+def _train_mode(objective: nn.Module) -> None:
+    """Training mode, but batch norms keep their statistics: a batch is small, and its parts are smaller."""
+    objective.train()
+    for module in objective.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
+def _recompute(towers: Towers) -> None:
+    for tower in (towers.image, towers.text):
+        if tower is not None:
+            tower.set_grad_checkpointing(True)  # type: ignore[operator]
+
+
+def _material(job: Job, recipe: GradientRecipe, towers: Towers) -> tuple[Tensor, list[TrainItems]]:
+    """The sentences (embedded, or as ids if the text tower is trained) and the photos that they stand for."""
+    texts: list[str] = []
+    of_label: list[list[int]] = []
+    for label in job.labels:
+        named, described = prompts(label, job.bundle.info.text.templates)
+        of_label.append(list(range(len(texts), len(texts) + len(named) + len(described))))
+        texts += named + described
+    rows = job.rows(TRAIN)
+    items = [TrainItems(job.photos, rows, job.targets[rows], [of_label[t] for t in job.targets[rows]])]
+    if recipe.captions is not None:
+        items.append(_captioned(job, recipe, recipe.captions, texts))
+    if towers.tokenize is not None and recipe.contrastive:
+        return towers.tokenize(texts), items
+    runtime = job.base.runtime
+    parts = [runtime.encode_text(texts[k : k + 256]) for k in range(0, len(texts), 256)]
+    return torch.from_numpy(np.concatenate(parts)), items
+
+
+def _captioned(job: Job, recipe: GradientRecipe, source: str, texts: list[str]) -> TrainItems:
+    spec = job.bundle.info.image
+    photos: PhotoSet = load_photos(
+        open_source(source), recipe.data.cache, side=spec.size, max_aspect=spec.max_aspect, frames=1, log=job.around.log
+    )
+    rows = np.array([i for i, its in enumerate(photos.captions) if its], np.int64)
+    if not len(rows):
+        raise DataError(f"captions: no photo of {source} has a caption")
+    numbers = []
+    for i in rows:
+        numbers.append(list(range(len(texts), len(texts) + len(photos.captions[i]))))
+        texts += photos.captions[i]
+    return TrainItems(photos, rows, np.full(len(rows), -1, np.int64), numbers)
+
+
+class _Validation:
+    """Top-1 on the validation part by class vectors (``score``) and by words (``words``), as the model stands."""
+
+    def __init__(self, job: Job, objective: ContrastObjective, size: int) -> None:
+        self._objective, self._job, self._size = objective, job, size
+        self._rows = job.rows(VAL)
+        self._targets = torch.from_numpy(job.targets[self._rows])
+
+    @torch.inference_mode()
+    def __call__(self) -> dict[str, float]:
+        objective = self._objective
+        modes = {module: module.training for module in objective.modules()}
+        objective.eval()
+        device = objective.class_vectors.device
+        embedded = torch.cat([objective.embed(pixels.to(device)).float().cpu() for pixels in self._pixels()])
+        vectors = F.normalize(objective.class_vectors.detach().float(), dim=-1).cpu()
+        score = float((self._hits(embedded, vectors)).mean())
+        for module, mode in modes.items():
+            module.training = mode
+        return {"score": score}
+
+    def _hits(self, embedded: Tensor, vectors: Tensor) -> NDArray[np.float64]:
+        return ((embedded @ vectors.T).argmax(1) == self._targets).double().numpy()
+
+    def _pixels(self) -> Sequence[Tensor] | list[Tensor]:
+        from PIL import Image
+
+        spec, batch = self._job.bundle.info.image, 64
+        out = []
+        for at in range(0, len(self._rows), batch):
+            views = [
+                np.stack(
+                    [
+                        to_square(Image.fromarray(frame), self._size, spec.max_aspect)
+                        for frame in self._job.photos.frames(int(i))
+                    ]
+                )
+                for i in self._rows[at : at + batch]
+            ]
+            out.append(torch.from_numpy(np.stack(views)).permute(0, 1, 4, 2, 3))
+        return out
+
+
+@torch.no_grad()
+def _interpolate(
+    objective: ContrastObjective,
+    start: dict[str, Tensor],
+    shares: Sequence[float],
+    trained_score: float,
+    validation: _Validation,
+    log: Callable[[str], None],
+) -> None:
+    """Leave in the objective the mixture of starting and trained weights that validates best."""
+    parameters = {name: p for name, p in objective.named_parameters() if name in start}
+    end = {name: p.detach().clone() for name, p in parameters.items()}
+    scores = {}
+
+    def mix(share: float) -> None:
+        for name, parameter in parameters.items():
+            parameter.copy_(start[name].to(parameter).lerp(end[name], share))
+
+    for share in shares:
+        mix(share)
+        scores[share] = trained_score if share == 1 else validation()["score"]
+    best = max(scores, key=lambda share: (scores[share], share))
+    mix(best)
+    log("share of trained weights: " + ", ".join(f"{share:g} {score:.4f}" for share, score in scores.items()))
+    log(f"kept {best:g}")
+
+
+def _export(towers: Towers, size: int) -> dict[str, Path | bytes]:
+    from cliphar.export import compress_weights, export_image_tower
+    from cliphar.models import ImageTower
+
+    if not isinstance(towers.image, ImageTower):
+        raise UsageError(f"towers of {towers.architecture} cannot be exported yet")
+    image = compress_weights(export_image_tower(towers.image, size))
+    return {"image.onnx": image.SerializeToString(), WEIGHTS_FILE: save_weights(replace(towers))}

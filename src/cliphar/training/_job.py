@@ -1,0 +1,192 @@
+"""A recipe's material: the model it starts from, its photos in parts, their labels, features and texts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cliphar.bundle import Bundle, find_bundle
+from cliphar.data import PhotoSet, load_photos, open_source, split_grouped
+from cliphar.errors import DataError
+from cliphar.labels import prompts
+from cliphar.recognizer import Recognizer
+from cliphar.runtime import OnnxRuntime
+from cliphar.training._loop import StepReport
+from cliphar.training._method_recipe import MethodRecipe, TemporalRecipe
+from cliphar.training._ranks import OneProcess, Ranks
+from cliphar.training._tracker import NoTracker, Tracker
+
+__all__ = ["TEST", "TRAIN", "VAL", "Job", "Outcome", "Surroundings", "embed_rows", "open_job"]
+
+TRAIN, VAL, TEST = 0, 1, 2
+R = TypeVar("R", bound=MethodRecipe)
+_PART = {"train": TRAIN, "val": VAL, "test": TEST}
+
+
+@dataclass
+class Surroundings:
+    """What a run is told besides its recipe."""
+
+    resume: bool = False
+    log: Callable[[str], None] = lambda _: None
+    on_step: Callable[[StepReport], None] = lambda _: None
+    tracker: Tracker = field(default_factory=NoTracker)
+    ranks: Ranks = field(default_factory=OneProcess)
+    stop: list[int] = field(default_factory=lambda: [0])
+
+
+@dataclass(frozen=True)
+class Job:
+    """``part`` int64 [N] is TRAIN, VAL, TEST or, for what is not used, -1; ``targets`` int64 [N] numbers ``labels``,
+    -1 for none."""
+
+    recipe: MethodRecipe
+    base: Recognizer
+    photos: PhotoSet
+    part: NDArray[np.int64]
+    labels: tuple[str, ...]
+    targets: NDArray[np.int64]
+    around: Surroundings
+
+    def recipe_as(self, kind: type[R]) -> R:
+        """The recipe, as its method knows it."""
+        if not isinstance(self.recipe, kind):
+            raise TypeError(f"{type(self.recipe).__name__} is no {kind.__name__}")
+        return self.recipe
+
+    @property
+    def bundle(self) -> Bundle:
+        """The bundle that training starts from."""
+        return self.base.bundle
+
+    @property
+    def identity(self) -> str:
+        """A digest of what decides the weights: the recipe, the data and the starting bundle."""
+        recipe = self.recipe.model_dump(mode="json", exclude={"output", "description", "base"})
+        recipe["data"] = {key: value for key, value in recipe["data"].items() if key not in ("source", "cache")}
+        image = self.bundle.info.files["image.onnx"].sha256
+        return hashlib.sha256(json.dumps([recipe, self.photos.sha256, image]).encode()).hexdigest()
+
+    def rows(self, part: int) -> NDArray[np.int64]:
+        """Numbers of the part's labelled photos."""
+        return np.flatnonzero((self.part == part) & (self.targets >= 0))
+
+    def text_vectors(self) -> NDArray[np.float32]:
+        """The labels' vectors by their words alone, float32 [C,D]."""
+        return text_vectors(self.base, self.labels)
+
+    def start_vectors(self) -> NDArray[np.float32]:
+        """The labels' vectors as the starting model has them: trained ones where it has, else by their words."""
+        vectors = self.text_vectors()
+        known = {label: i for i, label in enumerate(self.bundle.info.labels)}
+        trained = self.bundle.class_vectors()
+        for i, label in enumerate(self.labels):
+            if label in known:
+                vectors[i] = trained[known[label]]
+        return vectors
+
+    def features(self, part: int) -> NDArray[np.float32]:
+        """Embeddings of the part's labelled photos by the starting model, float32 [N,D], unit length; kept on disk."""
+        key = f"{self.photos.sha256} {self.bundle.info.files['image.onnx'].sha256} {self.rows(part).tobytes().hex()}"
+        file = self.recipe.data.cache / f"features-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
+        if file.is_file():
+            return np.asarray(np.load(file), np.float32)
+        self.around.log(f"embedding {len(self.rows(part))} photos")
+        found = embed_rows(self.base, self.photos, self.rows(part))
+        partial = file.with_suffix(".partial.npy")
+        np.save(partial, found)
+        partial.replace(file)
+        return found
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method made: the labels' vectors, float32 [C,D], and the files of the towers that it changed."""
+
+    vectors: NDArray[np.float32]
+    files: dict[str, Path | bytes] = field(default_factory=dict)
+
+
+def text_vectors(recognizer: Recognizer, labels: Sequence[str]) -> NDArray[np.float32]:
+    """Vectors of labels by their words alone, float32 [C,D], whatever the bundle was trained on."""
+    info = recognizer.bundle.info
+    vectors = []
+    for label in labels:
+        parts = [texts for texts in prompts(label, info.text.templates) if texts]
+        vectors.append(_direction(np.stack([_direction(recognizer.runtime.encode_text(texts)) for texts in parts])))
+    return np.stack(vectors)
+
+
+def _direction(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    mean = vectors.mean(0)
+    return np.asarray(mean / np.linalg.norm(mean), np.float32)
+
+
+def embed_rows(recognizer: Recognizer, photos: PhotoSet, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Embeddings, float32 [N,D] of unit length; a clip's is the direction of its frames' mean."""
+    frames = (frame for i in rows for frame in photos.frames(int(i)))
+    embedded = recognizer.embed_images(frames)
+    found = []
+    for i in rows:
+        vectors = [next(embedded) for _ in range(len(photos.frames(int(i))))]
+        found.append(_direction(np.stack([vector for vector in vectors if isinstance(vector, np.ndarray)])))
+    return np.stack(found)
+
+
+def open_job(recipe: MethodRecipe, around: Surroundings) -> Job:
+    """Load the starting model and the photos, and divide them.
+
+    Raises:
+        BundleError, DataError: the model or the photos cannot be read.
+        DataError: fewer than two labels, or a part that would be empty.
+    """
+    bundle = find_bundle(recipe.base)
+    spec = bundle.info.image
+    photos = load_photos(
+        open_source(recipe.data.source),
+        recipe.data.cache,
+        side=spec.size,
+        max_aspect=spec.max_aspect,
+        frames=recipe.frames if isinstance(recipe, TemporalRecipe) else 1,
+        log=around.log,
+    )
+    labels = tuple(sorted({label for label in photos.labels if label is not None}))
+    if len(labels) < 2:
+        raise DataError(f"{recipe.data.source} has {len(labels)} labels; at least two are needed to tell apart")
+    number = {label: i for i, label in enumerate(labels)}
+    targets = np.array([-1 if label is None else number[label] for label in photos.labels], np.int64)
+    part = _divide(recipe, photos, targets)
+    for name, which in _PART.items():
+        if not ((part == which) & (targets >= 0)).any():
+            raise DataError(f"{recipe.data.source} leaves no photo for {name}; give more photos or other fractions")
+    counts = ", ".join(f"{name} {int((part == which).sum()):,}" for name, which in _PART.items())
+    around.log(f"{len(photos):,} photos of {len(labels)} labels: {counts}")
+    return Job(recipe, Recognizer(bundle, OnnxRuntime(bundle)), photos, part, labels, targets, around)
+
+
+def _divide(recipe: MethodRecipe, photos: PhotoSet, targets: NDArray[np.int64]) -> NDArray[np.int64]:
+    data = recipe.data
+    named = [_PART.get(split or "", -1) for split in photos.splits]
+    part = np.array(named, np.int64)
+    if (part < 0).all():
+        fractions = (1 - data.val - data.test, data.val, data.test)
+        part = split_grouped(photos.labels, photos.groups, fractions, data.seed)
+    elif not (part == VAL).any():  # train and test only: calibrate on some of train
+        inside = np.flatnonzero(part == TRAIN)
+        drawn = split_grouped(
+            [photos.labels[i] for i in inside], photos.groups[inside], (1 - data.val, data.val), data.seed
+        )
+        part[inside[drawn == 1]] = VAL
+    if data.shots is not None:
+        random = np.random.default_rng(data.seed)
+        for target in range(int(targets.max()) + 1):
+            mine = random.permutation(np.flatnonzero((part == TRAIN) & (targets == target)))
+            part[mine[data.shots :]] = -1
+    return part

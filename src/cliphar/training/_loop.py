@@ -1,0 +1,324 @@
+"""The training loop of every method that trains by gradients.
+
+All that is random in a step (the batch, its views, mixup, dropout) comes from the seed and the step's number, and a
+checkpoint holds the rest: so a run that is stopped or killed, and then resumed, ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cliphar.errors import ClipharError, UsageError
+from cliphar.training._batches import Batch, Batches
+from cliphar.training._checkpoint import load_checkpoint, save_checkpoint
+from cliphar.training._method_recipe import LoopRecipe
+from cliphar.training._ranks import OneProcess, Ranks
+from cliphar.training._tracker import NoTracker, Tracker
+
+__all__ = ["Objective", "Run", "StepReport", "Stopped", "fit", "pick_device", "stop_on_signals"]
+
+
+class Stopped(ClipharError):  # noqa: N818 - not an error
+    """A signal asked the run to stop; it has written its checkpoint. ``status`` is the process's exit status."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Objective(Protocol):
+    """What a method trains: an ``nn.Module`` whose forward gives a batch's losses.
+
+    ``forward`` returns the mean over this process's part of the batch, ``loss`` and its named parts. ``groups`` gives
+    the parameters with their learning rates' factors. ``gather`` is set by the loop: it brings the rows of all
+    processes together, in order, with gradients; in one process it is the identity.
+    """
+
+    gather: Callable[[Tensor], Tensor]
+
+    def groups(self) -> list[tuple[list[nn.Parameter], float]]:
+        """Parameters and the factor of their learning rate."""
+        ...
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        """Losses of a batch."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What is known after a step: ``photos_per_s`` counts all processes."""
+
+    step: int
+    steps: int
+    epoch: int
+    loss: float
+    lr: float
+    photos_per_s: float
+
+
+@dataclass
+class Run:
+    """Where and how a loop runs: what is not the recipe's.
+
+    ``identity`` is a digest of everything that must be the same for a checkpoint to be taken up. ``stop`` holds the
+    number of the signal that asked to stop, or 0.
+    """
+
+    checkpoint: Path
+    identity: str
+    seed: int
+    lr: float
+    device: torch.device
+    resume: bool = False
+    log: Callable[[str], None] = lambda _: None
+    on_step: Callable[[StepReport], None] = lambda _: None
+    tracker: Tracker = field(default_factory=NoTracker)
+    ranks: Ranks = field(default_factory=OneProcess)
+    stop: list[int] = field(default_factory=lambda: [0])
+
+
+@contextmanager
+def stop_on_signals(stop: list[int]) -> Iterator[None]:
+    """The first SIGTERM or SIGINT is noted in ``stop[0]``; another one ends the process at once."""
+
+    def note(number: int, _: FrameType | None) -> None:
+        stop[0] = number
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def pick_device(recipe: LoopRecipe) -> torch.device:
+    """The device that the recipe asks for; sets what ``deterministic`` needs.
+
+    Raises:
+        UsageError: a GPU is asked for and there is none.
+    """
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("train.device is cuda, but torch sees no GPU here; use auto or cpu")
+    use_gpu = recipe.device != "cpu" and torch.cuda.is_available()
+    if recipe.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(recipe.deterministic)
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_gpu else torch.device("cpu")
+
+
+class _Average:
+    """Exponential moving average of the trained parameters."""
+
+    def __init__(self, parameters: list[nn.Parameter], keep: float) -> None:
+        self.parameters, self.keep = parameters, keep
+        self.values = [parameter.detach().clone() for parameter in parameters] if keep else []
+
+    @torch.no_grad()
+    def follow(self, step: int) -> None:
+        if self.keep:
+            # at first the average follows quickly, else it would be of the start for long
+            keep = min(self.keep, step / (step + 10))
+            torch._foreach_lerp_(self.values, list(self.parameters), 1 - keep)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The average stands in the module while the block runs."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for parameter, value in zip(self.parameters, self.values, strict=bool(self.keep)):
+            held = parameter.detach().clone()
+            parameter.copy_(value)
+            value.copy_(held)
+
+
+def _rate(step: int, steps: int, warmup: float) -> float:
+    """Factor of the learning rate: linear warm-up, then half a cosine to 0 (Loshchilov and Hutter, 2017)."""
+    first = max(1, round(warmup * steps))
+    if step < first:
+        return (step + 1) / first
+    return 0.5 * (1 + math.cos(math.pi * (step - first) / max(1, steps - first)))
+
+
+def fit(
+    objective: Objective,
+    batches: Batches,
+    recipe: LoopRecipe,
+    run: Run,
+    validate: Callable[[], dict[str, float]],
+) -> dict[str, float]:
+    """Train; the objective then holds the weights of the best epoch (their moving average).
+
+    Args:
+        objective: the module, on the CPU, in the mode that it is to be trained in.
+        validate: measures the module as it stands; ``score`` is what more is better of.
+
+    Returns:
+        What ``validate`` said of the best epoch.
+
+    Raises:
+        Stopped: a signal came; the checkpoint is written.
+        UsageError: a checkpoint is there and was not asked for, or is of another run.
+    """
+    ranks, steps = run.ranks, recipe.epochs * len(batches)
+    if not isinstance(objective, nn.Module):
+        raise TypeError("an objective is a module")
+    objective.to(run.device)
+    objective.gather = ranks.gather
+    module = ranks.wrap(torch.compile(objective) if recipe.compile else objective)  # type: ignore[arg-type]
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(_groups(objective, recipe, run.lr), run.lr)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    scaler = torch.amp.GradScaler(run.device.type, enabled=recipe.precision == "fp16")
+    average = _Average(trained, recipe.ema)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision]
+    state = _State()
+    _resume(state, run, objective, optimizer, average, scaler)
+
+    def save() -> None:
+        content = state.to_dict() | {
+            "identity": run.identity,
+            "model": ranks.weights(objective),
+            "optimizer": ranks.optimizer_state(objective, optimizer),
+            "scaler": scaler.state_dict(),
+        }
+        with average.in_place():
+            content["average"] = ranks.weights(objective)
+        if ranks.rank == 0:
+            save_checkpoint(run.checkpoint, content)
+
+    saved, started, at_start = time.monotonic(), time.monotonic(), state.step
+    while state.epoch < recipe.epochs and not state.ended:
+        first = state.step - state.epoch * len(batches)
+        for batch in batches.epoch(state.epoch, first):
+            factor = _rate(state.step, steps, recipe.warmup)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+            torch.manual_seed(((run.seed << 40) + (state.step << 12) + ranks.rank) % 2**63)
+            parts: dict[str, float] = {}
+            for part in batch.to(run.device).split(recipe.accumulate):
+                with torch.autocast(run.device.type, dtype, enabled=recipe.precision != "fp32"):
+                    losses = module(part)
+                scaler.scale(losses["loss"] / recipe.accumulate).backward()
+                for name, value in losses.items():
+                    parts[name] = parts.get(name, 0.0) + float(value.detach()) / recipe.accumulate
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(trained, recipe.clip_norm)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            state.step += 1
+            average.follow(state.step)
+            parts = {name: ranks.mean(value) for name, value in parts.items()}
+            if not math.isfinite(parts["loss"]) and recipe.precision != "fp16":
+                raise UsageError(f"the loss is {parts['loss']} at step {state.step}; lower train.lr ({run.lr:g})")
+            state.loss_sum += parts["loss"]
+            speed = (state.step - at_start) * recipe.batch_size / (time.monotonic() - started)
+            run.on_step(StepReport(state.step, steps, state.epoch, parts["loss"], run.lr * factor, speed))
+            rate_now = {"lr": run.lr * factor, "photos_per_s": speed}
+            run.tracker.log_metrics({f"train/{k}": v for k, v in (parts | rate_now).items()}, state.step)
+            stop = ranks.any(run.stop[0])
+            if stop or ranks.any(int(time.monotonic() - saved > 60 * recipe.checkpoint_minutes)):
+                save()
+                saved = time.monotonic()
+            if stop:
+                raise Stopped(f"stopped at step {state.step} of {steps}; give --resume to go on", 128 + stop)
+        with average.in_place():
+            measured = validate()
+            state.compare(measured, recipe.patience, lambda: ranks.weights(objective))
+        notes = " ".join(f"{name} {value:.4f}" for name, value in measured.items())
+        run.log(f"epoch {state.epoch}/{recipe.epochs}: loss {state.loss_sum / len(batches):.4f} {notes}")
+        run.tracker.log_metrics({f"val/{name}": value for name, value in measured.items()}, state.step)
+        state.loss_sum = 0.0
+        save()
+        saved = time.monotonic()
+    ranks.load_weights(objective, state.best)
+    return state.measured
+
+
+@dataclass
+class _State:
+    """How far the run is, and its best epoch; ``ended`` when patience has run out."""
+
+    step: int = 0
+    epoch: int = 0
+    loss_sum: float = 0.0
+    without_gain: int = 0
+    ended: bool = False
+    measured: dict[str, float] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def compare(self, measured: dict[str, float], patience: int, weights: Callable[[], dict[str, Any]]) -> None:
+        self.epoch += 1
+        if not self.measured or measured["score"] > self.measured["score"]:
+            self.measured, self.best, self.without_gain = measured, weights(), 0
+        else:
+            self.without_gain += 1
+            self.ended = bool(patience) and self.without_gain >= patience
+
+
+def _groups(objective: Objective, recipe: LoopRecipe, lr: float) -> list[dict[str, Any]]:
+    groups = []
+    for parameters, factor in objective.groups():
+        chosen = [p for p in parameters if p.requires_grad]
+        for decay, members in (
+            (recipe.weight_decay, [p for p in chosen if p.ndim > 1]),
+            (0.0, [p for p in chosen if p.ndim <= 1]),  # biases and gains
+        ):
+            if members:
+                groups.append({"params": members, "lr": lr * factor, "weight_decay": decay})
+    return groups
+
+
+def _resume(
+    state: _State,
+    run: Run,
+    objective: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: _Average,
+    scaler: torch.amp.GradScaler,
+) -> None:
+    kept = load_checkpoint(run.checkpoint)
+    if kept is None:
+        if run.resume:
+            run.log("nothing to resume; starting from the beginning")
+        return
+    if not run.resume:
+        raise UsageError(
+            f"a run was stopped before its end: {run.checkpoint}; give --resume to go on with it, or remove that file"
+        )
+    if kept["identity"] != run.identity:
+        raise UsageError(f"{run.checkpoint} is of another recipe, model or data; remove it to start anew")
+    for name in vars(state):
+        setattr(state, name, kept[name])
+    run.ranks.load_optimizer(objective, optimizer, kept["optimizer"])
+    scaler.load_state_dict(kept["scaler"])
+    if average.keep:
+        run.ranks.load_weights(objective, kept["average"])
+        average.values = [parameter.detach().clone() for parameter in average.parameters]
+    run.ranks.load_weights(objective, kept["model"])
+    run.log(f"resumed after step {state.step}")

@@ -1,0 +1,20 @@
+"""All weights, by the contrastive loss of pre-training, then interpolation with those that training started from.
+
+Goyal et al., "Finetune like you pretrain", CVPR 2023 (https://arxiv.org/abs/2212.00638): FLYP. Wortsman et al., "Robust
+fine-tuning of zero-shot models", CVPR 2022 (https://arxiv.org/abs/2109.01903): WiSE-FT; the share of the trained
+weights is the one that is best on the validation part.
+"""
+
+from __future__ import annotations
+
+from cliphar.training._gradient import train_towers
+from cliphar.training._job import Job, Outcome
+from cliphar.training._method_recipe import FullRecipe
+
+__all__ = ["full"]
+
+
+def full(job: Job) -> Outcome:
+    """Towers and class vectors."""
+    recipe = job.recipe_as(FullRecipe)
+    return train_towers(job, recipe, shares=recipe.wise.shares)

@@ -1,0 +1,120 @@
+"""From what a method made to a finished bundle: calibrated, measured, with where it came from."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import tempfile
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import save
+
+from cliphar.bundle import Bundle, BundleInfo, Calibration, Metrics, Provenance, read_bundle, write_bundle
+from cliphar.evaluation import evaluate, fit_calibration
+from cliphar.recognizer import BACKGROUND_FILE, TAUGHT_FILE, Recognizer, fit_background, to_predictions
+from cliphar.runtime import OnnxRuntime
+from cliphar.training._job import TEST, TRAIN, VAL, Job, Outcome, embed_rows, text_vectors
+
+__all__ = ["package", "versions"]
+
+_BACKGROUND_PHOTOS = 1200
+
+
+def package(job: Job, outcome: Outcome) -> Bundle:
+    """Calibrate on VAL, measure on TEST beside the starting model, and write the bundle to the recipe's output.
+
+    Both go through the bundle as it will serve. Where the towers are as they were, ``open`` stays as it was; else it
+    is fitted on the same labels by their words, which flatters it: they are not words that training never saw.
+    """
+    info, base = job.bundle.info, job.bundle
+    same_towers = "image.onnx" not in outcome.files
+    kept = ("image.onnx", "text.onnx", "tokenizer.json", "weights.safetensors", BACKGROUND_FILE)
+    files: dict[str, Path | bytes] = {
+        name: base.file(name)
+        for name in info.files
+        if name in kept or (same_towers and name not in ("head.safetensors", TAUGHT_FILE))
+    }
+    files |= outcome.files | {"head.safetensors": save({"class_vectors": np.ascontiguousarray(outcome.vectors)})}
+    draft = info.model_copy(
+        update={
+            "name": job.recipe.name,
+            "description": job.recipe.description or f"{info.name}, trained by method {job.recipe.method}",
+            "labels": job.labels,
+            "metrics": {},
+            "provenance": _provenance(job),
+            "files": {name: entry for name, entry in info.files.items() if files.get(name) == base.path / name},
+        }
+    )
+    with tempfile.TemporaryDirectory() as work:
+        bundle = write_bundle(Path(work) / "bundle", draft, files)
+        trained = Recognizer(bundle, OnnxRuntime(bundle))
+        val, test = (_features(job, trained, part, same_towers) for part in (VAL, TEST))
+        words = text_vectors(trained, job.labels)
+        if not same_towers or BACKGROUND_FILE not in info.files:
+            some = np.random.default_rng(0).permutation(job.rows(TRAIN))[:_BACKGROUND_PHOTOS]
+            files[BACKGROUND_FILE] = fit_background(embed_rows(trained, job.photos, some)).to_bytes()
+    truth = {part: job.targets[job.rows(part)] for part in (VAL, TEST)}
+    known = fit_calibration(val @ outcome.vectors.T, truth[VAL])
+    unseen = info.open if same_towers else fit_calibration(val @ words.T, truth[VAL])
+    before = job.features(TEST)
+    metrics = {
+        "known": _measure(job, test @ outcome.vectors.T, known, "photos never seen"),
+        "words": _measure(job, test @ words.T, unseen, "the same photos, labels by their words alone"),
+        "start": _measure(
+            job,
+            before @ job.start_vectors().T,
+            fit_calibration(job.features(VAL) @ job.start_vectors().T, truth[VAL]),
+            f"the same photos by {info.name}, which training started from",
+        ),
+    }
+    if same_towers and "open" in info.metrics:
+        metrics["open"] = info.metrics["open"]
+    for name, measured in metrics.items():
+        job.around.log(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in measured.values.items()))
+    finished = draft.model_copy(update={"known": known, "open": unseen, "metrics": metrics})
+    write_bundle(job.recipe.output, BundleInfo.model_validate(finished.model_dump()), files, overwrite=True)
+    return read_bundle(job.recipe.output)
+
+
+def _features(job: Job, trained: Recognizer, part: int, same_towers: bool) -> NDArray[np.float32]:
+    return job.features(part) if same_towers else embed_rows(trained, job.photos, job.rows(part))
+
+
+def _measure(job: Job, cosines: NDArray[np.float32], calibration: Calibration, what: str) -> Metrics:
+    answers = to_predictions(cosines, job.labels, calibration, 5, 0.9)
+    values = evaluate(answers, [job.labels[t] for t in job.targets[job.rows(TEST)]]).to_dict()
+    count = int(values.pop("n"))
+    return Metrics(description=f"{len(job.labels)} labels, {what}", n=count, values=dict(values))
+
+
+def versions(*names: str) -> dict[str, str]:
+    """Installed versions of packages."""
+    return {name: metadata.version(name) for name in names}
+
+
+def _provenance(job: Job) -> Provenance:
+    revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    settings: dict[str, Any] = job.recipe.model_dump(mode="json", exclude={"output": True, "data": {"cache"}})
+    settings["base"] = job.bundle.info.name  # where it lay on the machine that trained is nobody's business
+    settings["base_image_sha256"] = job.bundle.info.files["image.onnx"].sha256
+    for section, key in ((settings["data"], "source"), (settings, "captions")):
+        if section.get(key):
+            section[key] = Path(section[key]).name
+    hardware = f"{platform.machine()}, {torch.get_num_threads()} CPU cores"
+    if torch.cuda.is_available():
+        hardware += f", {job.around.ranks.world} x {torch.cuda.get_device_name()}"
+    return Provenance(
+        recipe=settings,
+        data_sha256=job.photos.sha256,
+        git_revision=revision or "unknown",
+        seed=job.recipe.seed,
+        versions=versions("torch", "onnx", "onnxruntime", "numpy", "tokenizers", "pillow"),
+        hardware=hardware,
+        created=datetime.now(UTC).strftime("%Y-%m-%d"),
+    )

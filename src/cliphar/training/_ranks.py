@@ -1,0 +1,102 @@
+"""The processes that train together. The loop asks these few questions; one process answers them simply."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+__all__ = ["OneProcess", "Ranks"]
+
+
+class Ranks(Protocol):
+    """``rank`` of ``world`` processes. Weights and optimiser states are whole, on the CPU, and keyed by name, so a
+    checkpoint of one kind of run is taken up by any other."""
+
+    rank: int
+    world: int
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module as it is called in training."""
+        ...
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Rows [B,...] of every process, in order of rank [world*B,...], with gradients."""
+        ...
+
+    def mean(self, value: float) -> float:
+        """The mean over processes."""
+        ...
+
+    def any(self, flag: int) -> int:
+        """The largest of all processes' flags."""
+        ...
+
+    def weights(self, module: nn.Module) -> dict[str, Any]:
+        """The trained weights and all buffers."""
+        ...
+
+    def load_weights(self, module: nn.Module, weights: dict[str, Any]) -> None:
+        """Put back what ``weights`` gave."""
+        ...
+
+    def optimizer_state(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The optimiser's state."""
+        ...
+
+    def load_optimizer(self, module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Put back what ``optimizer_state`` gave."""
+        ...
+
+
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+_LOADED = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
+
+
+class OneProcess:
+    """See :class:`Ranks`."""
+
+    rank = 0
+    world = 1
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """See :class:`Ranks`."""
+        return module
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """See :class:`Ranks`."""
+        return rows
+
+    def mean(self, value: float) -> float:
+        """See :class:`Ranks`."""
+        return value
+
+    def any(self, flag: int) -> int:
+        """See :class:`Ranks`."""
+        return flag
+
+    def weights(self, module: nn.Module) -> dict[str, Any]:
+        """See :class:`Ranks`."""
+        # a copy: what is returned must not change when training goes on
+        return copy.deepcopy(get_model_state_dict(module, options=_WHOLE))
+
+    def load_weights(self, module: nn.Module, weights: dict[str, Any]) -> None:
+        """See :class:`Ranks`."""
+        set_model_state_dict(module, weights, options=_LOADED)
+
+    def optimizer_state(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """See :class:`Ranks`."""
+        return get_optimizer_state_dict(module, optimizer, options=_WHOLE)
+
+    def load_optimizer(self, module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """See :class:`Ranks`."""
+        set_optimizer_state_dict(module, optimizer, state, options=_LOADED)

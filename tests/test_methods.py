@@ -1,0 +1,104 @@
+"""Training methods, from recipe to bundle, on a tiny model and a few photos of coloured shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image, ImageDraw
+
+torch = pytest.importorskip("torch", reason="training needs the [train] extra")
+
+
+from cliphar.bundle import Bundle, ImageSpec, packaged, read_bundle, write_bundle  # noqa: E402
+from cliphar.export import compress_weights, export_image_tower  # noqa: E402
+from cliphar.models import ImageTower, load_towers  # noqa: E402
+from cliphar.recognizer import load  # noqa: E402
+from cliphar.training import Surroundings, load_recipe, train  # noqa: E402
+
+COLOURS = {"jumping": (220, 40, 40), "running": (40, 200, 60), "sleeping_late": (50, 60, 220)}
+PHOTOS = 14
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LABEL/PHOTO: 14 photos of each of three labels, told apart by their colour."""
+    root = tmp_path_factory.mktemp("data") / "shapes"
+    random = np.random.default_rng(0)
+    for label, colour in COLOURS.items():
+        (root / label).mkdir(parents=True)
+        for i in range(PHOTOS):
+            noise = random.integers(0, 255, (6, 8, 3), np.uint8)
+            image = Image.fromarray(noise).resize((96, 72), Image.Resampling.BICUBIC)
+            left, top = (int(v) for v in random.integers(2, 20, 2))
+            ImageDraw.Draw(image).ellipse((left, top, left + 70, top + 45), fill=colour)
+            image.save(root / label / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """mini at 64 pixels: everything as it is shipped but the size of its input."""
+    mini = read_bundle(packaged("mini"))
+    towers = load_towers(mini)
+    assert isinstance(towers.image, ImageTower)
+    files: dict[str, Path | bytes] = {name: mini.file(name) for name in mini.info.files}
+    files["image.onnx"] = compress_weights(export_image_tower(towers.image, 64)).SerializeToString()
+    info = mini.info.model_copy(update={"image": ImageSpec(size=64, max_aspect=1.25)})
+    return write_bundle(tmp_path_factory.mktemp("base") / "small", info, files).path
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, shapes: Path, base: Path) -> Callable[..., Path]:
+    """A recipe's file for a method, with sections changed."""
+
+    def make(method: str, output: str = "out", **sections: Any) -> Path:
+        tree: dict[str, Any] = {
+            "method": method,
+            "name": "shapes",
+            "base": str(base),
+            "output": str(tmp_path / output),
+            "data": {"source": str(shapes), "val": 0.2, "test": 0.2, "cache": str(shapes.parent / "cache")},
+        }
+        if method in ("full", "lora", "temporal"):
+            tree["train"] = {"epochs": 2, "batch_size": 8, "size": 64} | sections.pop("train", {})
+        file = tmp_path / f"{output}.yaml"
+        file.write_text(yaml.safe_dump(tree | sections))
+        return file
+
+    return make
+
+
+def run(file: Path, *overrides: str, **around: Any) -> Bundle:
+    return train(load_recipe(file, overrides), Surroundings(**around))
+
+
+@pytest.mark.parametrize("method", ["zero-shot", "gda", "probe", "lora", "full"])
+def test_every_method_makes_a_bundle_that_serves(recipe: Callable[..., Path], shapes: Path, method: str) -> None:
+    bundle = run(recipe(method, **({"probe": {"steps": 100}} if method == "probe" else {})))
+    assert bundle.info.labels == ("jumping", "running", "sleeping late")
+    assert bundle.info.metrics["known"].n == bundle.info.metrics["start"].n
+    recognizer = load(bundle.path)
+    answers = recognizer.predict(sorted((shapes / "jumping").iterdir()))
+    assert isinstance(answers, list)
+    if method in ("gda", "probe"):
+        assert sum(answer.top[0].label == "jumping" for answer in answers) > PHOTOS * 0.6
+    assert recognizer.teach("falling", [shapes / "running" / "0.png"]).photos == 1
+    assert ("weights.safetensors" in bundle.info.files) == (method in ("full", "lora"))
+    about = bundle.info.provenance
+    assert about.recipe["method"] == method
+    assert about.recipe["data"]["source"] == "shapes"
+    assert "torch" in about.versions
+
+
+def test_the_towers_of_the_shipped_model_come_back(base: Path) -> None:
+    bundle = read_bundle(base)
+    random = np.random.default_rng(0)
+    photos = np.stack([np.asarray(Image.fromarray(random.integers(0, 255, (4, 4, 3), np.uint8)).resize((64, 64)))] * 2)
+    with torch.inference_mode():
+        restored = load_towers(bundle).image(torch.from_numpy(photos).permute(0, 3, 1, 2).float()).numpy()
+    assert np.allclose(restored, load(base).runtime.encode_images(photos), atol=1e-4)
