@@ -13,7 +13,7 @@ help:  ## what there is
 
 $(BIN)/cliphar: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[app]'
 	@touch $@
 
 $(VENV)/.dev: $(BIN)/cliphar
@@ -21,10 +21,8 @@ $(VENV)/.dev: $(BIN)/cliphar
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-run: $(BIN)/cliphar  ## recognise the sample photos and show the command to try next
-	$(BIN)/cliphar predict src/cliphar/assets/samples --labels-file src/cliphar/assets/samples/labels.txt
-	@echo
-	@echo "Now your own:  $(BIN)/cliphar predict photo.jpg --labels \"cooking, riding a bike\""
+run: $(BIN)/cliphar  ## start the API and the web page on this machine
+	$(BIN)/cliphar up
 
 test: $(VENV)/.dev lint types  ## lint, types and tests
 	$(BIN)/pytest

@@ -27,6 +27,7 @@ from cliphar.bundle import (
     write_bundle,
 )
 from cliphar.recognizer import Recognizer, load
+from serving_process import serving
 
 PACKAGE = Path(cliphar.__file__).resolve().parent
 
@@ -117,6 +118,15 @@ def fake(tiny: Bundle, fake_runtime: FakeRuntime) -> Recognizer:
 def mini() -> Iterator[Recognizer]:
     """The embedded model."""
     yield load(packaged("mini"), provider="cpu")
+
+
+@pytest.fixture(scope="session")
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a running service with the embedded model."""
+    kept = {k: v for k, v in os.environ.items() if k != "MODEL_PATH" and not k.startswith("CLIPHAR_")}
+    own = {"CLIPHAR_STATE": str(tmp_path_factory.mktemp("state")), "PYTHONPATH": str(PACKAGE.parent)}
+    with serving(kept | own) as (url, _):
+        yield url
 
 
 @pytest.fixture(scope="session")

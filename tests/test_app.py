@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from streamlit.testing.v1 import AppTest
 
@@ -64,9 +66,16 @@ def address() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
+def browser(samples: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """Chromium, whose camera sees a sample photo."""
+    buffer = io.BytesIO()
+    Image.open(samples / "portrait.jpg").convert("RGB").resize((640, 480)).save(buffer, "JPEG")
+    film = tmp_path_factory.mktemp("camera") / "portrait.mjpeg"
+    film.write_bytes(buffer.getvalue() * 10)
+    camera = ["--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"]
+    camera.append(f"--use-file-for-fake-video-capture={film}")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=CHROMIUM)
+        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=CHROMIUM + camera)
         yield browser
         browser.close()
 
@@ -74,7 +83,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture
 def page(browser: Browser, address: str) -> Iterator[Page]:
     """The Photo page in a window of its own. Nothing may be asked of any other machine."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, permissions=["camera"])
     page = context.new_page()
     strange: list[str] = []
     page.on("request", lambda request: strange.append(request.url))
@@ -153,6 +162,26 @@ def test_an_action_is_taught_kept_and_used(page: Page, photos: list[Path]) -> No
     visit(page, "Photo", "What are they doing?")
     page.locator("input[type=file]").set_input_files(str(photos[-1]))
     expect(page.locator(".cl-answer h3")).to_have_text("standing for the camera")
+
+
+def test_a_photo_is_taken_with_the_camera(page: Page) -> None:
+    page.get_by_role("tab", name="Camera").click()
+    page.get_by_text("Turn on the camera").click()
+    page.get_by_role("button", name="Take Photo").click()
+    expect(page.get_by_role("img", name="the photo")).to_be_visible(timeout=15_000)
+
+
+def test_the_camera_is_answered_live(page: Page) -> None:
+    visit(page, "Live", "What is happening now?")
+    frame = page.frame_locator("iframe[title*=webrtc]")
+    frame.get_by_role("button", name="Start").click()
+    expect(page.get_by_text("From frame to answer")).to_be_visible(timeout=30_000)
+    size = frame.locator("video").evaluate("video => [video.videoWidth, video.videoHeight]")
+    assert size == [640, 480]
+    page.get_by_role("button", name="Remove calling").click()
+    expect(page.get_by_text("From frame to answer")).to_be_visible(timeout=30_000)
+    frame.get_by_role("button", name="Stop").click()
+    expect(page.get_by_text("Press Start")).to_be_visible()
 
 
 @pytest.fixture

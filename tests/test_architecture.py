@@ -22,6 +22,8 @@ ROOMS = (
     "evaluation",
     "export",
     "training",
+    "client",
+    "serving",
     "ui",
     "cli",
 )

@@ -1,19 +1,27 @@
-"""cliphar eval: how good a model is on a folder of labelled photos."""
+"""cliphar eval: how good a model is on a folder of labelled photos, and whether it is better than another."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cliphar.cli._options import Coverage, Labels, LabelsFile, Model, Provider, Threads, chosen_labels
 from cliphar.errors import DataError, MediaError, UsageError
 
+if TYPE_CHECKING:
+    from cliphar.evaluation import Evaluation
+    from cliphar.recognizer import Prediction, Recognizer
+
 __all__ = ["evaluate"]
+
+_Listed = list[tuple[Path, str]]
 
 
 def evaluate(
@@ -21,45 +29,125 @@ def evaluate(
     model: Model = None,
     labels: Labels = None,
     labels_file: LabelsFile = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Another model, compared with on the same photos.")
+    ] = None,
+    novel: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also measure on labels that the model was not trained on.")
+    ] = None,
+    report: Annotated[
+        list[Path] | None,
+        typer.Option("--report", "-r", help="Also write a report, .html or .json, with plots and the worst mistakes."),
+    ] = None,
     coverage: Coverage = 0.9,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
     provider: Provider = None,
     threads: Threads = None,
 ) -> None:
     """Measure a model on labelled photos. Without --labels the folder's own names are the choice."""
+    from cliphar.evaluation import Evaluation, analyse, compare, confident_mistakes, write_report
+    from cliphar.evaluation import evaluate as figures_of
+    from cliphar.recognizer import load
+
+    for path in report or ():
+        _check_report(path)
+    listed, chosen = _read(data, chosen_labels(labels, labels_file))
+    recognizer = load(model, provider=provider, threads=threads)
+    other = None if against is None else load(against, provider=provider, threads=threads)
+    new, new_labels = ([], ()) if novel is None else _read(novel, None)
+    trained = sorted(set(new_labels) & set(recognizer.labels))
+    if trained:
+        raise UsageError(f"{novel} has labels that the model was trained on: {', '.join(trained[:5])}; remove them")
+    read, answers, rate = _answer(recognizer, listed, chosen, coverage, data)
+    paths, truth = [path for path, _ in read], [label for _, label in read]
+    failed = len(listed) - len(read)
+    comparison = novel_report = None
+    if other is not None:
+        _, others, _ = _answer(other, read, chosen, coverage, data)
+        comparison = compare(answers, others, truth, other.bundle.info.name)
+    if novel is not None:
+        new_read, new_answers, _ = _answer(recognizer, new, new_labels, coverage, novel)
+        novel_report = figures_of(new_answers, [label for _, label in new_read])
+        failed += len(new) - len(new_read)
+    done = Evaluation(
+        model=recognizer.bundle.info.name,
+        data=str(data),
+        analysis=analyse(answers, truth, chosen),
+        images_per_s=rate,
+        mistakes=confident_mistakes(paths, answers, truth),
+        comparison=comparison,
+        novel=novel_report,
+    )
+    for path in report or ():
+        write_report(path, done)
+    if as_json:
+        print(json.dumps(done.figures()))
+    else:
+        _show(done)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _check_report(path: Path) -> None:
+    if path.suffix not in (".html", ".json"):
+        raise UsageError(f"cannot write {path}: its name must end in .html or .json")
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UsageError(f"cannot write {path}: {path.parent} is not a folder where it can be written")
+
+
+def _read(data: Path, labels: tuple[str, ...] | None) -> tuple[_Listed, tuple[str, ...]]:
+    """The photos with their labels, and the labels to choose from."""
     from cliphar.data import list_labelled
-    from cliphar.evaluation import evaluate as measure
-    from cliphar.recognizer import Prediction, load
 
     listed = [(path, " ".join(label.split())) for path, label in list_labelled(data)]  # as labels are cleaned
-    chosen = chosen_labels(labels, labels_file) or tuple(sorted({label for _, label in listed}))
+    chosen = labels or tuple(sorted({label for _, label in listed}))
     stray = sorted({label for _, label in listed} - set(chosen))
     if stray:
         raise UsageError(f"{data} has folders that are not among the labels: {', '.join(stray[:5])}; add or move them")
-    recognizer = load(model, provider=provider, threads=threads)
-    top_k = max(5, len(recognizer.labels))
+    return listed, chosen
+
+
+def _answer(
+    recognizer: Recognizer, listed: _Listed, labels: Sequence[str], coverage: float, data: Path
+) -> tuple[_Listed, list[Prediction], float]:
+    """The photos that could be read, their answers, and how many a second."""
     if listed:  # the first call pays for allocations that the rate should not
-        list(recognizer.stream([listed[0][0]], chosen))
-    predictions: list[Prediction] = []
-    truth: list[str] = []
+        list(recognizer.stream([listed[0][0]], labels))
+    read: _Listed = []
+    answers: list[Prediction] = []
     started = time.perf_counter()
-    for (_, label), answer in zip(
-        listed, recognizer.stream((p for p, _ in listed), chosen, top_k=top_k, coverage=coverage), strict=True
-    ):
+    stream = recognizer.stream((path for path, _ in listed), labels, coverage=coverage)
+    for one, answer in zip(listed, stream, strict=True):
         if isinstance(answer, MediaError):
             print(f"cliphar: {answer}", file=sys.stderr)
         else:
-            predictions.append(answer)
-            truth.append(label)
-    rate = len(predictions) / (time.perf_counter() - started)
-    if not predictions:
+            read.append(one)
+            answers.append(answer)
+    rate = len(answers) / (time.perf_counter() - started)
+    if not answers:
         raise DataError(f"none of the {len(listed)} photos in {data} could be read")
-    report = measure(predictions, truth).to_dict() | {"images_per_s": round(rate, 1)}
-    if as_json:
-        print(json.dumps(report))
-    else:
-        width = max(map(len, report))
-        for key, value in report.items():
-            print(f"{key:<{width}}  {value}")
-    if len(predictions) < len(listed):
-        raise typer.Exit(1)
+    return read, answers, rate
+
+
+def _show(done: Evaluation) -> None:
+    figures = done.figures()
+    intervals = figures.pop("ci95")
+    novel, against = figures.pop("novel", {}), figures.pop("against", {})
+    for key, value in figures.items():
+        ends = intervals.get(key)
+        print(f"{key:<12}  {value:<9}" + (f"  {ends[0]:.3f} to {ends[1]:.3f}" if ends else ""))
+    width = max(5, *(len(one.label) for one in done.analysis.classes))
+    print(f"\n{'label':<{width}}  photos  precision  recall     f1")
+    for one in sorted(done.analysis.classes, key=lambda one: one.f1):
+        print(f"{one.label:<{width}}  {one.n:>6}  {one.precision:>9.3f}  {one.recall:>6.3f}  {one.f1:>5.3f}")
+    if novel:
+        print(
+            f"\nnew labels: top1 {novel['top1']:.3f} on {novel['n']} photos, harmonic mean {novel['harmonic_mean']:.3f}"
+        )
+    if against:
+        low, high = against["difference_ci95"]
+        print(
+            f"\nagainst {against['other']}: top1 {against['difference']:+.3f} ({low:+.3f} to {high:+.3f}); "
+            f"{against['only_this']} photos right here only, {against['only_other']} there only, "
+            f"p = {against['p_value']:.2g}"
+        )

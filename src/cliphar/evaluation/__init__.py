@@ -1,7 +1,33 @@
-"""How good the answers are, how honest the scores, and the model card that says so."""
+"""How good the answers are, how honest the scores, and the model card and report that say so."""
 
+from cliphar.evaluation._analysis import Analysis, ClassReport, Mistake, analyse, confident_mistakes
 from cliphar.evaluation._card import model_card
+from cliphar.evaluation._compare import Comparison, compare, harmonic_mean, mcnemar
 from cliphar.evaluation._fit import fit_calibration
-from cliphar.evaluation._metrics import Report, evaluate, expected_calibration_error, macro_f1
+from cliphar.evaluation._metrics import Bin, Report, evaluate, expected_calibration_error, macro_f1, reliability
+from cliphar.evaluation._plots import confusion_svg, reliability_svg
+from cliphar.evaluation._report import Evaluation, write_report
 
-__all__ = ["Report", "evaluate", "expected_calibration_error", "fit_calibration", "macro_f1", "model_card"]
+__all__ = [
+    "Analysis",
+    "Bin",
+    "ClassReport",
+    "Comparison",
+    "Evaluation",
+    "Mistake",
+    "Report",
+    "analyse",
+    "compare",
+    "confident_mistakes",
+    "confusion_svg",
+    "evaluate",
+    "expected_calibration_error",
+    "fit_calibration",
+    "harmonic_mean",
+    "macro_f1",
+    "mcnemar",
+    "model_card",
+    "reliability",
+    "reliability_svg",
+    "write_report",
+]

@@ -11,7 +11,18 @@ from numpy.typing import NDArray
 from cliphar.labels import UNKNOWN
 from cliphar.recognizer import Prediction
 
-__all__ = ["Report", "evaluate", "expected_calibration_error", "macro_f1"]
+__all__ = ["Bin", "Report", "evaluate", "expected_calibration_error", "macro_f1", "reliability"]
+
+
+@dataclass(frozen=True)
+class Bin:
+    """The photos whose best score lies in ``low``..``high``: how many, their mean score, the share answered right."""
+
+    low: float
+    high: float
+    n: int
+    confidence: float
+    accuracy: float
 
 
 @dataclass(frozen=True)
@@ -36,14 +47,21 @@ class Report:
         return {key: value if isinstance(value, int) else round(value, 6) for key, value in asdict(self).items()}
 
 
-def expected_calibration_error(confidence: NDArray[np.float64], correct: NDArray[np.bool_], bins: int = 15) -> float:
-    """Mean distance of confidence and accuracy over equal-width bins, weighted by their photos (Guo et al., 2017)."""
+def reliability(confidence: NDArray[np.float64], correct: NDArray[np.bool_], bins: int = 15) -> tuple[Bin, ...]:
+    """The non-empty of ``bins`` equal-width bins of ``confidence`` (float [N] in 0..1), in ascending order."""
     bin_of = np.minimum((confidence * bins).astype(np.int64), bins - 1)
-    error = 0.0
+    found = []
     for b in np.unique(bin_of):
         inside = bin_of == b
-        error += float(inside.mean()) * abs(float(confidence[inside].mean()) - float(correct[inside].mean()))
-    return error
+        share, right = float(confidence[inside].mean()), float(correct[inside].mean())
+        found.append(Bin(float(b / bins), float((b + 1) / bins), int(inside.sum()), share, right))
+    return tuple(found)
+
+
+def expected_calibration_error(confidence: NDArray[np.float64], correct: NDArray[np.bool_], bins: int = 15) -> float:
+    """Mean distance of confidence and accuracy over equal-width bins, weighted by their photos (Guo et al., 2017)."""
+    found = reliability(confidence, correct, bins)
+    return sum(one.n * abs(one.confidence - one.accuracy) for one in found) / len(confidence)
 
 
 def macro_f1(truth: Sequence[str], predicted: Sequence[str]) -> float:

@@ -184,15 +184,15 @@ class Recognizer:
         """Write the taught actions to one file, whole or not at all."""
         write_taught(Path(path), self.bundle, self._taught)
 
-    def load_taught(self, path: str | os.PathLike[str]) -> None:
-        """Add the actions of a file that ``save_taught`` wrote.
+    def load_taught(self, path: str | os.PathLike[str], *, replace: bool = False) -> None:
+        """Add the actions of a file that ``save_taught`` wrote, or let them take the place of all that was taught.
 
         Raises:
             BundleError: it cannot be read, or was taught to another bundle.
         """
         loaded = read_taught(Path(path), self.bundle)
         with self._lock:
-            self._taught = self._taught | loaded
+            self._taught = loaded if replace else self._taught | loaded
 
     def _learn(self, label: str, embeddings: NDArray[np.float32], background: Background) -> Taught:
         mean, count = embeddings.mean(0)[None], np.array([len(embeddings)])

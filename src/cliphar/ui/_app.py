@@ -7,6 +7,7 @@ from pathlib import Path
 import streamlit as st
 
 from cliphar.errors import ClipharError
+from cliphar.ui._live import live_page
 from cliphar.ui._photo import photo_page
 from cliphar.ui._session import backend
 from cliphar.ui._show import STYLE
@@ -21,6 +22,7 @@ def app() -> None:
     st.html(STYLE)
     pages = [
         st.Page(photo_page, title="Photo", icon=":material/photo_camera:", url_path="photo", default=True),
+        st.Page(live_page, title="Live", icon=":material/videocam:", url_path="live"),
         st.Page(teach_page, title="Teach", icon=":material/school:", url_path="teach"),
     ]
     page = st.navigation(pages, position="hidden")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from cliphar.errors import MediaError
 from cliphar.recognizer import Lesson, Prediction
@@ -42,6 +45,10 @@ class Backend(Protocol):
 
     def answer(self, photos: Sequence[Photo], labels: Sequence[str], coverage: float) -> list[Prediction | MediaError]:
         """One answer a photo, with every label in ``top``; a photo that is refused gets its error."""
+        ...
+
+    def watch(self, labels: Sequence[str]) -> Callable[[NDArray[np.uint8]], Prediction]:
+        """What answers a camera's frames, uint8 RGB [H,W,3], steadily; for one camera and one thread."""
         ...
 
     def teach(self, name: str, photos: Sequence[Photo]) -> Lesson:

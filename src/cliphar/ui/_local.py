@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ _TOP = 1000
 def _shared(model: str | None) -> Recognizer:
     recognizer = load(model)
     # a list's first words take a moment each; the visitor is still looking at the page
-    threading.Thread(target=_embed_ready_lists, args=(recognizer,)).start()
+    threading.Thread(target=_embed_ready_lists, args=(recognizer,), daemon=False).start()
     return recognizer
 
 
@@ -77,6 +77,11 @@ class LocalBackend:
         while len(self._embeddings) > _KEPT_EMBEDDINGS:
             self._embeddings.popitem(last=False)
         return found
+
+    def watch(self, labels: Sequence[str]) -> Callable[[NDArray[np.uint8]], Prediction]:
+        """Each frame by itself."""
+        recognizer, chosen = self._recognizer, tuple(labels)
+        return lambda frame: recognizer.predict(frame, chosen)
 
     def teach(self, name: str, photos: Sequence[Photo]) -> Lesson:
         """Taught to a copy, which takes the place of the session's recogniser if it is kept."""

@@ -89,8 +89,7 @@ def _lists() -> dict[str, list[str]]:
         ready = {name: list(words) for name, words in vocabularies().items() if set(words) != set(known)}
         state.ready_lists = ({_KNOWN: known} if known else {}) | ready | {_OWN: []}
         state.lists = dict(state.ready_lists)
-        state.list_name = next(iter(state.lists))
-        state.actions = state.lists[state.list_name]
+        state.current_list = next(iter(state.lists))
     found: dict[str, list[str]] = state.lists
     return found
 
@@ -103,8 +102,7 @@ def know_action(name: str, *, known: bool = True) -> None:
         others = [label for label in shelf.get(_KNOWN, []) if label != name]
         shelf[_KNOWN] = [*others, name] if known or name in backend().labels else others
     if known:
-        state.list_name = _KNOWN
-    state.actions = lists[state.list_name]
+        state.current_list = _KNOWN
 
 
 def choose_actions() -> tuple[str, ...]:
@@ -112,35 +110,38 @@ def choose_actions() -> tuple[str, ...]:
     lists, state = _lists(), st.session_state
 
     def switch() -> None:
-        state.actions = lists[state.list_name]
+        state.current_list = state.list_name
 
     def edit() -> None:
         try:
-            lists[state.list_name] = list(clean_labels(",".join(state.actions))) if state.actions else []
+            lists[state.current_list] = list(clean_labels(",".join(state.actions))) if state.actions else []
         except UsageError as error:
             state.refused_action = str(error)
-        state.actions = lists[state.list_name]
 
     def restore() -> None:
-        state.actions = lists[state.list_name] = state.ready_lists[state.list_name]
+        lists[state.current_list] = state.ready_lists[state.current_list]
 
-    st.selectbox("List of actions", list(lists), key="list_name", on_change=switch, persist_state="session")
-    chosen = st.multiselect(
+    # the widgets forget their values when another page is shown; the lists do not
+    words = lists[state.current_list]
+    for key, value in (("list_name", state.current_list), ("actions", words)):
+        if state.get(key) != value:
+            state[key] = value
+    st.selectbox("List of actions", list(lists), key="list_name", on_change=switch)
+    st.multiselect(
         "Actions to choose from",
-        list(dict.fromkeys((*state.actions, *glossary()))),
+        list(dict.fromkeys((*words, *glossary()))),
         key="actions",
         on_change=edit,
         accept_new_options=True,
-        persist_state="session",
         wrap=True,
         placeholder="Type an action and press Enter",
         help="Any words: type one and press Enter, or several with commas between. The cross takes one away.",
     )
     if refused := state.pop("refused_action", None):
         st.warning(f"That was not added: {refused}.", icon=":material/info:")
-    if state.list_name != _OWN and chosen != state.ready_lists[state.list_name]:
+    if words != state.ready_lists[state.current_list]:
         st.button("Restore this list", on_click=restore, type="tertiary", icon=":material/undo:")
-    return tuple(chosen)
+    return tuple(words)
 
 
 def choose_coverage() -> float:

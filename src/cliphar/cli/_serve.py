@@ -1,0 +1,80 @@
+"""cliphar serve: the HTTP API."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cliphar.cli._options import Model, Provider, Threads
+from cliphar.errors import UsageError
+
+__all__ = ["serve"]
+
+
+def serve(
+    model: Model = None,
+    host: Annotated[str, typer.Option(envvar="CLIPHAR_HOST", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(envvar="CLIPHAR_PORT", min=0, max=65535, help="Port.")] = 8000,
+    provider: Provider = None,
+    threads: Threads = None,
+    state: Annotated[
+        Path | None, typer.Option(envvar="CLIPHAR_STATE", help="Where vocabularies and taught actions are kept.")
+    ] = None,
+    queue_size: Annotated[int, typer.Option(envvar="CLIPHAR_QUEUE_SIZE", min=1, help="Photos that may wait.")] = 256,
+    max_batch: Annotated[
+        int,
+        typer.Option(envvar="CLIPHAR_MAX_BATCH", min=1, max=256, help="Photos the model is given at once, at most."),
+    ] = 16,
+    deadline: Annotated[
+        float, typer.Option(envvar="CLIPHAR_DEADLINE_S", min=0.001, help="Seconds a request may take.")
+    ] = 30.0,
+    drain: Annotated[
+        int, typer.Option(envvar="CLIPHAR_DRAIN_S", min=1, help="Seconds to answer what came in before a stop.")
+    ] = 30,
+    max_body: Annotated[int, typer.Option(envvar="CLIPHAR_MAX_BODY_MB", min=1, help="MB of a request's body.")] = 64,
+    max_images: Annotated[int, typer.Option(envvar="CLIPHAR_MAX_IMAGES", min=1, help="Photos in a request.")] = 64,
+    max_pixels: Annotated[
+        int, typer.Option(envvar="CLIPHAR_MAX_PIXELS", min=1, help="Pixels of a photo.")
+    ] = 50_000_000,
+    max_labels: Annotated[int, typer.Option(envvar="CLIPHAR_MAX_LABELS", min=1, help="Labels in a request.")] = 500,
+    api_keys: Annotated[
+        Path | None, typer.Option(envvar="CLIPHAR_API_KEYS", help="Ask for keys: a file of 'NAME SHA256' lines.")
+    ] = None,
+    rate: Annotated[
+        int | None,
+        typer.Option(envvar="CLIPHAR_RATE_PER_MINUTE", min=1, help="Requests a minute of one key or address."),
+    ] = None,
+    cors: Annotated[
+        str | None, typer.Option(envvar="CLIPHAR_CORS_ORIGINS", help="Origins of pages that may call, by commas.")
+    ] = None,
+    image_urls: Annotated[
+        bool, typer.Option("--image-urls", envvar="CLIPHAR_IMAGE_URLS", help="Fetch images by address, if public.")
+    ] = False,
+) -> None:
+    """Answer over HTTP: photos in, actions out; /docs describes it."""
+    if find_spec("fastapi") is None or find_spec("structlog") is None:
+        raise UsageError("the API needs FastAPI and others; run: pip install 'cliphar[serve]'")
+    from cliphar.serving import Settings, run
+
+    given = {"state": state} if state else {}
+    settings = Settings(
+        model=model,
+        provider=provider,
+        threads=threads,
+        queue_size=queue_size,
+        max_batch=max_batch,
+        deadline_s=deadline,
+        max_body_mb=max_body,
+        max_images=max_images,
+        max_pixels=max_pixels,
+        max_labels=max_labels,
+        api_keys=api_keys,
+        rate_per_minute=rate,
+        cors_origins=tuple(origin.strip() for origin in (cors or "").split(",") if origin.strip()),
+        image_urls=image_urls,
+        **given,
+    )
+    run(settings, host, port, drain)

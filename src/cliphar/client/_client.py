@@ -1,0 +1,222 @@
+"""Calls of the HTTP API. A refusal is a ClipharError with the service's own words."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import quote
+
+import httpx
+
+from cliphar.errors import ClipharError, MediaError, UsageError
+from cliphar.recognizer import Prediction, Score
+
+__all__ = ["AsyncClient", "Client"]
+
+Photo = bytes | str | PathLike[str]
+Answer = Prediction | MediaError
+_TRIES = 4
+
+
+class _Calls:
+    """What both clients send and how they read answers."""
+
+    def __init__(self, url: str, api_key: str | None, timeout_s: float) -> None:
+        self._options: dict[str, Any] = {
+            "base_url": url.rstrip("/"),
+            "timeout": timeout_s,
+            "headers": {"Authorization": f"Bearer {api_key}"} if api_key else {},
+        }
+        self._url = url
+
+    @staticmethod
+    def _photos(photos: Iterable[Photo]) -> list[tuple[str, tuple[str, bytes, str]]]:
+        contents = [photo if isinstance(photo, bytes) else _read(photo) for photo in photos]
+        return [("images", (f"{i}", content, "application/octet-stream")) for i, content in enumerate(contents)]
+
+    def _predict(
+        self, photos: Iterable[Photo], labels: Sequence[str] | str | None, top_k: int, coverage: float
+    ) -> dict[str, Any]:
+        data: dict[str, Any] = {"top_k": str(top_k), "coverage": str(coverage)}
+        if labels is not None:
+            # a list of one is a list, not a vocabulary's name
+            data["labels"] = labels if isinstance(labels, str) else [*labels, ""]
+        return {"files": self._photos(photos), "data": data}
+
+    @staticmethod
+    def _pause_s(response: httpx.Response | None, tries: int) -> float | None:
+        """How long to wait before trying again; None if there is no use."""
+        if tries >= _TRIES or (response is not None and response.status_code not in (429, 503)):
+            return None
+        told = response.headers.get("Retry-After") if response is not None else None
+        return min(30.0, float(told)) if told and told.isdigit() else 0.2 * 2**tries
+
+    def _checked(self, response: httpx.Response) -> Any:
+        if response.status_code == 204:
+            return None
+        try:
+            content = response.json()
+        except ValueError as error:
+            raise ClipharError(f"{self._url} answered {response.status_code}, but not as cliphar does") from error
+        if response.is_success:
+            return content
+        detail = content.get("detail") if isinstance(content, dict) else None
+        kind = UsageError if response.status_code in (401, 403, 404, 422) else ClipharError
+        raise kind(str(detail or f"{self._url} answered {response.status_code}"))
+
+    def _unreachable(self, error: httpx.TransportError) -> ClipharError:
+        return ClipharError(f"no answer from {self._url}: {error or type(error).__name__}; is 'cliphar serve' running?")
+
+    @staticmethod
+    def _answers(content: Any) -> list[Answer]:
+        return [
+            MediaError(one["error"])
+            if "error" in one
+            else Prediction(
+                label=one["label"],
+                score=one["score"],
+                set=tuple(one["set"]),
+                top=tuple(Score(top["label"], top["score"]) for top in one["top"]),
+                evidence=float("nan"),
+            )
+            for one in content["predictions"]
+        ]
+
+
+class Client(_Calls):
+    """Plain calls; safe to share between threads.
+
+    Args:
+        url: the service's address, such as ``http://127.0.0.1:8000``.
+        api_key: for a service that asks for one.
+        timeout_s: for each try.
+
+    Every call raises a ClipharError with one line when it is refused or nothing answers; 429 and 503 are tried again
+    after as long as the service says.
+    """
+
+    def __init__(self, url: str, *, api_key: str | None = None, timeout_s: float = 60.0) -> None:
+        super().__init__(url, api_key, timeout_s)
+        self._http = httpx.Client(**self._options)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let the connections go."""
+        self._http.close()
+
+    def _call(self, method: str, path: str, **body: Any) -> Any:
+        for tries in range(_TRIES + 1):
+            response = None
+            try:
+                response = self._http.request(method, path, **body)
+            except httpx.ConnectError as error:
+                if (pause := self._pause_s(None, tries)) is None:
+                    raise self._unreachable(error) from error
+            except httpx.TransportError as error:
+                raise self._unreachable(error) from error
+            else:
+                if (pause := self._pause_s(response, tries)) is None:
+                    return self._checked(response)
+            time.sleep(pause)
+        raise AssertionError("unreachable")
+
+    def predict(
+        self,
+        photos: Iterable[Photo],
+        labels: Sequence[str] | str | None = None,
+        *,
+        top_k: int = 5,
+        coverage: float = 0.9,
+    ) -> list[Answer]:
+        """One answer a photo (encoded bytes or a path), or its MediaError; ``labels`` may name a vocabulary."""
+        return self._answers(self._call("POST", "/v1/predict", **self._predict(photos, labels, top_k, coverage)))
+
+    def model(self) -> dict[str, Any]:
+        """The model that answers: name, labels, what was taught, metrics."""
+        answer: dict[str, Any] = self._call("GET", "/v1/models")["models"][0]
+        return answer
+
+    def vocabularies(self) -> dict[str, list[str]]:
+        """Named lists of labels."""
+        answer: dict[str, list[str]] = self._call("GET", "/v1/labels")
+        return answer
+
+    def put_vocabulary(self, name: str, labels: Sequence[str]) -> None:
+        """Keep a list of labels under a name."""
+        self._call("PUT", f"/v1/labels/{quote(name, safe='')}", json=list(labels))
+
+    def teach(self, name: str, photos: Iterable[Photo]) -> dict[str, Any]:
+        """Teach an action; how well it works, as ``Lesson.to_dict`` has it."""
+        path = f"/v1/actions/{quote(name, safe='')}"
+        answer: dict[str, Any] = self._call("POST", path, files=self._photos(photos))
+        return answer
+
+    def forget(self, name: str) -> None:
+        """Forget an action that was taught."""
+        self._call("DELETE", f"/v1/actions/{quote(name, safe='')}")
+
+
+class AsyncClient(_Calls):
+    """The same for asyncio; see :class:`Client`."""
+
+    def __init__(self, url: str, *, api_key: str | None = None, timeout_s: float = 60.0) -> None:
+        super().__init__(url, api_key, timeout_s)
+        self._http = httpx.AsyncClient(**self._options)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Let the connections go."""
+        await self._http.aclose()
+
+    async def _call(self, method: str, path: str, **body: Any) -> Any:
+        for tries in range(_TRIES + 1):
+            response = None
+            try:
+                response = await self._http.request(method, path, **body)
+            except httpx.ConnectError as error:
+                if (pause := self._pause_s(None, tries)) is None:
+                    raise self._unreachable(error) from error
+            except httpx.TransportError as error:
+                raise self._unreachable(error) from error
+            else:
+                if (pause := self._pause_s(response, tries)) is None:
+                    return self._checked(response)
+            await asyncio.sleep(pause)
+        raise AssertionError("unreachable")
+
+    async def predict(
+        self,
+        photos: Iterable[Photo],
+        labels: Sequence[str] | str | None = None,
+        *,
+        top_k: int = 5,
+        coverage: float = 0.9,
+    ) -> list[Answer]:
+        """One answer a photo (encoded bytes or a path), or its MediaError; ``labels`` may name a vocabulary."""
+        return self._answers(await self._call("POST", "/v1/predict", **self._predict(photos, labels, top_k, coverage)))
+
+    async def model(self) -> dict[str, Any]:
+        """The model that answers: name, labels, what was taught, metrics."""
+        answer: dict[str, Any] = (await self._call("GET", "/v1/models"))["models"][0]
+        return answer
+
+
+def _read(path: str | PathLike[str]) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise MediaError(f"{path} cannot be read: {error.strerror}") from error

@@ -1,0 +1,152 @@
+"""What lies behind the figures: each class, the confusion matrix, the reliability diagram, confidence intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cliphar.evaluation._metrics import Bin, Report, evaluate, reliability
+from cliphar.recognizer import Prediction
+
+__all__ = ["Analysis", "ClassReport", "Mistake", "analyse", "confident_mistakes"]
+
+_RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class ClassReport:
+    """One label: ``n`` photos of it; precision, recall and f1 in 0..1 (0 where nothing was answered or nothing is)."""
+
+    label: str
+    n: int
+    precision: float
+    recall: float
+    f1: float
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A photo that was answered wrongly, with the score of the wrong answer."""
+
+    path: Path
+    truth: str
+    answer: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A report with what lies behind it.
+
+    ``ci95`` maps a figure's name to the ends of its 95 % interval (percentile bootstrap over photos; Efron, 1979).
+    ``confusion`` is int64 [C,C]: row i, column j counts the photos of ``labels[i]`` that were answered ``labels[j]``.
+    ``reliability`` holds the bins that have photos.
+    """
+
+    labels: tuple[str, ...]
+    report: Report
+    ci95: dict[str, tuple[float, float]]
+    classes: tuple[ClassReport, ...]
+    confusion: NDArray[np.int64]
+    reliability: tuple[Bin, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, fractions rounded to six digits."""
+        return {
+            "figures": self.report.to_dict(),
+            "ci95": {name: list(ends) for name, ends in self.ci95.items()},
+            "labels": list(self.labels),
+            "classes": [_rounded(asdict(one)) for one in self.classes],
+            "confusion": self.confusion.tolist(),
+            "reliability": [_rounded(asdict(one)) for one in self.reliability],
+        }
+
+
+def _rounded(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: round(value, 6) if isinstance(value, float) else value for key, value in values.items()}
+
+
+def analyse(predictions: Sequence[Prediction], truth: Sequence[str], labels: Sequence[str], seed: int = 0) -> Analysis:
+    """Everything that predictions and true labels say.
+
+    Args:
+        predictions: as :func:`evaluate` takes them.
+        truth: the true label of each.
+        labels: all that could be answered, in the order that the confusion matrix shall have.
+        seed: of the bootstrap.
+    """
+    report = evaluate(predictions, truth)
+    number = {label: i for i, label in enumerate(labels)}
+    true = np.array([number[label] for label in truth])
+    best = np.array([number[prediction.top[0].label] for prediction in predictions])
+    count = len(labels)
+    confusion = np.bincount(true * count + best, minlength=count * count).reshape(count, count)
+    hits, cases, claims = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+    classes = tuple(
+        ClassReport(
+            label=label,
+            n=int(cases[i]),
+            precision=float(hits[i] / max(claims[i], 1)),
+            recall=float(hits[i] / max(cases[i], 1)),
+            f1=float(2 * hits[i] / max(claims[i] + cases[i], 1)),
+        )
+        for i, label in enumerate(labels)
+    )
+    return Analysis(
+        labels=tuple(labels),
+        report=report,
+        ci95=_intervals(predictions, truth, true, best, count, seed),
+        classes=classes,
+        confusion=confusion,
+        reliability=reliability(np.array([p.score for p in predictions]), true == best),
+    )
+
+
+def _intervals(
+    predictions: Sequence[Prediction],
+    truth: Sequence[str],
+    true: NDArray[np.int64],
+    best: NDArray[np.int64],
+    count: int,
+    seed: int,
+) -> dict[str, tuple[float, float]]:
+    pairs = list(zip(predictions, truth, strict=True))
+    means = np.stack(
+        [
+            true == best,
+            [t in [score.label for score in p.top[:5]] for p, t in pairs],
+            [t in p.set for p, t in pairs],
+            [len(p.set) for p, _ in pairs],
+        ]
+    ).astype(np.float64)
+    random = np.random.default_rng(seed)
+    n = len(pairs)
+    drawn: dict[str, list[float]] = {name: [] for name in ("top1", "top5", "coverage", "set_size", "macro_f1")}
+    for _ in range(_RESAMPLES):
+        # how often each photo is drawn, when n photos are drawn with replacement
+        times = np.bincount(random.integers(0, n, n), minlength=n).astype(np.float64)
+        for name, mean in zip(drawn, means @ times / n, strict=False):
+            drawn[name].append(float(mean))
+        hits = np.bincount(true, times * means[0], count)
+        cases, claims = np.bincount(true, times, count), np.bincount(best, times, count)
+        there = cases > 0
+        drawn["macro_f1"].append(float((2 * hits[there] / (cases + claims)[there]).mean()))
+    ends = {name: np.quantile(values, (0.025, 0.975)) for name, values in drawn.items()}
+    return {name: (round(float(low), 6), round(float(high), 6)) for name, (low, high) in ends.items()}
+
+
+def confident_mistakes(
+    paths: Sequence[Path], predictions: Sequence[Prediction], truth: Sequence[str], count: int = 24
+) -> list[Mistake]:
+    """The wrong answers with the highest scores, the highest first."""
+    wrong = [
+        Mistake(path, label, prediction.top[0].label, prediction.score)
+        for path, prediction, label in zip(paths, predictions, truth, strict=True)
+        if prediction.top[0].label != label
+    ]
+    return sorted(wrong, key=lambda mistake: -mistake.score)[:count]

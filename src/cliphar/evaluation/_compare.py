@@ -1,0 +1,82 @@
+"""Two models on the same photos."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cliphar.recognizer import Prediction
+
+__all__ = ["Comparison", "compare", "harmonic_mean", "mcnemar"]
+
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model against another one, ``other``, photo by photo.
+
+    ``difference`` is this top-1 less the other's, -1..1, and ``difference_ci95`` the ends of its 95 % interval (paired
+    bootstrap). ``only_this`` and ``only_other`` count the photos that just one of them got right; ``p_value`` is how
+    likely counts as uneven as these are if neither is better.
+    """
+
+    other: str
+    other_top1: float
+    difference: float
+    difference_ci95: tuple[float, float]
+    only_this: int
+    only_other: int
+    p_value: float
+
+    def to_dict(self) -> dict[str, str | int | float | list[float]]:
+        """Plain values; fractions to six digits, the p-value to six significant ones."""
+        values = asdict(self)
+        return values | {
+            "other_top1": round(self.other_top1, 6),
+            "difference": round(self.difference, 6),
+            "difference_ci95": [round(end, 6) for end in self.difference_ci95],
+            "p_value": float(f"{self.p_value:.6g}"),
+        }
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Exact two-sided p-value that ``only_first`` and ``only_second`` are a fair coin's heads and tails.
+
+    McNemar, "Note on the sampling error of the difference between correlated proportions", 1947, in its exact form.
+    """
+    tosses = only_first + only_second
+    tail = sum(math.comb(tosses, k) for k in range(min(only_first, only_second) + 1))
+    return float(min(1.0, 2 * tail / 2**tosses))
+
+
+def compare(
+    this: Sequence[Prediction], other: Sequence[Prediction], truth: Sequence[str], name: str, seed: int = 0
+) -> Comparison:
+    """Compare the answers of two models to the same photos; ``name`` is the other's, ``seed`` the bootstrap's."""
+    ours, theirs = (
+        np.array([p.top[0].label == t for p, t in zip(answers, truth, strict=True)]) for answers in (this, other)
+    )
+    gain: NDArray[np.int64] = ours.astype(np.int64) - theirs
+    random = np.random.default_rng(seed)
+    means = [gain[random.integers(0, len(gain), len(gain))].mean() for _ in range(_RESAMPLES)]
+    low, high = np.quantile(means, (0.025, 0.975))
+    only_this, only_other = int((gain > 0).sum()), int((gain < 0).sum())
+    return Comparison(
+        other=name,
+        other_top1=float(theirs.mean()),
+        difference=float(gain.mean()),
+        difference_ci95=(float(low), float(high)),
+        only_this=only_this,
+        only_other=only_other,
+        p_value=mcnemar(only_this, only_other),
+    )
+
+
+def harmonic_mean(base: float, novel: float) -> float:
+    """Of the accuracies on trained and on new classes; low when either is (Xian et al., 2017; Zhou et al., 2022)."""
+    return 2 * base * novel / (base + novel) if base + novel else 0.0

@@ -1,0 +1,142 @@
+"""What routes take and answer."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from typing import Annotated, Any
+
+from fastapi import Request
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.datastructures import FormData, UploadFile
+
+from cliphar.errors import MediaError
+from cliphar.recognizer import Prediction
+from cliphar.serving._problems import ProblemError
+
+__all__ = ["PREDICT_BODY", "Answers", "Asked", "answers", "decode_base64", "read_asked"]
+
+
+class Asked(BaseModel):
+    """A question: photos, and what to choose from."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    images: Annotated[list[str], Field(min_length=1, description="Photos in base64; a data: URL will do.")]
+    labels: Annotated[
+        list[str] | str | None,
+        Field(description="A list of words, words with commas between them, or a vocabulary's name."),
+    ] = None
+    top_k: Annotated[int, Field(ge=1, le=1000)] = 5
+    coverage: Annotated[float, Field(gt=0, lt=1)] = 0.9
+
+
+class _Scored(BaseModel):
+    label: str
+    score: float
+
+
+class Answer(BaseModel):
+    """The answer for one photo, or its ``error``."""
+
+    label: str | None = None
+    score: float | None = None
+    set: list[str] | None = None
+    top: list[_Scored] | None = None
+    error: str | None = None
+
+
+class Answers(BaseModel):
+    """One answer a photo, in order."""
+
+    model: str
+    predictions: list[Answer]
+
+
+_QUESTION = {
+    "labels": {"type": "string", "description": "Words with commas between them, or a vocabulary's name."},
+    "top_k": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 5},
+    "coverage": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1, "default": 0.9},
+}
+PREDICT_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["images"],
+                    "properties": {
+                        "images": {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1},
+                        **_QUESTION,
+                    },
+                }
+            },
+            "application/json": {"schema": Asked.model_json_schema()},
+            "image/*": {"schema": {"type": "string", "format": "binary"}},
+        },
+    }
+}
+
+
+def decode_base64(text: str) -> bytes:
+    """Bytes of base64 text or a data: URL; ProblemError 422 if it is neither."""
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ProblemError(422, f"an image is not base64: {error}") from error
+
+
+async def read_asked(request: Request) -> tuple[list[bytes], Asked]:
+    """Photos and question of a multipart, JSON or raw image body.
+
+    Raises:
+        ProblemError: 415 for another kind of body, 422 for one that does not hold what it should.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "application/json":
+        asked = _checked(await _json(request))
+        return [decode_base64(text) for text in asked.images], asked
+    if kind == "multipart/form-data":
+        async with request.form(max_files=1000, max_fields=1000) as form:
+            contents = [await part.read() for part in form.getlist("images") if isinstance(part, UploadFile)]
+            return contents, _checked(_question(form) | {"images": ["-"] * len(contents)})
+    if kind.startswith("image/") or kind == "application/octet-stream":
+        return [await request.body()], _checked(_question(request.query_params) | {"images": ["-"]})
+    raise ProblemError(415, "send multipart/form-data with images, a raw image/* body, or application/json")
+
+
+async def _json(request: Request) -> Any:
+    try:
+        return await request.json()
+    except ValueError as error:
+        raise ProblemError(422, f"the body is not JSON: {error}") from error
+
+
+def _question(fields: FormData | Any) -> dict[str, Any]:
+    question: dict[str, Any] = {name: fields[name] for name in ("top_k", "coverage") if name in fields}
+    labels = [label for label in fields.getlist("labels") if isinstance(label, str)]
+    if len(labels) > 1:
+        question["labels"] = labels
+    elif labels and labels[0].strip():
+        question["labels"] = labels[0]
+    return question
+
+
+def _checked(content: Any) -> Asked:
+    try:
+        return Asked.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the body"
+        raise ProblemError(422, f"{where}: {first['msg']}; see /docs") from error
+
+
+def answers(model: str, found: list[Prediction | MediaError]) -> dict[str, Any]:
+    """The JSON form; ProblemError 422 if no photo could be read."""
+    if all(isinstance(one, MediaError) for one in found):
+        raise ProblemError(422, "; ".join(dict.fromkeys(str(one) for one in found)))
+    predictions = [{"error": str(one)} if isinstance(one, MediaError) else one.to_dict() for one in found]
+    return {"model": model, "predictions": predictions}

@@ -1,0 +1,207 @@
+"""Dynamic batching: photos of all requests share the model, a bounded queue, and nobody waits for a batch to fill.
+
+The event loop keeps the books, so they need no lock: decoding runs on threads while the model runs on one of its own.
+As soon as the model is free it takes what is decoded, one photo of each request in turn, up to ``max_batch``; so the
+batch grows with the load, and a caller with one photo is not behind another's hundred. A photo that is asked for twice
+at once is computed once, and one that nobody waits for any more is not computed at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cliphar.errors import MediaError
+from cliphar.serving._problems import ProblemError
+
+__all__ = ["Engine", "Observer"]
+
+Square = NDArray[np.uint8]
+Embedding = NDArray[np.float32]
+Observer = Callable[[str, float], None]
+"""Told (stage, seconds) of ``queue``, ``decode`` and ``model``, and (``batch``, photos)."""
+
+
+@dataclass
+class _Work:
+    content: bytes | Square
+    key: bytes
+    done: asyncio.Future[Embedding | MediaError]
+    since: float
+    waiters: int = 0
+    square: Square | None = None
+
+
+@dataclass
+class _Turns:
+    """Work of several callers, taken one piece of each in turn."""
+
+    callers: OrderedDict[int, deque[_Work]] = field(default_factory=OrderedDict)
+
+    def add(self, caller: int, work: _Work) -> None:
+        self.callers.setdefault(caller, deque()).append(work)
+
+    def take(self) -> tuple[int, _Work] | None:
+        while self.callers:
+            caller, queue = next(iter(self.callers.items()))
+            work = queue.popleft()
+            if queue:
+                self.callers.move_to_end(caller)
+            else:
+                del self.callers[caller]
+            if work.waiters:
+                return caller, work
+        return None
+
+
+class Engine:
+    """Embeds photos for many callers at once. Used from one event loop.
+
+    Args:
+        prepare: encoded bytes, or a square -> uint8 [S,S,3]; raises MediaError. Called on threads.
+        encode: uint8 [N,S,S,3] -> float32 [N,D]. Called on one thread.
+        queue_size: photos that may be waiting or worked on; more are refused.
+        max_batch: photos the model is given at once, at most.
+        decoders: photos decoded at the same time.
+        observe: told what took how long.
+    """
+
+    def __init__(
+        self,
+        prepare: Callable[[bytes | Square], Square],
+        encode: Callable[[Square], Embedding],
+        *,
+        queue_size: int,
+        max_batch: int,
+        decoders: int,
+        observe: Observer = lambda _stage, _value: None,
+    ) -> None:
+        self._prepare, self._encode, self._observe = prepare, encode, observe
+        self.queue_size, self._max_batch, self._decoders = queue_size, max_batch, decoders
+        self._threads = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
+        self._model = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._shared: dict[bytes, _Work] = {}
+        self._to_decode, self._decoded = _Turns(), _Turns()
+        self._decoding, self._encoding, self._callers = 0, False, 0
+        self._rate = 20.0
+        self.pending = 0
+
+    @property
+    def drain_s(self) -> float:
+        """About how long it takes to work off what is pending."""
+        return self.pending / self._rate
+
+    async def embed(self, contents: Sequence[bytes | Square], deadline_s: float) -> list[Embedding | MediaError]:
+        """An embedding for each photo, float32 [D], or its MediaError; in order.
+
+        Raises:
+            ProblemError: 503 when the queue is full or the deadline passes.
+        """
+        if self.pending + len(contents) > self.queue_size:
+            raise ProblemError(503, "the queue is full; try again later", retry_after_s=max(1.0, self.drain_s))
+        self._callers += 1
+        works = [self._join(self._callers, content) for content in contents]
+        try:
+            async with asyncio.timeout(deadline_s):
+                return [await asyncio.shield(work.done) for work in works]
+        except TimeoutError as error:
+            detail = f"no answer within {deadline_s:g} s; try again later or send fewer photos"
+            raise ProblemError(503, detail, retry_after_s=max(1.0, self.drain_s)) from error
+        finally:
+            for work in works:
+                self._leave(work)
+
+    def _join(self, caller: int, content: bytes | Square) -> _Work:
+        data = content if isinstance(content, bytes) else content.tobytes()
+        key = hashlib.blake2b(data, digest_size=16).digest()
+        work = self._shared.get(key)
+        if work is None:
+            work = _Work(content, key, asyncio.get_running_loop().create_future(), time.perf_counter())
+            self._shared[key] = work
+            self.pending += 1
+            work.waiters = 1
+            self._to_decode.add(caller, work)
+            self._decode_next()
+        else:
+            work.waiters += 1
+        return work
+
+    def _leave(self, work: _Work) -> None:
+        work.waiters -= 1
+        if not work.waiters and self._shared.pop(work.key, None) is not None:
+            self.pending -= 1
+
+    def _decode_next(self) -> None:
+        # decoded squares are large: no more of them ahead than the model takes in two batches
+        while self._decoding < self._decoders and (taken := self._to_decode.take()) is not None:
+            self._decoding += 1
+            asyncio.get_running_loop().create_task(self._decode(*taken))
+
+    async def _decode(self, caller: int, work: _Work) -> None:
+        started = time.perf_counter()
+        self._observe("queue", started - work.since)
+        try:
+            work.square = await asyncio.get_running_loop().run_in_executor(self._threads, self._prepare, work.content)
+            self._observe("decode", time.perf_counter() - started)
+            self._decoded.add(caller, work)
+        except MediaError as error:
+            self._finish(work, error)
+        except Exception as error:
+            self._fail([work], error)
+        finally:
+            self._decoding -= 1
+            self._decode_next()
+            self._encode_next()
+
+    def _encode_next(self) -> None:
+        if self._encoding:
+            return
+        batch: list[_Work] = []
+        while len(batch) < self._max_batch and (taken := self._decoded.take()) is not None:
+            batch.append(taken[1])
+        if batch:
+            self._encoding = True
+            asyncio.get_running_loop().create_task(self._encode_batch(batch))
+
+    async def _encode_batch(self, batch: list[_Work]) -> None:
+        started = time.perf_counter()
+        squares = np.stack([work.square for work in batch if work.square is not None])
+        try:
+            vectors = await asyncio.get_running_loop().run_in_executor(self._model, self._encode, squares)
+            took = time.perf_counter() - started
+            self._rate += 0.2 * (len(batch) / took - self._rate)
+            self._observe("model", took)
+            self._observe("batch", len(batch))
+            for work, vector in zip(batch, vectors, strict=True):
+                self._finish(work, vector)
+        except Exception as error:
+            self._fail(batch, error)
+        finally:
+            self._encoding = False
+            self._encode_next()
+
+    @staticmethod
+    def _finish(work: _Work, result: Embedding | MediaError) -> None:
+        work.square = None
+        if not work.done.done():
+            work.done.set_result(result)
+
+    @staticmethod
+    def _fail(works: Sequence[_Work], error: Exception) -> None:
+        for work in works:
+            if not work.done.done():
+                work.done.set_exception(error)
+                work.done.exception()  # seen here too, for it may be that nobody waits any more
+
+    def close(self) -> None:
+        """Let the threads go."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._model.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,103 @@
+"""The paths and bodies of an earlier generation of this system, so that its clients go on working."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from pydantic import BaseModel, Field
+from starlette.datastructures import UploadFile
+
+from cliphar._version import __version__
+from cliphar.errors import MediaError
+from cliphar.serving._bodies import decode_base64
+from cliphar.serving._problems import PROBLEM_RESPONSES, ProblemError
+from cliphar.serving._service import Service, TheService
+from cliphar.serving._urls import fetch_image
+
+__all__ = ["router"]
+
+router = APIRouter(tags=["earlier clients"], responses=PROBLEM_RESPONSES)
+_TopK = Annotated[int, Field(ge=1, le=1000)]
+
+
+class _Asked(BaseModel):
+    image_data: str | None = None
+    image_url: str | None = None
+    top_k: _TopK = 5
+
+
+class _Ranked(BaseModel):
+    rank: int
+    class_id: int
+    class_name: str
+    score: float
+
+
+class _Answered(BaseModel):
+    predictions: list[_Ranked]
+    inference_time: float
+    model_name: str
+
+
+@router.get("/")
+async def root(service: TheService) -> dict[str, Any]:
+    """What this is."""
+    return {"name": "cliphar", "version": __version__, "model": service.recognizer.bundle.info.name, "docs": "/docs"}
+
+
+@router.get("/health")
+async def health(service: TheService) -> dict[str, Any]:
+    """Whether it answers."""
+    return {"status": "healthy" if service.ready else "starting", "model_loaded": service.ready}
+
+
+@router.post("/predict", response_model=_Answered)
+async def predict(asked: _Asked, service: TheService) -> dict[str, Any]:
+    """One photo, in base64 or by its address."""
+    if (asked.image_data is None) == (asked.image_url is None):
+        raise ProblemError(422, "give image_data or image_url, one of the two")
+    if asked.image_data is not None:
+        content = decode_base64(asked.image_data)
+    else:
+        content = await fetch_image(asked.image_url or "", service.settings)
+    return await _answer(service, content, asked.top_k)
+
+
+_FILE = {"type": "object", "required": ["file"], "properties": {"file": {"type": "string", "format": "binary"}}}
+
+
+@router.post(
+    "/predict/image",
+    response_model=_Answered,
+    openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FILE}}}},
+)
+async def predict_image(
+    request: Request, service: TheService, top_k: Annotated[int, Query(ge=1, le=1000)] = 5
+) -> dict[str, Any]:
+    """One photo as a file of a form, whatever the field's name."""
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        raise ProblemError(415, "send multipart/form-data with a file")
+    async with request.form() as form:
+        files = [part for part in form.values() if isinstance(part, UploadFile)]
+        if not files:
+            raise ProblemError(422, "the form has no file")
+        content = await files[0].read()
+    return await _answer(service, content, top_k)
+
+
+async def _answer(service: Service, content: bytes, top_k: int) -> dict[str, Any]:
+    started = time.perf_counter()
+    (found,) = await service.answer([content], None, top_k, 0.9)
+    if isinstance(found, MediaError):
+        raise found
+    number = {label: i for i, label in enumerate(service.recognizer.labels)}
+    return {
+        "predictions": [
+            {"rank": rank, "class_id": number[label], "class_name": label, "score": round(score, 6)}
+            for rank, (label, score) in enumerate(found.top, start=1)
+        ],
+        "inference_time": round(time.perf_counter() - started, 6),
+        "model_name": service.recognizer.bundle.info.name,
+    }

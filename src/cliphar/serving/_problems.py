@@ -1,0 +1,80 @@
+"""Every refusal is a problem document (RFC 9457): a title, what is wrong, and what to do."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from cliphar.errors import ClipharError, MediaError, UsageError
+
+__all__ = ["PROBLEM_RESPONSES", "ProblemError", "add_problem_handlers", "problem_response"]
+
+_TYPE = "application/problem+json"
+_SCHEMA = {
+    "type": "object",
+    "required": ["type", "title", "status", "detail"],
+    "properties": {
+        "type": {"type": "string"},
+        "title": {"type": "string"},
+        "status": {"type": "integer"},
+        "detail": {"type": "string"},
+        "request_id": {"type": "string"},
+    },
+}
+PROBLEM_RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"description": HTTPStatus(status).phrase, "content": {_TYPE: {"schema": _SCHEMA}}}
+    for status in (400, 401, 403, 404, 405, 408, 413, 415, 422, 429, 503)
+}
+
+
+class ProblemError(Exception):
+    """A refusal with its HTTP status; ``retry_after_s`` tells a client when to come again."""
+
+    def __init__(self, status: int, detail: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(detail)
+        self.status, self.detail, self.retry_after_s = status, detail, retry_after_s
+
+
+def problem_response(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    """The document as a response."""
+    request_id = structlog.contextvars.get_contextvars().get("request_id")
+    body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
+    if request_id:
+        body["request_id"] = request_id
+    return JSONResponse(body, status, headers=headers, media_type=_TYPE)
+
+
+def add_problem_handlers(app: FastAPI) -> None:
+    """Turn every exception into a problem document; none shows a path of ours or a trace."""
+
+    @app.exception_handler(ProblemError)
+    async def refused(_request: Request, problem: ProblemError) -> JSONResponse:
+        headers = {}
+        if problem.retry_after_s is not None:
+            headers["Retry-After"] = str(max(1, round(problem.retry_after_s)))
+        return problem_response(problem.status, problem.detail, headers)
+
+    @app.exception_handler(ClipharError)
+    async def cannot(_request: Request, error: ClipharError) -> JSONResponse:
+        return problem_response(422 if isinstance(error, MediaError | UsageError) else 500, str(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        return problem_response(422, f"{where}: {first['msg']}; see /docs")
+
+    @app.exception_handler(HTTPException)
+    async def http(_request: Request, error: HTTPException) -> JSONResponse:
+        return problem_response(error.status_code, str(error.detail), dict(error.headers or {}))
+
+    @app.exception_handler(Exception)
+    async def failed(_request: Request, error: Exception) -> JSONResponse:
+        structlog.get_logger().error("failed", error=type(error).__name__, exc_info=error)
+        return problem_response(500, "the service failed on this request; its log says more")

@@ -1,0 +1,130 @@
+"""/v1: predict, embed, models, labels, actions."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Path, Request, Response
+from starlette.datastructures import UploadFile
+
+from cliphar.errors import MediaError
+from cliphar.serving._bodies import PREDICT_BODY, Answers, answers, read_asked
+from cliphar.serving._problems import PROBLEM_RESPONSES, ProblemError
+from cliphar.serving._service import TheService
+
+__all__ = ["router"]
+
+router = APIRouter(prefix="/v1", responses=PROBLEM_RESPONSES)
+_Name = Annotated[str, Path(min_length=1, max_length=200, pattern=r"^[^/\x00-\x1f]+$")]
+
+
+@router.post("/predict", response_model=Answers, response_model_exclude_none=True, openapi_extra=PREDICT_BODY)
+async def predict(request: Request, service: TheService) -> dict[str, Any]:
+    """What the people in the photos are doing: multipart ``images``, one raw image, or JSON with base64."""
+    contents, asked = await read_asked(request)
+    found = await service.answer(contents, asked.labels, asked.top_k, asked.coverage)
+    return answers(service.recognizer.bundle.info.name, found)
+
+
+@router.post("/embed", openapi_extra=PREDICT_BODY)
+async def embed(request: Request, service: TheService) -> dict[str, Any]:
+    """The photos' embeddings, unit length; one that cannot be read has its error instead."""
+    contents, _ = await read_asked(request)
+    found = await service.embed(contents)
+    if all(isinstance(one, MediaError) for one in found):
+        raise ProblemError(422, "; ".join(dict.fromkeys(str(one) for one in found)))
+    rows = [{"error": str(one)} if isinstance(one, MediaError) else {"embedding": one.tolist()} for one in found]
+    return {"model": service.recognizer.bundle.info.name, "embeddings": rows}
+
+
+@router.get("/models")
+async def models(service: TheService) -> dict[str, Any]:
+    """The model that answers: what it knows, how good it was measured to be, what from."""
+    await asyncio.to_thread(service.state.refresh)
+    info = service.recognizer.bundle.info
+    return {
+        "models": [
+            {
+                "name": info.name,
+                "description": info.description,
+                "runtime": service.recognizer.runtime.name,
+                "labels": list(service.recognizer.labels),
+                "taught": service.recognizer.taught,
+                "image_size": info.image.size,
+                "embedding_dim": info.embedding_dim,
+                "metrics": {name: metrics.model_dump() for name, metrics in info.metrics.items()},
+            }
+        ]
+    }
+
+
+@router.get("/labels")
+async def vocabularies(service: TheService) -> dict[str, list[str]]:
+    """Named lists of labels: the ready ones and those put here."""
+    await asyncio.to_thread(service.state.refresh)
+    return {name: list(labels) for name, labels in service.state.vocabularies.items()}
+
+
+@router.get("/labels/{name}")
+async def vocabulary(name: _Name, service: TheService) -> list[str]:
+    """One list."""
+    await asyncio.to_thread(service.state.refresh)
+    known = service.state.vocabularies
+    if name not in known:
+        raise ProblemError(404, f"no vocabulary '{name}'; there are: {', '.join(known)}")
+    return list(known[name])
+
+
+@router.put("/labels/{name}")
+async def put_vocabulary(
+    name: _Name, labels: Annotated[list[str], Body(min_length=1)], service: TheService
+) -> list[str]:
+    """Keep a list of labels under a name; requests then give the name as ``labels``."""
+    chosen = service.labels(labels) or ()
+    await asyncio.to_thread(service.state.put_vocabulary, name, chosen)
+    return list(chosen)
+
+
+@router.delete("/labels/{name}", status_code=204)
+async def delete_vocabulary(name: _Name, service: TheService) -> Response:
+    """Drop a list that was put here."""
+    await asyncio.to_thread(service.state.delete_vocabulary, name)
+    return Response(status_code=204)
+
+
+@router.get("/actions")
+async def actions(service: TheService) -> dict[str, int]:
+    """The actions that were taught, and from how many photos each."""
+    await asyncio.to_thread(service.state.refresh)
+    return service.recognizer.taught
+
+
+_PHOTOS = {
+    "requestBody": {
+        "required": True,
+        "content": {"multipart/form-data": PREDICT_BODY["requestBody"]["content"]["multipart/form-data"]},
+    }
+}
+
+
+@router.post("/actions/{name}", openapi_extra=_PHOTOS)
+async def teach(name: _Name, request: Request, service: TheService) -> dict[str, Any]:
+    """Teach a new action from example photos, multipart ``images``: kept, and known from the next request on."""
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        raise ProblemError(415, "send multipart/form-data with images")
+    async with request.form(max_files=1000, max_fields=1000) as form:
+        photos = [await part.read() for part in form.getlist("images") if isinstance(part, UploadFile)]
+    if len(photos) > service.settings.max_images:
+        raise ProblemError(
+            413, f"{len(photos)} images are too many for one call; at most {service.settings.max_images}"
+        )
+    lesson = await asyncio.to_thread(service.state.teach, name, photos)
+    return lesson.to_dict()
+
+
+@router.delete("/actions/{name}", status_code=204)
+async def forget(name: _Name, service: TheService) -> Response:
+    """Forget an action that was taught."""
+    await asyncio.to_thread(service.state.forget, name)
+    return Response(status_code=204)

@@ -1,0 +1,119 @@
+"""The parts of a running service, made at its start and handed to every route."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+from fastapi import Depends, Request
+from numpy.typing import NDArray
+
+from cliphar.errors import MediaError
+from cliphar.labels import clean_labels
+from cliphar.media import decode_image, to_square
+from cliphar.recognizer import Prediction, Recognizer, load
+from cliphar.runtime import cpu_quota
+from cliphar.serving._engine import Engine
+from cliphar.serving._metrics import Metrics
+from cliphar.serving._problems import ProblemError
+from cliphar.serving._settings import Settings
+from cliphar.serving._state import State
+
+__all__ = ["Service", "TheService"]
+
+
+@dataclass
+class Service:
+    """A recogniser behind a batching engine, with what it was told and taught."""
+
+    settings: Settings
+    recognizer: Recognizer
+    engine: Engine
+    state: State
+    metrics: Metrics
+    ready: bool = False
+
+    @classmethod
+    def start(cls, settings: Settings) -> Service:
+        """Load the model, verify it and run it once.
+
+        Raises:
+            ClipharError: the model cannot be loaded.
+        """
+        recognizer = load(settings.model, provider=settings.provider, threads=settings.threads)
+        spec, metrics = recognizer.bundle.info.image, Metrics()
+
+        def prepare(content: bytes | NDArray[np.uint8]) -> NDArray[np.uint8]:
+            if isinstance(content, np.ndarray):
+                return content
+            image = decode_image(content, min_side=spec.size, max_pixels=settings.max_pixels)
+            return to_square(image, spec.size, spec.max_aspect)
+
+        engine = Engine(
+            prepare,
+            recognizer.runtime.encode_images,
+            queue_size=settings.queue_size,
+            max_batch=settings.max_batch,
+            decoders=cpu_quota(),
+            observe=metrics.observe,
+        )
+        service = cls(settings, recognizer, engine, State(settings.state, recognizer), metrics)
+        metrics.watch(engine, recognizer)
+        recognizer.predict(np.zeros((spec.size, spec.size, 3), np.uint8), ["standing", "anything else"])
+        service.ready = True
+        return service
+
+    async def embed(self, contents: Sequence[bytes | NDArray[np.uint8]]) -> list[NDArray[np.float32] | MediaError]:
+        """An embedding for each photo (encoded, or uint8 [S,S,3]), or why it has none."""
+        if not contents:
+            raise ProblemError(422, "no images; give at least one")
+        if len(contents) > self.settings.max_images:
+            raise ProblemError(
+                413, f"{len(contents)} images are too many for one call; at most {self.settings.max_images}"
+            )
+        return await self.engine.embed(contents, self.settings.deadline_s)
+
+    async def answer(
+        self,
+        contents: Sequence[bytes | NDArray[np.uint8]],
+        labels: Sequence[str] | str | None,
+        top_k: int,
+        coverage: float,
+    ) -> list[Prediction | MediaError]:
+        """An answer for each photo, or why it has none; ``labels`` as a text names a vocabulary or has commas."""
+        await asyncio.to_thread(self.state.refresh)
+        chosen = self.labels(labels)
+        found = await self.embed(contents)
+        good = [one for one in found if not isinstance(one, MediaError)]
+        if not good:
+            return [one for one in found if isinstance(one, MediaError)]
+        answers = iter(await asyncio.to_thread(self.score, np.stack(good), chosen, top_k, coverage))
+        return [one if isinstance(one, MediaError) else next(answers) for one in found]
+
+    def score(
+        self, embeddings: NDArray[np.float32], labels: Sequence[str] | None, top_k: int, coverage: float
+    ) -> list[Prediction]:
+        """Answers for embeddings, float32 [N,D]."""
+        return self.recognizer.score(embeddings, labels, top_k=top_k, coverage=coverage)
+
+    def labels(self, labels: Sequence[str] | str | None) -> tuple[str, ...] | None:
+        """The words to choose from: as given, of a vocabulary, or None for the model's own."""
+        if labels is None:
+            return None
+        if isinstance(labels, str):
+            labels = self.state.vocabularies.get(labels) or labels.split(",")
+        chosen = clean_labels(labels)
+        if len(chosen) > self.settings.max_labels:
+            raise ProblemError(422, f"{len(chosen)} labels are too many; at most {self.settings.max_labels}")
+        return chosen
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+TheService = Annotated[Service, Depends(_service)]

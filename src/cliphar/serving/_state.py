@@ -1,0 +1,112 @@
+"""What a service was told and taught, in files that outlive it and that its workers share."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+from cliphar.errors import ClipharError, UsageError
+from cliphar.labels import clean_labels, vocabularies
+from cliphar.recognizer import Lesson, Recognizer
+
+__all__ = ["State"]
+
+
+class State:
+    """Named vocabularies and taught actions under one directory. Safe to share between threads.
+
+    Files are replaced whole; before each use their time of change is compared, so several workers agree.
+    """
+
+    def __init__(self, directory: Path, recognizer: Recognizer) -> None:
+        self._vocabularies = directory / "vocabularies.json"
+        self._taught = directory / f"taught-{recognizer.bundle.info.name}.safetensors"
+        self._recognizer = recognizer
+        self._seen: dict[Path, int] = {}
+        self._named: dict[str, tuple[str, ...]] = {}
+        self._lock = threading.RLock()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take in what another worker wrote."""
+        with self._lock:
+            if self._changed(self._vocabularies):
+                content = json.loads(self._vocabularies.read_text(encoding="utf-8"))
+                self._named = {name: tuple(labels) for name, labels in content.items()}
+            if self._changed(self._taught):
+                self._recognizer.load_taught(self._taught, replace=True)
+
+    def _changed(self, path: Path) -> bool:
+        try:
+            stamp = path.stat().st_mtime_ns
+        except OSError:
+            return False
+        if self._seen.get(path) == stamp:
+            return False
+        self._seen[path] = stamp
+        return True
+
+    @property
+    def vocabularies(self) -> dict[str, tuple[str, ...]]:
+        """The ready lists and those that were put here, by name."""
+        return vocabularies() | self._named
+
+    def put_vocabulary(self, name: str, labels: tuple[str, ...]) -> None:
+        """Keep a list of labels under a name."""
+        with self._lock:
+            self.refresh()
+            self._named = self._named | {name: clean_labels(labels)}
+            self._write_vocabularies()
+
+    def delete_vocabulary(self, name: str) -> None:
+        """Drop a list that was put here; UsageError if there is none."""
+        with self._lock:
+            self.refresh()
+            if name not in self._named:
+                raise UsageError(f"no vocabulary '{name}' was put here; there are: {', '.join(self._named) or 'none'}")
+            self._named = {key: labels for key, labels in self._named.items() if key != name}
+            self._write_vocabularies()
+
+    def teach(self, name: str, photos: list[bytes]) -> Lesson:
+        """Teach an action and keep it."""
+        with self._lock:
+            self.refresh()
+            lesson = self._recognizer.teach(name, photos)
+            self._keep_taught()
+        return lesson
+
+    def forget(self, name: str) -> None:
+        """Forget a taught action; UsageError if it was not taught."""
+        with self._lock:
+            self.refresh()
+            self._recognizer.forget(name)
+            self._keep_taught()
+
+    def _keep_taught(self) -> None:
+        self._make_room()
+        self._recognizer.save_taught(self._taught)
+        self._changed(self._taught)
+
+    def _write_vocabularies(self) -> None:
+        self._make_room()
+        handle, partial = tempfile.mkstemp(prefix=".vocabularies.", dir=self._vocabularies.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(self._named, file, ensure_ascii=False, indent=1)
+            Path(partial).replace(self._vocabularies)
+        finally:
+            with suppress(FileNotFoundError):
+                Path(partial).unlink()
+        self._changed(self._vocabularies)
+
+    def _make_room(self) -> None:
+        try:
+            self._vocabularies.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ClipharError(
+                f"cannot keep this: the state directory cannot be written to ({error.strerror}); set CLIPHAR_STATE"
+            ) from error

@@ -1,0 +1,81 @@
+"""A camera's frames answered and drawn upon, on the thread that streamlit-webrtc gives each camera."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from cliphar.recognizer import Prediction
+
+if TYPE_CHECKING:
+    import av
+
+__all__ = ["Camera"]
+
+_WINDOW_S = 3.0
+_ROWS = 3
+
+
+class Camera:
+    """Answers the newest frame it is given and draws the answer on it; frames that come meanwhile are dropped.
+
+    Args:
+        see: from a frame, uint8 RGB [H,W,3], to the answer at this moment.
+    """
+
+    def __init__(self, see: Callable[[NDArray[np.uint8]], Prediction]) -> None:
+        self._see = see
+        self._lock = threading.Lock()
+        self._times: deque[tuple[float, float]] = deque(maxlen=300)  # when a frame was done, and how long it took
+
+    def recv(self, frame: av.VideoFrame) -> av.VideoFrame:
+        """The frame with its answer on it."""
+        import av
+
+        started = time.monotonic()
+        pixels = frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
+        drawn = _draw(pixels, self._see(pixels))
+        done = time.monotonic()
+        with self._lock:
+            self._times.append((done, done - started))
+        return av.VideoFrame.from_ndarray(drawn, format="rgb24")
+
+    def speed(self) -> tuple[float, float] | None:
+        """Frames a second and the median milliseconds from a frame to its answer, of the last seconds; or None."""
+        now = time.monotonic()
+        with self._lock:
+            recent = [(done, took) for done, took in self._times if now - done < _WINDOW_S]
+        if len(recent) < 2:
+            return None
+        span = recent[-1][0] - recent[0][0]
+        return (len(recent) - 1) / span, 1000 * statistics.median(took for _, took in recent)
+
+
+@functools.cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def _draw(pixels: NDArray[np.uint8], answer: Prediction) -> NDArray[np.uint8]:
+    image = Image.fromarray(pixels)
+    pen = ImageDraw.Draw(image, "RGBA")
+    width, height = image.size
+    size = max(14, height // 18)
+    row = round(size * 1.5)
+    top = height - row * (_ROWS + 1)
+    pen.rectangle((0, top, width, height), fill=(0, 0, 0, 150))
+    pen.text((size // 2, top + size // 4), answer.label, fill="white", font=_font(round(size * 1.15)))
+    for number, (label, score) in enumerate(answer.top[:_ROWS], 1):
+        at = top + number * row
+        pen.rectangle((0, at, round(score * width), at + row - 3), fill=(18, 148, 140, 190))
+        pen.text((size // 2, at + size // 6), f"{label}  {score:.0%}", fill="white", font=_font(size))
+    return np.asarray(image)

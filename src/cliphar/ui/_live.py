@@ -1,0 +1,70 @@
+"""The Live page: the camera through WebRTC, its answers drawn on the picture."""
+
+from __future__ import annotations
+
+import os
+
+import streamlit as st
+
+from cliphar.ui._camera import Camera
+from cliphar.ui._session import backend, choose_actions
+
+__all__ = ["live_page"]
+
+
+def live_page() -> None:
+    """Draw the page."""
+    st.title("What is happening now?")
+    left, right = st.columns([2, 3], gap="large")
+    with left:
+        labels = choose_actions()
+        st.caption(
+            "The picture goes from your browser to this page's machine and nowhere else. "
+            "Browsers give the camera only to pages on localhost or https."
+        )
+    with right:
+        if not labels:
+            st.info("The list of actions is empty. Type at least one.", icon=":material/edit:")
+            return
+        camera = _camera(labels)
+        playing = _stream(camera)
+        if playing:
+            _speed(camera)
+        else:
+            st.info("Press Start and allow the camera.", icon=":material/videocam:")
+
+
+def _camera(labels: tuple[str, ...]) -> Camera:
+    state = st.session_state
+    if state.get("camera_labels") != labels:
+        state.camera_labels, state.camera = labels, Camera(backend().watch(labels))
+    found: Camera = state.camera
+    return found
+
+
+def _stream(camera: Camera) -> bool:
+    from streamlit_webrtc import WebRtcMode, webrtc_streamer
+
+    servers = [{"urls": [url]} for url in os.environ.get("CLIPHAR_ICE_SERVERS", "").split(",") if url]
+    context = webrtc_streamer(
+        key="live",
+        mode=WebRtcMode.SENDRECV,
+        rtc_configuration={"iceServers": servers},  # none unless asked for: no stranger learns who looks at this page
+        media_stream_constraints={"video": {"width": {"ideal": 640}, "height": {"ideal": 480}}, "audio": False},
+        video_frame_callback=camera.recv,
+        async_processing=True,
+        video_html_attrs={"autoPlay": True, "controls": False, "muted": True, "style": {"width": "100%"}},
+        translations={"start": "Start", "stop": "Stop", "select_device": "Choose a camera"},
+    )
+    return bool(context.state.playing)
+
+
+@st.fragment(run_every=1.0)
+def _speed(camera: Camera) -> None:
+    speed = camera.speed()
+    if speed is None:
+        st.caption("Waiting for the first frames. If none come, the camera may be in use by another program.")
+        return
+    rate, latency = st.columns(2)
+    rate.metric("Frames a second", f"{speed[0]:.0f}")
+    latency.metric("From frame to answer", f"{speed[1]:.0f} ms")

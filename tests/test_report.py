@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from cliphar.evaluation import (
+    Evaluation,
+    analyse,
+    compare,
+    confident_mistakes,
+    evaluate,
+    expected_calibration_error,
+    harmonic_mean,
+    macro_f1,
+    mcnemar,
+    reliability,
+    write_report,
+)
+from cliphar.recognizer import Prediction, Score
+
+LABELS = ("a", "b", "c")
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def answer(label: str, score: float) -> Prediction:
+    rest = [Score(other, (1 - score) / 2) for other in LABELS if other != label]
+    return Prediction(label, score, (label,), (Score(label, score), *rest), 0.5)
+
+
+def answers(best: list[str], score: float = 0.9) -> list[Prediction]:
+    return [answer(label, score) for label in best]
+
+
+# --- analysis
+
+
+def test_analysis_by_hand() -> None:
+    truth = list("aaabbc")
+    found = analyse(answers(list("aabbba")), truth, LABELS)
+    assert found.confusion.tolist() == [[2, 1, 0], [0, 2, 0], [1, 0, 0]]
+    a, b, c = found.classes
+    assert (a.n, a.precision, a.recall, a.f1) == (3, pytest.approx(2 / 3), pytest.approx(2 / 3), pytest.approx(2 / 3))
+    assert (b.n, b.precision, b.recall, b.f1) == (2, pytest.approx(2 / 3), 1, pytest.approx(0.8))
+    assert (c.n, c.precision, c.recall, c.f1) == (1, 0, 0, 0)
+    assert found.report.macro_f1 == pytest.approx(np.mean([one.f1 for one in found.classes]))
+    assert json.loads(json.dumps(found.to_dict())) == found.to_dict()
+
+
+def test_a_label_without_photos_counts_in_no_mean() -> None:
+    found = analyse(answers(list("ab")), list("ab"), LABELS)
+    assert found.classes[2].n == 0
+    assert found.ci95["macro_f1"] == (1.0, 1.0)
+
+
+def test_reliability_adds_up_to_the_error() -> None:
+    random = np.random.default_rng(0)
+    confidence, correct = random.uniform(0, 1, 500), random.uniform(0, 1, 500) < 0.6
+    bins = reliability(confidence, correct, bins=7)
+    assert sum(one.n for one in bins) == 500
+    assert all(one.low <= one.confidence <= one.high for one in bins)
+    error = sum(one.n / 500 * abs(one.accuracy - one.confidence) for one in bins)
+    assert error == pytest.approx(expected_calibration_error(confidence, correct, bins=7))
+
+
+def test_intervals_hold_the_true_accuracy_as_often_as_they_say() -> None:
+    random = np.random.default_rng(1)
+    held = 0
+    for trial in range(60):
+        best = ["a" if right else "b" for right in random.uniform(0, 1, 120) < 0.7]
+        low, high = analyse(answers(best), ["a"] * 120, LABELS, seed=trial).ci95["top1"]
+        held += low <= 0.7 <= high
+        assert high - low == pytest.approx(2 * 1.96 * (0.7 * 0.3 / 120) ** 0.5, rel=0.3)
+    assert held >= 52
+
+
+def test_the_interval_of_macro_f1_is_that_of_resampled_photos() -> None:
+    random = np.random.default_rng(2)
+    truth = random.choice(LABELS, 200).tolist()
+    best = [t if random.uniform() < 0.8 else str(random.choice(LABELS)) for t in truth]
+    low, high = analyse(answers(best), truth, LABELS).ci95["macro_f1"]
+    drawn = []
+    for _ in range(300):
+        rows = random.integers(0, 200, 200)
+        drawn.append(macro_f1([truth[i] for i in rows], [best[i] for i in rows]))
+    assert (low, high) == pytest.approx(np.quantile(drawn, (0.025, 0.975)), abs=0.02)
+
+
+def test_mistakes_come_most_confident_first() -> None:
+    predictions = [answer("a", 0.5), answer("a", 0.7), answer("a", 0.9), answer("a", 1.0)]
+    mistakes = confident_mistakes([Path(n) for n in "wxyz"], predictions, list("bbba"), count=2)
+    assert [(m.path.name, m.truth, m.answer, m.score) for m in mistakes] == [("y", "b", "a", 0.9), ("x", "b", "a", 0.7)]
+
+
+# --- comparison
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 0), (1, 0), (5, 5), (12, 3), (3, 12), (0, 40), (400, 330)])
+def test_mcnemar_is_the_exact_binomial_test(first: int, second: int) -> None:
+    expected = binomtest(first, first + second).pvalue if first + second else 1.0
+    assert mcnemar(first, second) == pytest.approx(expected, rel=1e-9)
+
+
+def test_comparison_by_hand() -> None:
+    truth = list("aaaaaaaaaa")
+    found = compare(answers(list("aaaaaaaabb")), answers(list("aaaaabbbab")), truth, "old")
+    assert (found.only_this, found.only_other, found.other) == (3, 1, "old")
+    assert (found.other_top1, found.difference) == (pytest.approx(0.6), pytest.approx(0.2))
+    assert found.difference_ci95[0] < 0.2 < found.difference_ci95[1]
+    assert found.p_value == pytest.approx(binomtest(3, 4).pvalue)
+    same = compare(answers(truth), answers(truth), truth, "same")
+    assert (same.difference, same.difference_ci95, same.p_value) == (0, (0, 0), 1)
+
+
+def test_harmonic_mean() -> None:
+    assert harmonic_mean(0.8, 0.4) == pytest.approx(2 / (1 / 0.8 + 1 / 0.4))
+    assert harmonic_mean(0, 0.9) == harmonic_mean(0, 0) == 0
+
+
+# --- the report
+
+
+class _Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_needs_nothing_else_and_takes_any_name(photos: list[Path], tmp_path: Path) -> None:
+    labels = ("<script>alert(1)</script>", "b & c", "größe")
+    hostile = tmp_path / "a<b>\udcff&.jpg"
+    shutil.copy(photos[0], hostile)
+    gone = tmp_path / "gone.jpg"
+    predictions = [Prediction(labels[0], 0.9, labels[:1], (Score(labels[0], 0.9), Score(labels[1], 0.1)), 0.5)] * 3
+    truth = [labels[0], labels[1], labels[2]]
+    done = Evaluation(
+        model="mini",
+        data=str(tmp_path),
+        analysis=analyse(predictions, truth, labels),
+        images_per_s=1.0,
+        mistakes=confident_mistakes([hostile, hostile, gone], predictions, truth),
+        comparison=compare(predictions, predictions, truth, "<b>"),
+        novel=evaluate(predictions, truth),
+    )
+    write_report(tmp_path / "report.html", done)
+    raw = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = _Page()
+    page.feed(raw)
+    assert not [tag for tag, _ in page.tags if tag in ("script", "link", "b>")]
+    sources = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
+    assert [str(source)[:22] for source in sources] == ["data:image/jpeg;base64"]  # the photo that is gone is left out
+    assert "http" not in raw
+    assert "b & c" in page.text
+    write_report(tmp_path / "report.json", done)
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert report["labels"] == list(labels)
+    assert report["confusion"] == [[1, 0, 0]] * 3
+    assert len(report["mistakes"]) == 2
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.fixture
+def cli(clean_env: dict[str, str], tmp_path: Path) -> Cli:
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "cliphar", "eval", *map(str, arguments)]
+        return subprocess.run(
+            command, capture_output=True, text=True, env=clean_env, cwd=tmp_path, timeout=120, check=False
+        )
+
+    return run
+
+
+@pytest.fixture
+def labelled(photos: list[Path], tmp_path: Path) -> Path:
+    for label, photo in zip(("calling", "cycling", "eating"), photos, strict=False):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        shutil.copy(photo, tmp_path / "data" / label)
+    return tmp_path / "data"
+
+
+def test_eval_against_another_model_and_on_new_labels(cli: Cli, labelled: Path, tmp_path: Path) -> None:
+    shutil.copytree(labelled, tmp_path / "new")
+    for folder, name in (("calling", "juggling"), ("cycling", "knitting"), ("eating", "rowing")):
+        (tmp_path / "new" / folder).rename(tmp_path / "new" / name)
+    done = cli(
+        *("--data", labelled, "--against", "mini", "--novel", "new", "-r", "out.html", "-r", "out.json", "--json")
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    figures = json.loads(done.stdout)
+    assert figures["against"] | {"p_value": 1.0, "difference": 0.0, "only_this": 0} == figures["against"]
+    assert set(figures["novel"]) >= {"n", "top1", "harmonic_mean"}
+    assert set(figures["ci95"]) == {"top1", "top5", "macro_f1", "coverage", "set_size"}
+    report = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert report["figures"]["top1"] == figures["top1"]
+    assert np.sum(report["confusion"]) == 3
+    assert "McNemar" in (tmp_path / "out.html").read_text(encoding="utf-8")
+    plain = cli("--data", labelled, "--against", "mini")
+    assert plain.returncode == 0
+    assert "p = 1" in plain.stdout
+
+
+def test_wrong_calls_of_eval(cli: Cli, labelled: Path) -> None:
+    for arguments, said in (
+        (("--report", "out.pdf"), ".html or .json"),
+        (("--report", "nowhere/out.html"), "nowhere"),
+        (("--novel", labelled), "was trained on: calling"),
+    ):
+        done = cli("--data", labelled, *arguments)
+        assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+        assert said in done.stderr
+    assert cli("--data", labelled, "--against", "minni").returncode == 1

@@ -1,0 +1,353 @@
+"""The HTTP API: a real server process on a real socket, asked as its clients ask."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+import cliphar
+from cliphar.client import AsyncClient, Client
+from cliphar.errors import MediaError, UsageError
+from cliphar.recognizer import Prediction, Recognizer
+from cliphar.serving import Engine
+from cliphar.serving._problems import ProblemError
+from serving_process import serving
+
+PACKAGE = Path(cliphar.__file__).parent
+
+
+def problem(response: httpx.Response, status: int) -> str:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    document = response.json()
+    assert document["status"] == status
+    assert document["request_id"] == response.headers["x-request-id"]
+    detail: str = document["detail"]
+    assert "\n" not in detail
+    assert "/src/" not in detail
+    return detail
+
+
+# --- predict
+
+
+def test_the_service_answers_as_the_recogniser_does(api: str, mini: Recognizer, photos: list[Path]) -> None:
+    with Client(api) as client:
+        for labels in (None, ["cooking", "taking a photo"], ["cooking"], "Kitchen"):
+            local = client.vocabularies()[labels] if isinstance(labels, str) else labels
+            expected = mini.predict(photos, local, top_k=3, coverage=0.8)
+            found = client.predict(photos, labels, top_k=3, coverage=0.8)
+            assert [one.to_dict() for one in found if isinstance(one, Prediction)] == [e.to_dict() for e in expected]
+
+
+def test_three_kinds_of_body(api: str, photos: list[Path]) -> None:
+    content = photos[0].read_bytes()
+    encoded = base64.b64encode(content).decode()
+    ways = [
+        {"files": {"images": content}, "data": {"labels": "sleeping, eating", "top_k": "1"}},
+        {"json": {"images": [encoded], "labels": ["sleeping", "eating"], "top_k": 1}},
+        {"json": {"images": [f"data:image/jpeg;base64,{encoded}"], "labels": "sleeping,eating", "top_k": 1}},
+        {
+            "content": content,
+            "headers": {"content-type": "image/jpeg"},
+            "params": {"labels": ["sleeping", "eating"], "top_k": 1},
+        },
+    ]
+    answers = [httpx.post(f"{api}/v1/predict", **way).json() for way in ways]  # type: ignore[arg-type]
+    assert all(answer == answers[0] for answer in answers)
+    assert len(answers[0]["predictions"][0]["top"]) == 1
+
+
+def test_a_bad_photo_does_not_spoil_the_others(api: str, photos: list[Path]) -> None:
+    with Client(api) as client:
+        good, bad = client.predict([photos[0], b"no photo"])
+        assert isinstance(good, Prediction)
+        assert isinstance(bad, MediaError)
+        with pytest.raises(UsageError, match="not an image"):
+            client.predict([b"no photo"])
+
+
+BAD = {
+    "no images": {"files": {"other": b"x"}},
+    "not JSON": {"content": b"{", "headers": {"content-type": "application/json"}},
+    "an unknown key": {"json": {"images": ["aaaa"], "colour": "red"}},
+    "not base64": {"json": {"images": ["%"]}},
+    "no labels": {"json": {"images": ["aaaa"], "labels": []}},
+    "top_k": {"content": b"x", "headers": {"content-type": "image/png"}, "params": {"top_k": "0"}},
+    "coverage": {"content": b"x", "headers": {"content-type": "image/png"}, "params": {"coverage": "nan"}},
+    "a reserved label": {"json": {"images": ["aaaa"], "labels": ["unknown"]}},
+    "an empty body": {"content": b"", "headers": {"content-type": "image/png"}},
+}
+
+
+@pytest.mark.parametrize("body", BAD.values(), ids=BAD.keys())
+def test_a_wrong_request_is_a_problem_document(api: str, body: dict[str, Any]) -> None:
+    assert problem(httpx.post(f"{api}/v1/predict", **body), 422)
+
+
+def test_other_refusals(api: str) -> None:
+    text = {"content-type": "text/plain"}
+    assert "multipart" in problem(httpx.post(f"{api}/v1/predict", content=b"x", headers=text), 415)
+    assert problem(httpx.get(f"{api}/nowhere"), 404)
+    assert problem(httpx.get(f"{api}/v1/predict"), 405)
+    assert problem(httpx.get(f"{api}/v1/labels/none such"), 404)
+    image = {"content-type": "image/png"}
+    assert "64 MB" in problem(httpx.post(f"{api}/v1/predict", content=bytes(65 * 2**20), headers=image), 413)
+    many = [("images", (str(i), b"x")) for i in range(65)]
+    assert problem(httpx.post(f"{api}/v1/predict", files=many), 413)
+
+
+# --- earlier clients
+
+
+def test_earlier_clients_are_answered(api: str, photos: list[Path]) -> None:
+    assert httpx.get(f"{api}/").json()["name"] == "cliphar"
+    assert httpx.get(f"{api}/health").json()["status"] == "healthy"
+    content = photos[0].read_bytes()
+    one = httpx.post(f"{api}/predict", json={"image_data": base64.b64encode(content).decode(), "top_k": 3}).json()
+    two = httpx.post(f"{api}/predict/image", files={"file": content}, params={"top_k": 3}).json()
+    assert one["predictions"] == two["predictions"]
+    assert [row["rank"] for row in one["predictions"]] == [1, 2, 3]
+    assert set(one["predictions"][0]) == {"rank", "class_id", "class_name", "score"}
+    assert one["model_name"] == "mini"
+    assert one["inference_time"] > 0
+    assert "switched off" in problem(httpx.post(f"{api}/predict", json={"image_url": "http://example.org/a.jpg"}), 403)
+    assert problem(httpx.post(f"{api}/predict", json={}), 422)
+
+
+# --- what a service is told and taught
+
+
+def test_vocabularies_and_actions_are_kept(api: str, photos: list[Path], samples: Path) -> None:
+    with Client(api) as client:
+        client.put_vocabulary("mine", ["mowing the lawn", "posing for a portrait"])
+        assert client.vocabularies()["mine"] == ["mowing the lawn", "posing for a portrait"]
+        lesson = client.teach("being a cat", [samples / "cat.jpg"])
+        assert lesson["photos"] == 1
+        assert client.model()["taught"] == {"being a cat": 1}
+        (answer,) = client.predict([samples / "cat.jpg"], top_k=16)
+        assert isinstance(answer, Prediction)
+        assert "being a cat" in [label for label, _ in answer.top]
+        client.forget("being a cat")
+        assert "being a cat" not in client.model()["labels"]
+    assert httpx.delete(f"{api}/v1/labels/mine").status_code == 204
+    assert problem(httpx.delete(f"{api}/v1/labels/mine"), 422)
+
+
+def test_what_was_taught_outlives_the_service(clean_env: dict[str, str], samples: Path, tmp_path: Path) -> None:
+    env = clean_env | {"CLIPHAR_STATE": str(tmp_path / "state")}
+    with serving(env) as (url, _), Client(url) as client:
+        client.teach("being a cat", [samples / "cat.jpg"])
+    with serving(env) as (url, _), Client(url) as client:
+        assert client.model()["taught"] == {"being a cat": 1}
+
+
+# --- operations
+
+
+def test_operations(api: str) -> None:
+    assert httpx.get(f"{api}/livez").json() == {"status": "alive"}
+    assert httpx.get(f"{api}/readyz").json() == {"status": "ready"}
+    text = httpx.get(f"{api}/metrics").text
+    for name in ("cliphar_requests_total", "cliphar_batch_images_count", "cliphar_queue_images", "cliphar_model_info"):
+        assert f"\n{name}" in text
+    headers = httpx.get(f"{api}/v1/models", headers={"x-request-id": "abc"}).headers
+    assert (headers["x-request-id"], headers["x-content-type-options"]) == ("abc", "nosniff")
+
+
+def test_sigterm_answers_what_came_in(clean_env: dict[str, str], photos: list[Path]) -> None:
+    with serving(clean_env) as (url, process):
+
+        async def hammer() -> list[int]:
+            async with httpx.AsyncClient(limits=httpx.Limits(max_connections=16)) as client:
+                content = photos[0].read_bytes()
+                first = await client.post(f"{url}/v1/predict", files={"images": content})
+
+                async def ask(i: int) -> int:
+                    body = content + bytes([i])  # else they would be computed once
+                    return (await client.post(f"{url}/v1/predict", files={"images": body})).status_code
+
+                asked = [asyncio.create_task(ask(i)) for i in range(16)]
+                await asyncio.sleep(0.1)
+                process.send_signal(signal.SIGTERM)
+                return [first.status_code, *await asyncio.gather(*asked)]
+
+        assert set(asyncio.run(hammer())) == {200}
+        assert process.wait(30) == 0
+
+
+def test_keys_and_rates(clean_env: dict[str, str], tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(f"# who\nanna {hashlib.sha256(b'secret').hexdigest()}\n")
+    with serving(clean_env, "--api-keys", str(keys), "--rate", "3") as (url, _):
+        assert httpx.get(f"{url}/livez").status_code == 200
+        assert "key" in problem(httpx.get(f"{url}/v1/models"), 401)
+        assert problem(httpx.get(f"{url}/v1/models", headers={"x-api-key": "wrong"}), 401)
+        with Client(url, api_key="secret") as client:
+            assert client.model()["name"] == "mini"
+        for _ in range(2):
+            assert httpx.get(f"{url}/v1/models", headers={"x-api-key": "secret"}).status_code == 200
+        refused = httpx.get(f"{url}/v1/models", headers={"x-api-key": "secret"})
+        assert problem(refused, 429)
+        assert int(refused.headers["retry-after"]) >= 1
+
+
+def test_a_taken_port_is_one_line(clean_env: dict[str, str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        command = [sys.executable, "-m", "cliphar", "serve", "--port", str(taken.getsockname()[1])]
+        done = subprocess.run(command, env=clean_env, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "choose another" in done.stderr
+
+
+def test_the_async_client(api: str, photos: list[Path]) -> None:
+    async def ask() -> None:
+        async with AsyncClient(api) as client:
+            answers = await asyncio.gather(*(client.predict([photo]) for photo in photos))
+            assert all(isinstance(answer[0], Prediction) for answer in answers)
+            assert (await client.model())["name"] == "mini"
+
+    asyncio.run(ask())
+
+
+def test_a_service_that_is_not_there(clean_env: dict[str, str]) -> None:
+    with Client("http://127.0.0.1:9") as client, pytest.raises(Exception, match="is 'cliphar serve' running"):
+        client.model()
+
+
+# --- the engine
+
+
+def engine(encode: Callable[[Any], Any], prepare: Callable[[bytes], Any] | None = None, **changes: Any) -> Engine:
+    options: dict[str, Any] = {"queue_size": 100, "max_batch": 8, "decoders": 2}
+    return Engine(prepare or (lambda content: np.full((2, 2, 3), content[0], np.uint8)), encode, **(options | changes))
+
+
+def means(squares: Any) -> Any:
+    return squares.mean((1, 2)).astype(np.float32)
+
+
+def test_the_same_photo_at_once_is_computed_once() -> None:
+    batches: list[int] = []
+
+    def encode(squares: Any) -> Any:
+        batches.append(len(squares))
+        return means(squares)
+
+    async def ask() -> None:
+        one = engine(encode)
+        found = await asyncio.gather(*(one.embed([b"\x07"], 5) for _ in range(20)))
+        assert all(vectors[0][0] == 7 for vectors in found)
+        assert one.pending == 0
+        one.close()
+
+    asyncio.run(ask())
+    assert sum(batches) == 1
+
+
+def test_batches_grow_with_the_load_and_a_single_photo_is_not_behind_a_hundred() -> None:
+    batches: list[list[int]] = []
+    gate = threading.Event()
+
+    def encode(squares: Any) -> Any:
+        gate.wait(5)
+        batches.append([int(square[0, 0, 0]) for square in squares])
+        return means(squares)
+
+    async def ask() -> None:
+        one = engine(encode)
+        many = asyncio.create_task(one.embed([bytes([i]) for i in range(1, 60)], 10))
+        await asyncio.sleep(0.2)
+        single = asyncio.create_task(one.embed([b"\xff"], 10))
+        await asyncio.sleep(0.2)
+        gate.set()
+        await asyncio.gather(many, single)
+        one.close()
+
+    asyncio.run(ask())
+    assert max(map(len, batches)) == 8
+    assert 255 in [number for batch in batches[:3] for number in batch]
+
+
+def test_past_capacity_the_answer_is_no_at_once() -> None:
+    gate = threading.Event()
+
+    def encode(squares: Any) -> Any:
+        gate.wait(5)
+        return means(squares)
+
+    async def ask() -> None:
+        one = engine(encode, queue_size=4)
+        waiting = asyncio.create_task(one.embed([b"\x01", b"\x02", b"\x03"], 10))
+        await asyncio.sleep(0.05)
+        with pytest.raises(ProblemError) as refused:
+            await one.embed([b"\x04", b"\x05"], 10)
+        assert (refused.value.status, (refused.value.retry_after_s or 0) >= 1) == (503, True)
+        gate.set()
+        assert len(await waiting) == 3
+        assert len(await one.embed([b"\x04", b"\x05"], 10)) == 2
+        one.close()
+
+    asyncio.run(ask())
+
+
+def test_a_caller_that_goes_away_costs_no_inference() -> None:
+    seen: list[int] = []
+    gate = threading.Event()
+
+    def encode(squares: Any) -> Any:
+        gate.wait(5)
+        seen.extend(int(square[0, 0, 0]) for square in squares)
+        return means(squares)
+
+    async def ask() -> None:
+        one = engine(encode, max_batch=1)
+        first = asyncio.create_task(one.embed([b"\x01"], 10))
+        await asyncio.sleep(0.05)
+        gone = asyncio.create_task(one.embed([b"\x02"], 10))
+        last = asyncio.create_task(one.embed([b"\x03"], 10))
+        await asyncio.sleep(0.05)
+        gone.cancel()
+        await asyncio.sleep(0.05)
+        gate.set()
+        await asyncio.gather(first, last)
+        assert one.pending == 0
+        one.close()
+
+    asyncio.run(ask())
+    assert seen == [1, 3]
+
+
+def test_a_deadline_and_a_failing_model() -> None:
+    gate = threading.Event()
+
+    def encode(squares: Any) -> Any:
+        gate.wait(5)
+        raise RuntimeError("out of memory")
+
+    async def ask() -> None:
+        one = engine(encode)
+        with pytest.raises(ProblemError, match="no answer within"):
+            await one.embed([b"\x01"], 0.05)
+        gate.set()
+        with pytest.raises(RuntimeError, match="out of memory"):
+            await one.embed([b"\x02"], 5)
+        assert one.pending == 0
+        one.close()
+
+    asyncio.run(ask())

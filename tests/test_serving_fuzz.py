@@ -1,0 +1,56 @@
+"""No request, however strange, is answered with a 5xx."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from pathlib import Path
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+
+def test_the_openapi_document_under_schemathesis(api: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import schemathesis
+
+        schema = schemathesis.openapi.from_url(f"{api}/openapi.json")
+    tried = 0
+    for operation in schema.get_all_operations():
+        strategy = operation.ok().as_strategy()
+
+        @settings(max_examples=15, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @given(case=strategy)
+        def one(case: schemathesis.Case) -> None:
+            assert case.call(headers={"connection": "close"}).status_code < 500, case.as_curl_command()
+
+        one()
+        tried += 1
+    assert tried > 15
+
+
+def test_damaged_photos(api: str, photos: list[Path]) -> None:
+    chance = random.Random(7)  # noqa: S311 - nothing secret
+    whole = photos[0].read_bytes()
+    broken = [whole[: chance.randrange(len(whole))] for _ in range(20)]
+    for _ in range(20):
+        content = bytearray(whole)
+        for _ in range(20):
+            content[chance.randrange(len(content))] = chance.randrange(256)
+        broken.append(bytes(content))
+    broken += [b"", b"\xff\xd8\xff", b"GIF89a", b"RIFF....WEBP", b"\x89PNG\r\n\x1a\n" + bytes(100), bytes(1000)]
+    response = httpx.post(f"{api}/v1/predict", files=[("images", (str(i), b)) for i, b in enumerate(broken)])
+    assert response.status_code == 200
+    assert len(response.json()["predictions"]) == len(broken)
+    for content in broken[:10]:
+        image = {"content-type": "image/jpeg"}
+        assert httpx.post(f"{api}/v1/predict", content=content, headers=image).status_code in (200, 422)
+
+
+@pytest.mark.parametrize("path", ["/v1/predict", "/v1/embed", "/predict", "/predict/image", "/v2/models/mini/infer"])
+@pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=x", "image/png", "text/plain", ""])
+def test_bodies_of_the_wrong_kind(api: str, path: str, kind: str) -> None:
+    for body in (b"", b"{}", b"[]", b"null", b"--x\r\n", b"\xff" * 50, b'{"images": "' + b"a" * 1000):
+        assert 400 <= httpx.post(f"{api}{path}", content=body, headers={"content-type": kind}).status_code < 500

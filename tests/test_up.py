@@ -1,0 +1,89 @@
+"""cliphar up: both processes on real sockets, stopped together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+def lines_until(stream: IO[str], start: str) -> list[str]:
+    lines = []
+    for line in stream:
+        lines.append(line)
+        if line.startswith(start):
+            return lines
+    raise AssertionError("".join(lines))
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.fixture
+def running(clean_env: dict[str, str], tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], list[str], str]]:
+    api, page = free_port(), free_port()
+    command = [sys.executable, "-m", "cliphar", "up", "--port", str(api), "--page-port", str(page)]
+    with subprocess.Popen(command, env=clean_env, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield process, lines_until(process.stdout, "Try"), f"http://127.0.0.1:{api}"
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def test_it_prints_addresses_and_a_command_that_works(
+    running: tuple[subprocess.Popen[str], list[str], str], tmp_path: Path
+) -> None:
+    process, lines, api = running
+    addresses = [word for line in lines for word in line.split() if word.startswith("http://")]
+    assert addresses[0] == api
+    with urllib.request.urlopen(addresses[-2 if "/v1/" in addresses[-1] else -1]) as page:  # noqa: S310 - ours
+        assert b"<title>" in page.read()
+    command = next(line for line in lines if line.startswith("Try")).removeprefix("Try").strip()
+    assert command.startswith("curl ")
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert "label" in json.dumps(json.loads(done.stdout))
+    both = children(process.pid)
+    assert len(both) == 2
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 130
+    assert not any(alive(pid) for pid in both)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["API", "page"])
+def test_if_one_ends_all_ends(running: tuple[subprocess.Popen[str], list[str], str], which: int) -> None:
+    process, _, _ = running
+    both = children(process.pid)
+    os.kill(both[which], signal.SIGKILL)
+    assert process.wait(40) == 1
+    end = time.monotonic() + 5
+    while any(alive(pid) for pid in both) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(alive(pid) for pid in both)
