@@ -48,6 +48,12 @@ class Bundle:
             )
         return self.path / name
 
+    @property
+    def runtimes(self) -> dict[str, str]:
+        """The image graph's file of each runtime: ``onnx``, the reference, and what export added and verified."""
+        added = {file.runtime: name for name, file in self.info.files.items() if file.runtime and file.parity}
+        return {"onnx": "image.onnx"} | added
+
     def class_vectors(self) -> NDArray[np.float32]:
         """The labels' vectors from head.safetensors: float32 [C,D], unit length, in the order of ``info.labels``."""
         from safetensors import SafetensorError

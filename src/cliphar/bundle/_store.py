@@ -47,6 +47,15 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
+def _is_outdated(path: Path) -> bool:
+    """Whether it is an extended copy of a model of the package, and the package has another one by now."""
+    own = packaged(path.name)
+    if path == own or not _is_whole(own):
+        return False
+    graphs = [read_bundle(folder, verify=False).info.files.get("image.onnx") for folder in (path, own)]
+    return graphs[0] is None or graphs[1] is None or graphs[0].sha256 != graphs[1].sha256
+
+
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
@@ -63,7 +72,7 @@ def list_models() -> list[StoredModel]:
                 path = manifest.parent
                 if path.name.startswith("."):
                     continue
-                whole = _is_whole(path)
+                whole = _is_whole(path) and not _is_outdated(path)
                 if path.name not in models or (whole and models[path.name].state != "ready"):
                     models[path.name] = StoredModel(path.name, path, "ready" if whole else "to pull")
     return sorted(models.values(), key=lambda model: (model.name != DEFAULT_MODEL, model.name))

@@ -1,13 +1,20 @@
-"""Make the graphs that serving runs."""
+"""Make the graphs that serving runs, and prove them."""
 
+from cliphar.export._export import Added, export_bundle
+from cliphar.export._float import float_graph
 from cliphar.export._image import compress_weights, export_image_tower
+from cliphar.export._targets import TARGETS
 from cliphar.export._teacher import export_teacher_graph
 from cliphar.export._text import export_text_tower, quantize_sentence_encoder
 
 __all__ = [
+    "TARGETS",
+    "Added",
     "compress_weights",
+    "export_bundle",
     "export_image_tower",
     "export_teacher_graph",
     "export_text_tower",
+    "float_graph",
     "quantize_sentence_encoder",
 ]

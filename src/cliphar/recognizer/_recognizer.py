@@ -25,7 +25,7 @@ from cliphar.recognizer._scoring import to_predictions
 from cliphar.recognizer._taught import TAUGHT_FILE, Lesson, Taught, read_taught, write_taught
 from cliphar.recognizer._teaching import Background, gda_vectors, read_background
 from cliphar.recognizer._types import Prediction, Score
-from cliphar.runtime import OnnxRuntime, Runtime, cpu_quota
+from cliphar.runtime import Runtime, cpu_quota, load_runtime
 
 __all__ = ["Recognizer", "load"]
 
@@ -36,21 +36,27 @@ _Choice: TypeAlias = tuple[tuple[str, ...], NDArray[np.float32], Calibration]
 
 
 def load(
-    model: str | os.PathLike[str] | None = None, *, provider: str | None = None, threads: int | None = None
+    model: str | os.PathLike[str] | None = None,
+    *,
+    runtime: str | None = None,
+    provider: str | None = None,
+    threads: int | None = None,
 ) -> Recognizer:
     """Load a model by name or by its bundle's path.
 
     Args:
         model: ``mini``, ``clip-b16``, or a directory; None takes MODEL_PATH, else ``mini``.
-        provider: ``cpu``, ``cuda``, ``tensorrt`` or ``openvino``; None takes the best that is present.
+        runtime: ``onnx``, or one that 'cliphar export' added to the bundle; None takes CLIPHAR_RUNTIME, else the
+            fastest that this machine runs, measured once and remembered.
+        provider: of an ONNX runtime: ``cpu``, ``cuda``, ``tensorrt`` or ``openvino``; None takes the best present.
         threads: CPU threads; None takes what the container's quota allows.
 
     Raises:
         BundleError: no such model, or it is damaged.
-        UsageError: the provider is not present.
+        UsageError: the runtime or the provider is not present.
     """
     bundle = find_bundle(model)
-    return Recognizer(bundle, OnnxRuntime(bundle, provider=provider, threads=threads))
+    return Recognizer(bundle, load_runtime(bundle, runtime, provider=provider, threads=threads))
 
 
 class Recognizer:

@@ -1,7 +1,22 @@
 """Engines that run a bundle's two encoders, behind one small protocol."""
 
 from cliphar.runtime._base import Runtime
+from cliphar.runtime._choose import RuntimeChoice, choose_runtime, load_runtime
 from cliphar.runtime._cpu import cpu_quota
 from cliphar.runtime._onnx import OnnxRuntime, available_providers
+from cliphar.runtime._openvino import OpenVinoRuntime
+from cliphar.runtime._tensorrt import TensorRtRuntime
+from cliphar.runtime._torch import TorchRuntime
 
-__all__ = ["OnnxRuntime", "Runtime", "available_providers", "cpu_quota"]
+__all__ = [
+    "OnnxRuntime",
+    "OpenVinoRuntime",
+    "Runtime",
+    "RuntimeChoice",
+    "TensorRtRuntime",
+    "TorchRuntime",
+    "available_providers",
+    "choose_runtime",
+    "cpu_quota",
+    "load_runtime",
+]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,10 +11,10 @@ from numpy.typing import NDArray
 from cliphar.bundle import Bundle
 from cliphar.errors import BundleError, UsageError
 from cliphar.runtime._cpu import cpu_quota
+from cliphar.runtime._text import TextTower, check_images
 
 if TYPE_CHECKING:
     import onnxruntime
-    from tokenizers import Tokenizer
 
 __all__ = ["OnnxRuntime", "available_providers"]
 
@@ -36,10 +35,11 @@ def available_providers() -> list[str]:
 
 
 class OnnxRuntime:
-    """A bundle's image.onnx and text.onnx.
+    """A bundle's image.onnx, or another ONNX graph that export made of it, and its text.onnx.
 
     Args:
         bundle: a bundle that was read.
+        file: the bundle's image graph to run.
         provider: ``cpu``, ``cuda``, ``tensorrt`` or ``openvino``; None takes the best present, and goes on to the
             next if it does not start.
         threads: for the CPU; None takes what the container's quota allows.
@@ -49,7 +49,14 @@ class OnnxRuntime:
         UsageError: the provider asked for is not present.
     """
 
-    def __init__(self, bundle: Bundle, *, provider: str | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        file: str = "image.onnx",
+        provider: str | None = None,
+        threads: int | None = None,
+    ) -> None:
         self.threads = threads or cpu_quota()
         present = available_providers()
         if provider is not None and provider not in present:
@@ -58,23 +65,17 @@ class OnnxRuntime:
                 "choose one of those or install the build that has it"
             )
         self.bundle = bundle
-        self._image = _session(bundle, "image.onnx", provider, self.threads)
+        self.file = file
+        self._image = _session(bundle, file, provider, self.threads)
         self.provider = next(
             (short for short, name in _PREFERENCE.items() if name == self._image.get_providers()[0]), "cpu"
         )
         self.name = f"onnx-{self.provider}"
-        self._tokenizer = _tokenizer(bundle)
-
-    @functools.cached_property
-    def _text(self) -> onnxruntime.InferenceSession:
-        # only when a label is not known yet; the text tower is small and always quick enough on the CPU
-        return _session(self.bundle, "text.onnx", "cpu", self.threads)
+        self._text = TextTower(bundle, self.threads)
 
     def encode_images(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """See :class:`Runtime`; ValueError if the shape or dtype is not the bundle's."""
-        side = self.bundle.info.image.size
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (side, side, 3):
-            raise ValueError(f"expected uint8 [N,{side},{side},3], got {images.dtype} {images.shape}")
+        check_images(self.bundle, images)
         # a graph with a batch of one quantises by what is in the batch, so an answer would depend on its neighbours
         step = 1 if self._image.get_inputs()[0].shape[0] == 1 else len(images)
         parts = [
@@ -85,24 +86,7 @@ class OnnxRuntime:
 
     def encode_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """See :class:`Runtime`."""
-        ids = np.array([encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))], np.int64)
-        result: NDArray[np.float32] = self._text.run(["embeddings"], {"ids": ids})[0]
-        return result
-
-
-def _tokenizer(bundle: Bundle) -> Tokenizer:
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(str(bundle.file("tokenizer.json")))
-    except BundleError:
-        raise
-    except Exception as error:  # tokenizers raises plain Exception
-        reason = str(error).splitlines()[0]
-        raise BundleError(f"tokenizer.json of bundle '{bundle.info.name}' cannot be read: {reason}") from error
-    tokenizer.enable_truncation(bundle.info.text.context_length)
-    tokenizer.enable_padding()
-    return tokenizer
+        return self._text.encode(texts)
 
 
 def _session(bundle: Bundle, name: str, provider: str | None, threads: int) -> onnxruntime.InferenceSession:

@@ -1,0 +1,70 @@
+"""cliphar export: add runtimes to a bundle, each proved equal first."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cliphar.errors import UsageError
+
+__all__ = ["export"]
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="A model's name or a bundle's directory.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            help="onnx-fp32, -fp16, -w8, -int8, openvino, openvino-bf16, -int8; several with commas.",
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Where the extended bundle goes.", show_default="in place, or the models' store")
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Photos, in LABEL/PHOTO to measure accuracy too.", show_default="the package's three"),
+    ] = None,
+    max_loss: Annotated[
+        float, typer.Option(min=0, max=1, help="How much top-1 accuracy an 8-bit runtime may lose.")
+    ] = 0.005,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a target.")] = False,
+) -> None:
+    """Make other runtimes of a model; what answers otherwise than the reference is refused."""
+    from cliphar.bundle import find_bundle
+
+    targets = [name.strip() for name in to.split(",") if name.strip()]
+    try:
+        from cliphar.export import export_bundle
+    except ImportError as error:
+        raise UsageError("exporting needs torch and onnx; run: pip install 'cliphar[train]'") from error
+    bundle, outcomes = export_bundle(
+        find_bundle(model),
+        targets,
+        out=out,
+        photos=calibration,
+        max_loss=max_loss,
+        say=lambda line: print(line, file=sys.stderr),
+    )
+    for outcome in outcomes:
+        if outcome.failed:
+            print(f"cliphar: {outcome.failed}", file=sys.stderr)
+        if as_json:
+            print(json.dumps({"target": outcome.target, "added": not outcome.failed} | outcome.parity))
+        elif not outcome.failed:
+            parity = outcome.parity
+            speed = parity["images_per_s"] / parity["reference_images_per_s"]
+            accuracy = f", accuracy {parity['accuracy_difference']:+.4f}" if "accuracy" in parity else ""
+            print(
+                f"{outcome.target:<14} cosine {parity['cosine_mean']:.5f} (least {parity['cosine_min']:.5f}), "
+                f"top-1 agreement {parity['agreement']:.3f}{accuracy}, {speed:.2f} x the reference's speed"
+            )
+    if not as_json:
+        print(f"{bundle.info.name}: {', '.join(bundle.runtimes)} at {bundle.path}")
+    if any(outcome.failed for outcome in outcomes):
+        raise typer.Exit(1)

@@ -1,0 +1,146 @@
+"""Add runtimes to a bundle: each is made, proved against the reference, and only then added."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from cliphar.bundle import Bundle, FileInfo, packaged, store, write_bundle
+from cliphar.errors import ClipharError, UsageError
+from cliphar.export._float import float_graph
+from cliphar.export._photos import Proof, read_proof
+from cliphar.export._targets import TARGETS, Files, Material
+from cliphar.export._verify import RefusedError, embed, head_of, images_per_s, measure, refusal
+from cliphar.runtime import OnnxRuntime, Runtime, load_runtime
+
+__all__ = ["Added", "export_bundle"]
+
+
+@dataclass(frozen=True)
+class Added:
+    """One target's outcome: its parity, or why it was not added."""
+
+    target: str
+    parity: dict[str, float]
+    failed: str | None = None
+
+
+def export_bundle(
+    bundle: Bundle,
+    targets: Sequence[str],
+    *,
+    out: Path | None = None,
+    photos: Path | None = None,
+    max_loss: float = 0.005,
+    say: Callable[[str], None] = lambda _: None,
+) -> tuple[Bundle, list[Added]]:
+    """Make, prove and add runtimes. The bundle's directory is at every moment the old bundle or the new one.
+
+    Args:
+        bundle: a bundle that was read.
+        targets: names of ``TARGETS``.
+        out: where the extended bundle goes; None extends it in place, and one inside the package in the models' store.
+        photos: a folder or tar of photos, see :func:`read_proof`.
+        max_loss: how much top-1 accuracy, 0..1, an 8-bit runtime may lose.
+        say: told what is going on.
+
+    Returns:
+        The bundle as it now is, and the outcome of each target, in order.
+
+    Raises:
+        UsageError: an unknown target, or ``out`` exists and is not this bundle.
+        BundleError: image.onnx cannot be brought back to float, or the place cannot be written to.
+        DataError: too few photos.
+    """
+    unknown = [target for target in targets if target not in TARGETS]
+    if unknown or not targets:
+        raise UsageError(f"cannot export to '{', '.join(unknown)}'; choose among {', '.join(TARGETS)}")
+    home = out or (store() / bundle.info.name if bundle.path.parent == packaged("mini").parent else bundle.path)
+    proof = read_proof(bundle, photos)
+    if photos is None:
+        say("proved on crops of the package's three photos: give --calibration DIR of your own for figures that count")
+    model = float_graph(bundle)
+    outcomes: list[Added] = []
+    with tempfile.TemporaryDirectory() as work:
+        bench = _Bench(bundle, proof, model, Path(work), max_loss, say)
+        for target in dict.fromkeys(targets):
+            try:
+                files, parity = bench.make(target)
+            except ClipharError as error:
+                outcomes.append(Added(target, getattr(error, "parity", {}), str(error)))
+                continue
+            bundle = _add(bundle, home, target, files, parity)
+            outcomes.append(Added(target, parity))
+    return bundle, outcomes
+
+
+def _add(bundle: Bundle, home: Path, target: str, files: Files, parity: dict[str, float]) -> Bundle:
+    entries = dict(bundle.info.files)
+    content: dict[str, Path | bytes] = {
+        name: bundle.path / name for name, file in entries.items() if file.runtime != target
+    }
+    content |= files
+    for number, name in enumerate(files):
+        entries[name] = FileInfo(sha256="0" * 64, bytes=0, runtime=target, parity=None if number else parity)
+    return write_bundle(home, bundle.info.model_copy(update={"files": entries}), content, overwrite=True)
+
+
+class _Bench:
+    """The reference and its answers, and a folder where candidates are tried."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        proof: Proof,
+        model: onnx.ModelProto,
+        work: Path,
+        max_loss: float,
+        say: Callable[[str], None],
+    ) -> None:
+        self.bundle, self.proof, self.work, self.max_loss, self.say = bundle, proof, work, max_loss, say
+        for name in ("text.onnx", "tokenizer.json"):
+            (work / name).symlink_to(bundle.file(name).resolve())
+        self.head = head_of(bundle)
+        self.shipped: Runtime = OnnxRuntime(bundle)
+        reference = self._runtime("reference", {"reference.onnx": model.SerializeToString()})
+        self.reference = embed(reference, proof.verification)
+        self.rehearsal = embed(reference, proof.calibration)
+        self.material = Material(model, proof.calibration, self._judge, work, say)
+
+    def _runtime(self, target: str, files: Files) -> Runtime:
+        entries = {name: self.bundle.info.files[name] for name in ("text.onnx", "tokenizer.json")}
+        for number, (name, content) in enumerate(files.items()):
+            (self.work / name).parent.mkdir(exist_ok=True)
+            (self.work / name).write_bytes(content)
+            parity = None if number else {"photos": 0.0}
+            entries[name] = FileInfo(sha256="0" * 64, bytes=len(content), runtime=target, parity=parity)
+        return load_runtime(Bundle(self.work, self.bundle.info.model_copy(update={"files": entries})), target)
+
+    def _judge(self, model: onnx.ModelProto) -> str | None:
+        """What is wrong with an 8-bit graph on the calibration photos, or None."""
+        runtime = self._runtime("rehearsal", {"rehearsal.onnx": model.SerializeToString()})
+        answers = embed(runtime, self.proof.calibration)
+        return refusal(measure(self.rehearsal, answers, self.head, self.proof.rehearsal), "int8", self.max_loss)
+
+    def make(self, target: str) -> tuple[Files, dict[str, float]]:
+        """Files and parity of a target; RefusedError with the numbers if it is outside its tolerance."""
+        self.say(f"{target}: making it")
+        files = TARGETS[target].build(self.material)
+        runtime = self._runtime(target, files)
+        answers = embed(runtime, self.proof.verification)
+        parity = measure(self.reference, answers, self.head, self.proof.truth)
+        wrong = refusal(parity, TARGETS[target].precision, self.max_loss)
+        if wrong or not np.isfinite(answers).all():
+            error = RefusedError(
+                f"{target} is refused: {wrong} over {len(answers)} views; give more photos with --calibration, "
+                "or another precision"
+            )
+            error.parity = parity
+            raise error
+        speeds = images_per_s({"reference": self.shipped, "this": runtime}, self.proof)
+        return files, parity | {"images_per_s": speeds["this"], "reference_images_per_s": speeds["reference"]}

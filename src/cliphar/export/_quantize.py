@@ -1,0 +1,137 @@
+"""Static 8-bit graphs: quantise and dequantise nodes that both ONNX Runtime and OpenVINO turn into int8 arithmetic."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+__all__ = ["quantize", "quantize_within", "sensitivity"]
+
+# Clip and Relu with the convolution before them: what is quantised is then what is left of its range
+_OPERATORS = ["Conv", "MatMul", "Gemm", "Clip", "Relu"]
+_WEIGHED = ("Conv", "MatMul", "Gemm")
+
+
+class _Reader:
+    def __init__(self, images: NDArray[np.uint8]) -> None:
+        self._batches = iter([{"images": images[at : at + 4]} for at in range(0, len(images), 4)])
+
+    def get_next(self) -> dict[str, NDArray[np.uint8]] | None:
+        return next(self._batches, None)
+
+
+def quantize(model: onnx.ModelProto, images: NDArray[np.uint8], float_nodes: Sequence[str] = ()) -> onnx.ModelProto:
+    """Weights in int8 for each channel, activations in uint8 by their range over ``images``.
+
+    Of matrix products only those by constant weights; their outputs stay float, since what follows (residuals,
+    normalisation, attention) is not quantised. The first convolution stays float: it costs little time, and its
+    rounding would be in all that follows.
+    """
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+
+    stem = next((node.name for node in model.graph.node if node.op_type == "Conv"), None)
+    noisy = logging.root.manager.disable
+    with tempfile.TemporaryDirectory() as work, contextlib.redirect_stdout(io.StringIO()):
+        source, target = Path(work) / "float.onnx", Path(work) / "int8.onnx"
+        onnx.save(model, source)
+        try:
+            logging.disable(logging.WARNING)
+            quantize_static(
+                source,
+                target,
+                _Reader(images),
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=_OPERATORS,
+                nodes_to_exclude=[*float_nodes, *([stem] if stem else [])],
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                calibrate_method=CalibrationMethod.MinMax,
+                extra_options={"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]},
+            )
+        finally:
+            logging.disable(noisy)
+        result: onnx.ModelProto = onnx.load(target)
+    return result
+
+
+def quantize_within(
+    model: onnx.ModelProto, images: NDArray[np.uint8], loss: Callable[[onnx.ModelProto], str | None]
+) -> tuple[onnx.ModelProto, list[str]]:
+    """Quantise, keeping the most sensitive layers in float: 0, 1, 2, 4, ... of them, until ``loss`` finds none.
+
+    Args:
+        model: the float32 graph.
+        images: uint8 [N,S,S,3], for the ranges.
+        loss: given a quantised graph, what is wrong with it, or None.
+
+    Returns:
+        The graph (the last tried if none was good), and the names of the layers in float.
+    """
+    quantised = quantize(model, images)
+    if loss(quantised) is None:
+        return quantised, []
+    ranked = sensitivity(model, images[:4])
+    kept = 1
+    while kept <= len(ranked) // 2:
+        quantised = quantize(model, images, ranked[:kept])
+        if loss(quantised) is None:
+            break
+        kept *= 2
+    return quantised, ranked[:kept]
+
+
+def sensitivity(model: onnx.ModelProto, images: NDArray[np.uint8]) -> list[str]:
+    """Layers with constant weights, worst first: the relative error of each one's output from rounding its input."""
+    import onnxruntime
+
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    layers = [node for node in model.graph.node if node.op_type in _WEIGHED and node.input[1] in constants]
+    names = sorted({node.input[0] for node in layers})
+    tapped = onnx.ModelProto()
+    tapped.CopyFrom(model)
+    tapped.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(tapped.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    inputs = dict(zip(names, session.run(names, {"images": images}), strict=True))
+    errors = {}
+    for node in layers:
+        x = inputs[node.input[0]]
+        low, high = min(float(x.min()), 0.0), max(float(x.max()), 1e-6)
+        scale = (high - low) / 255
+        zero = round(-low / scale)
+        rounded = ((np.clip(np.round(x / scale) + zero, 0, 255) - zero) * scale).astype(np.float32)
+        exact, off = (_run_node(node, constants, value) for value in (x, rounded))
+        errors[node.name] = float(np.linalg.norm(off - exact) / (np.linalg.norm(exact) + 1e-12))
+    return sorted(errors, key=lambda name: -errors[name])
+
+
+def _run_node(
+    node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], value: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    if node.op_type == "MatMul":
+        product: NDArray[np.float32] = value @ numpy_helper.to_array(constants[node.input[1]])
+        return product
+    import onnxruntime
+
+    graph = helper.make_graph(
+        [node],
+        "one layer",
+        [helper.make_tensor_value_info(node.input[0], onnx.TensorProto.FLOAT, value.shape)],
+        [helper.make_tensor_value_info(node.output[0], onnx.TensorProto.FLOAT, None)],
+        [constants[name] for name in node.input[1:] if name],
+    )
+    single = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    session = onnxruntime.InferenceSession(single.SerializeToString(), providers=["CPUExecutionProvider"])
+    result: NDArray[np.float32] = session.run(None, {node.input[0]: value})[0]
+    return result

@@ -1,0 +1,103 @@
+"""What can be made of a bundle's float graph, one function a target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from cliphar.errors import UsageError
+from cliphar.export._image import compress_weights
+from cliphar.export._quantize import quantize_within
+
+__all__ = ["TARGETS", "Material", "Target"]
+
+Files = dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a target is made from: the float32 graph, photos uint8 [N,S,S,3] for its ranges, and a judge of 8-bit
+    graphs that says what is wrong with one, or None. ``work`` is a folder to be untidy in."""
+
+    model: onnx.ModelProto
+    calibration: NDArray[np.uint8]
+    judge: Callable[[onnx.ModelProto], str | None]
+    work: Path
+    say: Callable[[str], None]
+    quantized: dict[str, onnx.ModelProto] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A runtime to add: how precise it is to be, what makes its files (the first is what is loaded), and in a word."""
+
+    precision: str
+    build: Callable[[Material], Files]
+    about: str
+
+
+def _onnx_fp32(material: Material) -> Files:
+    return {"image.fp32.onnx": material.model.SerializeToString()}
+
+
+def _onnx_fp16(material: Material) -> Files:
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    copy = onnx.ModelProto()
+    copy.CopyFrom(material.model)
+    # pixels are scaled, and lengths taken, in float32: 255 squared is above what half precision holds
+    blocked = ["ReduceL2", "LpNormalization", "Pow", "ReduceMean", "Softmax", "LayerNormalization"]
+    half = convert_float_to_float16(copy, keep_io_types=True, disable_shape_infer=True, op_block_list=blocked)
+    return {"image.fp16.onnx": half.SerializeToString()}
+
+
+def _onnx_w8(material: Material) -> Files:
+    return {"image.w8.onnx": compress_weights(material.model).SerializeToString()}
+
+
+def quantized(material: Material) -> onnx.ModelProto:
+    """The 8-bit graph, made once for all targets that are made from it."""
+    if "int8" not in material.quantized:
+        model, kept = quantize_within(material.model, material.calibration, material.judge)
+        if kept:
+            material.say(f"{len(kept)} sensitive layers stay in float: {', '.join(kept[:8])}")
+        material.quantized["int8"] = model
+    return material.quantized["int8"]
+
+
+def _onnx_int8(material: Material) -> Files:
+    return {"image.int8.onnx": quantized(material).SerializeToString()}
+
+
+def _openvino(model: onnx.ModelProto, name: str, work: Path, *, half: bool = False) -> Files:
+    try:
+        import openvino
+    except ImportError as error:
+        raise UsageError("OpenVINO is not installed; run 'pip install cliphar[openvino]'") from error
+    source, target = work / f"{name}.onnx", work / f"{name}.xml"
+    onnx.save(model, source)
+    openvino.save_model(openvino.convert_model(source), target, compress_to_fp16=half)
+    return {
+        f"openvino/{name}.xml": target.read_bytes(),
+        f"openvino/{name}.bin": target.with_suffix(".bin").read_bytes(),
+    }
+
+
+TARGETS: dict[str, Target] = {
+    "onnx-fp32": Target("fp32", _onnx_fp32, "ONNX, float32 throughout, constants folded"),
+    "onnx-fp16": Target("fp16", _onnx_fp16, "ONNX, half precision: half the size; for GPUs"),
+    "onnx-w8": Target("w8", _onnx_w8, "ONNX, weights in 8 bits, arithmetic in float: a quarter of the size"),
+    "onnx-int8": Target("int8", _onnx_int8, "ONNX, static 8-bit arithmetic"),
+    "openvino": Target("fp32", lambda m: _openvino(m.model, "fp32", m.work), "OpenVINO, float32"),
+    "openvino-bf16": Target(
+        "bf16", lambda m: _openvino(m.model, "bf16", m.work, half=True), "OpenVINO, bfloat16 where the CPU has it"
+    ),
+    "openvino-int8": Target(
+        "int8", lambda m: _openvino(quantized(m), "int8", m.work), "OpenVINO, static 8-bit arithmetic"
+    ),
+}

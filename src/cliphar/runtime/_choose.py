@@ -1,0 +1,167 @@
+"""Which of a bundle's runtimes to load: the one asked for, else the fastest that this machine runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+from cliphar.bundle import Bundle, store
+from cliphar.errors import ClipharError, UsageError
+from cliphar.runtime._base import Runtime
+from cliphar.runtime._cpu import cpu_quota
+from cliphar.runtime._onnx import OnnxRuntime
+from cliphar.runtime._openvino import OpenVinoRuntime
+from cliphar.runtime._tensorrt import TensorRtRuntime
+from cliphar.runtime._torch import TorchRuntime
+
+__all__ = ["RuntimeChoice", "choose_runtime", "load_runtime"]
+
+_LOG = logging.getLogger("cliphar.runtime")
+_ENGINES = {".onnx": "onnxruntime", ".xml": "openvino", ".plan": "tensorrt"}  # torch is for C++: never by itself
+_BATCH = 8
+_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class RuntimeChoice:
+    """The runtime that is loaded when none is asked for.
+
+    ``images_per_s`` is what each was measured at on this machine, batch 8; empty where there was nothing to choose.
+    ``failed`` says why others did not run.
+    """
+
+    name: str
+    images_per_s: dict[str, float]
+    failed: dict[str, str]
+
+
+def load_runtime(
+    bundle: Bundle, name: str | None = None, *, provider: str | None = None, threads: int | None = None
+) -> Runtime:
+    """Load one of ``bundle.runtimes``.
+
+    Args:
+        bundle: a bundle that was read.
+        name: a runtime of the bundle; None takes CLIPHAR_RUNTIME, else the fastest, as :func:`choose_runtime` says.
+        provider: for ONNX graphs, see :class:`OnnxRuntime`; with no name it takes the bundle's image.onnx.
+        threads: CPU threads; None takes what the container's quota allows.
+
+    Raises:
+        UsageError: the bundle has no such runtime, or its engine is not installed.
+        BundleError: it does not run here.
+    """
+    chosen = name or os.environ.get("CLIPHAR_RUNTIME") or None
+    if chosen is None:
+        chosen = "onnx" if provider else choose_runtime(bundle, threads).name
+    if chosen not in bundle.runtimes:
+        raise UsageError(
+            f"bundle '{bundle.info.name}' has no runtime '{chosen}' (it has {', '.join(bundle.runtimes)}); choose one "
+            f"of those or run 'cliphar export {bundle.info.name} --to {chosen}'"
+        )
+    file = bundle.runtimes[chosen]
+    suffix = Path(file).suffix
+    if suffix == ".onnx":
+        return OnnxRuntime(bundle, file=file, provider=provider, threads=threads)
+    if provider:
+        raise UsageError(f"runtime '{chosen}' takes no provider; leave it out, or choose an onnx runtime")
+    if suffix == ".xml":
+        return OpenVinoRuntime(bundle, file=file, threads=threads)
+    if suffix == ".plan":
+        return TensorRtRuntime(bundle, file=file, threads=threads)
+    return TorchRuntime(bundle, file=file, threads=threads)
+
+
+def choose_runtime(bundle: Bundle, threads: int | None = None) -> RuntimeChoice:
+    """The fastest runtime whose engine is installed; measured once on this machine, then remembered.
+
+    Nothing is measured where there is only one. What was measured lies in runtimes.json in the models' store, under
+    a key of the files, the engines' versions, the CPU and the threads, so that a change of any measures anew.
+    """
+    candidates = {
+        name: file
+        for name, file in bundle.runtimes.items()
+        if (engine := _ENGINES.get(Path(file).suffix)) and find_spec(engine)
+    }
+    if len(candidates) == 1:
+        return RuntimeChoice(next(iter(candidates)), {}, {})
+    threads = threads or cpu_quota()
+    key = _key(bundle, candidates, threads)
+    memory = store() / "runtimes.json"
+    known = _read(memory)
+    try:
+        choice = RuntimeChoice(**known[key])  # type: ignore[arg-type]  # as it was written below
+    except (KeyError, TypeError):
+        choice = _measure(bundle, list(candidates), threads)
+        _remember(memory, key, choice)
+    speeds = ", ".join(f"{name} {speed:g}" for name, speed in choice.images_per_s.items())
+    _LOG.info("runtime %s is the fastest here (images a second: %s)", choice.name, speeds)
+    return choice
+
+
+def _key(bundle: Bundle, candidates: dict[str, str], threads: int) -> str:
+    facts = [bundle.info.files[file].sha256 for file in candidates.values()]
+    engines = sorted({_ENGINES[Path(file).suffix] for file in candidates.values()})
+    facts += [f"{engine} {metadata.version(engine)}" for engine in engines]
+    facts += [_cpu_model(), str(threads)]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return "\n".join(line for line in lines[:40] if line.startswith(("model", "flags", "Features")))
+
+
+def _measure(bundle: Bundle, names: list[str], threads: int) -> RuntimeChoice:
+    side = bundle.info.image.size
+    images = np.random.default_rng(0).integers(0, 256, (_BATCH, side, side, 3), dtype=np.uint8)
+    runtimes: dict[str, Runtime] = {}
+    failed: dict[str, str] = {}
+    for name in names:
+        try:
+            runtimes[name] = load_runtime(bundle, name, threads=threads)
+            runtimes[name].encode_images(images)
+        except ClipharError as error:
+            runtimes.pop(name, None)
+            failed[name] = str(error)
+    best = dict.fromkeys(runtimes, np.inf)
+    for _ in range(_ROUNDS):  # in turns, so that a change of the machine's speed meets all alike
+        for name, runtime in runtimes.items():
+            started = time.perf_counter()
+            runtime.encode_images(images)
+            best[name] = min(best[name], time.perf_counter() - started)
+    if not best:
+        raise UsageError(f"no runtime of bundle '{bundle.info.name}' runs here: {'; '.join(failed.values())}")
+    speeds = {name: round(_BATCH / seconds, 1) for name, seconds in best.items()}
+    return RuntimeChoice(max(speeds, key=lambda name: speeds[name]), speeds, failed)
+
+
+def _read(memory: Path) -> dict[str, dict[str, object]]:
+    try:
+        known = json.loads(memory.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _remember(memory: Path, key: str, choice: RuntimeChoice) -> None:
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=memory.parent, prefix=".runtimes.", delete=False) as file:
+            json.dump(_read(memory) | {key: asdict(choice)}, file, indent=1)
+        Path(file.name).replace(memory)
+    except OSError as error:  # a read-only container measures at each start
+        _LOG.info("what was measured cannot be kept in %s (%s); set CLIPHAR_RUNTIME or CLIPHAR_HOME", memory, error)

@@ -1,0 +1,87 @@
+"""A TensorRT engine, on the GPU it was built for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cliphar.bundle import Bundle
+from cliphar.errors import BundleError, UsageError
+from cliphar.runtime._cpu import cpu_quota
+from cliphar.runtime._text import TextTower, check_images
+
+__all__ = ["TensorRtRuntime"]
+
+
+class TensorRtRuntime:
+    """A bundle's .plan. An engine runs on the kind of GPU and the TensorRT version that built it, and no other.
+
+    Raises:
+        UsageError: TensorRT, its CUDA bindings or a GPU is missing.
+        BundleError: the engine is another GPU's or version's.
+    """
+
+    max_batch = 64  # of the optimisation profile that export builds
+
+    def __init__(self, bundle: Bundle, *, file: str, threads: int | None = None) -> None:
+        try:
+            import tensorrt
+            from cuda.bindings import runtime as cuda
+        except ImportError as error:
+            raise UsageError(f"TensorRT is not here ({error}); run 'pip install tensorrt cuda-python'") from error
+        self.bundle = bundle
+        self.name = bundle.info.files[file].runtime or "tensorrt"
+        self._cuda: Any = cuda
+        status, count = cuda.cudaGetDeviceCount()
+        if status.value or not count:
+            raise UsageError("TensorRT needs a GPU and there is none here; choose another runtime")
+        engine = tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.ERROR)).deserialize_cuda_engine(
+            bundle.file(file).read_bytes()
+        )
+        if engine is None:
+            raise BundleError(
+                f"{file} of bundle '{bundle.info.name}' was built for another GPU or TensorRT than "
+                f"{tensorrt.__version__}; run 'cliphar export' here"
+            )
+        self._engine = engine
+        self._context = engine.create_execution_context()
+        self._stream = self._call(cuda.cudaStreamCreate())
+        size, dim = bundle.info.image.size, bundle.info.embedding_dim
+        self._input = self._call(cuda.cudaMalloc(self.max_batch * size * size * 3))
+        self._output = self._call(cuda.cudaMalloc(self.max_batch * dim * 4))
+        self._context.set_tensor_address("images", int(self._input))
+        self._context.set_tensor_address("embeddings", int(self._output))
+        self._lock = threading.Lock()
+        self._text = TextTower(bundle, threads or cpu_quota())
+
+    def _call(self, answer: tuple[Any, ...]) -> Any:
+        status, *values = answer
+        if status.value:
+            raise RuntimeError(f"CUDA: {status.name}")
+        return values[0] if values else None
+
+    def encode_images(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """See :class:`Runtime`; ValueError if the shape or dtype is not the bundle's."""
+        check_images(self.bundle, images)
+        cuda = self._cuda
+        out = np.empty((len(images), self.bundle.info.embedding_dim), np.float32)
+        with self._lock:
+            for at in range(0, len(images), self.max_batch):
+                part = np.ascontiguousarray(images[at : at + self.max_batch])
+                answer = out[at : at + self.max_batch]
+                to_device, to_host = cuda.cudaMemcpyKind(1), cuda.cudaMemcpyKind(2)
+                self._context.set_input_shape("images", part.shape)
+                self._call(cuda.cudaMemcpyAsync(self._input, part.ctypes.data, part.nbytes, to_device, self._stream))
+                if not self._context.execute_async_v3(int(self._stream)):
+                    raise RuntimeError("TensorRT did not run the batch")
+                self._call(cuda.cudaMemcpyAsync(answer.ctypes.data, self._output, answer.nbytes, to_host, self._stream))
+                self._call(cuda.cudaStreamSynchronize(self._stream))
+        return out
+
+    def encode_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """See :class:`Runtime`."""
+        return self._text.encode(texts)

@@ -1,0 +1,75 @@
+"""What every engine shares: the text tower on ONNX Runtime, and the check of its images."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cliphar.bundle import Bundle
+from cliphar.errors import BundleError
+
+if TYPE_CHECKING:
+    import onnxruntime
+    from tokenizers import Tokenizer
+
+__all__ = ["TextTower", "check_images"]
+
+
+def check_images(bundle: Bundle, images: NDArray[np.uint8]) -> None:
+    """ValueError if the shape or dtype is not the bundle's."""
+    side = bundle.info.image.size
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (side, side, 3):
+        raise ValueError(f"expected uint8 [N,{side},{side},3], got {images.dtype} {images.shape}")
+
+
+class TextTower:
+    """A bundle's tokenizer.json and text.onnx; small, and always quick enough on the CPU.
+
+    Raises:
+        BundleError: the tokenizer cannot be read, or, at the first text, the graph does not run.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int) -> None:
+        self._bundle = bundle
+        self._threads = threads
+        self._tokenizer = _tokenizer(bundle)
+
+    @functools.cached_property
+    def _session(self) -> onnxruntime.InferenceSession:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.log_severity_level = 3
+        path = str(self._bundle.file("text.onnx"))
+        try:
+            return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime raises its own classes for each status
+            reason = str(error).splitlines()[0]
+            raise BundleError(f"text.onnx of bundle '{self._bundle.info.name}' does not run here: {reason}") from error
+
+    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """N sentences -> float32 [N,D], unit length."""
+        ids = np.array([encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))], np.int64)
+        result: NDArray[np.float32] = self._session.run(["embeddings"], {"ids": ids})[0]
+        return result
+
+
+def _tokenizer(bundle: Bundle) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(bundle.file("tokenizer.json")))
+    except BundleError:
+        raise
+    except Exception as error:  # tokenizers raises plain Exception
+        reason = str(error).splitlines()[0]
+        raise BundleError(f"tokenizer.json of bundle '{bundle.info.name}' cannot be read: {reason}") from error
+    tokenizer.enable_truncation(bundle.info.text.context_length)
+    if tokenizer.padding is None:  # a tower that takes only its full length says so in its tokenizer
+        tokenizer.enable_padding()
+    return tokenizer

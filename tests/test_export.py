@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("torch")
+
+from cliphar.bundle import Bundle, find_bundle, list_models, packaged, read_bundle  # noqa: E402
+from cliphar.errors import DataError, UsageError  # noqa: E402
+from cliphar.export import TARGETS, Added, export_bundle, float_graph  # noqa: E402
+from cliphar.recognizer import load  # noqa: E402
+from cliphar.runtime import OnnxRuntime, choose_runtime, load_runtime  # noqa: E402
+
+PRECISE = ["onnx-fp32", "onnx-fp16", "onnx-w8"]
+QUANTISED = ["onnx-int8"]
+OPENVINO = ["openvino", "openvino-bf16", "openvino-int8"] if find_spec("openvino") else []
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    before = os.environ.get("CLIPHAR_HOME")
+    folder = tmp_path_factory.mktemp("home")
+    os.environ["CLIPHAR_HOME"] = str(folder)
+    yield folder
+    if before is None:
+        del os.environ["CLIPHAR_HOME"]
+    else:
+        os.environ["CLIPHAR_HOME"] = before
+
+
+@pytest.fixture(scope="module")
+def exported(home: Path) -> tuple[Bundle, list[Added]]:
+    return export_bundle(find_bundle(packaged("mini")), [*PRECISE, *QUANTISED, *OPENVINO])
+
+
+@pytest.fixture
+def images(exported: tuple[Bundle, list[Added]], photos: list[Path]) -> NDArray[np.uint8]:
+    recognizer = load(packaged("mini"), runtime="onnx")
+    return np.stack([recognizer.prepare(photo) for photo in photos])
+
+
+def test_every_target_is_proved_and_added(exported: tuple[Bundle, list[Added]]) -> None:
+    bundle, outcomes = exported
+    assert [outcome.failed for outcome in outcomes] == [None] * len(outcomes)
+    assert set(bundle.runtimes) == {"onnx", *(outcome.target for outcome in outcomes)}
+    for outcome in outcomes:
+        kept = read_bundle(bundle.path).info.files[bundle.runtimes[outcome.target]].parity
+        assert kept == outcome.parity
+        assert kept is not None
+        assert kept["cosine_mean"] > 0.998
+        assert kept["images_per_s"] > 0
+
+
+def test_the_package_is_left_alone_and_the_store_takes_its_place(
+    exported: tuple[Bundle, list[Added]], home: Path
+) -> None:
+    assert exported[0].path == home / "mini"
+    assert list(find_bundle(packaged("mini")).runtimes) == ["onnx"]
+    assert find_bundle("mini").path == home / "mini"
+
+
+def test_each_runtime_answers_as_the_reference(exported: tuple[Bundle, list[Added]], images: NDArray[np.uint8]) -> None:
+    bundle, _ = exported
+    reference = OnnxRuntime(bundle).encode_images(images)
+    for name in bundle.runtimes:
+        runtime = load_runtime(bundle, name)
+        answers = runtime.encode_images(images)
+        assert answers.dtype == np.float32
+        assert ((answers * reference).sum(1) > 0.995).all(), name
+        np.testing.assert_allclose(runtime.encode_images(images[:1]), answers[:1], atol=2e-3)
+        assert runtime.encode_text(["cooking"]).shape == (1, bundle.info.embedding_dim)
+        with pytest.raises(ValueError, match="expected uint8"):
+            runtime.encode_images(images[0])
+
+
+def test_smaller_is_smaller(exported: tuple[Bundle, list[Added]]) -> None:
+    files = exported[0].info.files
+    assert files["image.int8.onnx"].bytes < files["image.fp16.onnx"].bytes < files["image.fp32.onnx"].bytes
+
+
+# --- choosing
+
+
+def test_the_fastest_is_measured_once_and_remembered(
+    exported: tuple[Bundle, list[Added]], home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bundle, _ = exported
+    with caplog.at_level(logging.INFO, "cliphar.runtime"):
+        choice = choose_runtime(bundle)
+    assert set(choice.images_per_s) == set(bundle.runtimes)
+    assert choice.images_per_s[choice.name] == max(choice.images_per_s.values())
+    assert f"runtime {choice.name} is the fastest here" in caplog.text
+    memory = home / "runtimes.json"
+    before = memory.stat().st_mtime_ns
+    assert choose_runtime(bundle) == choice
+    assert memory.stat().st_mtime_ns == before
+    memory.write_text("{nonsense")
+    assert choose_runtime(bundle).images_per_s
+
+
+def test_one_runtime_is_not_measured() -> None:
+    choice = choose_runtime(find_bundle(packaged("mini")))
+    assert (choice.name, choice.images_per_s) == ("onnx", {})
+
+
+def test_a_runtime_by_name_and_by_variable(
+    exported: tuple[Bundle, list[Added]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, _ = exported
+    with pytest.raises(UsageError, match="has no runtime 'abacus'"):
+        load(bundle.path, runtime="abacus")
+    monkeypatch.setenv("CLIPHAR_RUNTIME", "onnx-fp16")
+    runtime = load(bundle.path).runtime
+    assert isinstance(runtime, OnnxRuntime)
+    assert runtime.file == "image.fp16.onnx"
+
+
+def test_a_copy_of_another_mini_does_not_stand_in_for_the_packages_own(home: Path, tmp_path: Path) -> None:
+    from cliphar.bundle import write_bundle
+
+    old = find_bundle(packaged("mini"))
+    files: dict[str, Path | bytes] = {name: old.path / name for name in old.info.files} | {"image.onnx": b"older"}
+    write_bundle(tmp_path / "mini", old.info, files)
+    os.environ["CLIPHAR_HOME"] = str(tmp_path)
+    try:
+        assert next(model.path for model in list_models() if model.name == "mini") == packaged("mini")
+    finally:
+        os.environ["CLIPHAR_HOME"] = str(home)
+
+
+# --- what is refused
+
+
+def test_what_answers_otherwise_is_refused_and_the_bundle_is_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    from cliphar.export import _targets
+
+    def turned(material: _targets.Material) -> dict[str, bytes]:
+        model = onnx.ModelProto()
+        model.CopyFrom(material.model)
+        weights = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+        weights.raw_data = (-np.frombuffer(weights.raw_data, np.float32)).tobytes()
+        return {"image.fp32.onnx": model.SerializeToString()}
+
+    monkeypatch.setitem(_targets.TARGETS, "onnx-fp32", _targets.Target("fp32", turned, "wrong"))
+    bundle, outcomes = export_bundle(find_bundle(packaged("mini")), ["onnx-fp32"], out=tmp_path / "out")
+    assert outcomes[0].failed is not None
+    assert "onnx-fp32 is refused: mean cosine" in outcomes[0].failed
+    assert outcomes[0].parity["cosine_mean"] < 0.99
+    assert list(bundle.runtimes) == ["onnx"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_targets_and_too_few_photos(tmp_path: Path, samples: Path) -> None:
+    mini = find_bundle(packaged("mini"))
+    with pytest.raises(UsageError, match="cannot export to 'abacus'; choose among onnx-fp32"):
+        export_bundle(mini, ["abacus"])
+    with pytest.raises(DataError, match="holds 3 readable photos; give at least 16"):
+        export_bundle(mini, ["onnx-fp32"], photos=samples, out=tmp_path / "out")
+    assert {"onnx-int8", "openvino-int8"} <= set(TARGETS)
+
+
+# --- parts
+
+
+def test_the_float_graph_of_a_dynamically_quantised_one(tmp_path: Path) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    from cliphar.export._float import _undo_dynamic
+
+    random = np.random.default_rng(0)
+    weights = random.normal(size=(16, 8)).astype(np.float32)
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "one matrix",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 16])],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 8])],
+        [onnx.numpy_helper.from_array(weights, "w")],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9)
+    onnx.save(model, tmp_path / "float.onnx")
+    quantize_dynamic(tmp_path / "float.onnx", tmp_path / "dynamic.onnx", weight_type=QuantType.QInt8)
+    model = onnx.load(tmp_path / "dynamic.onnx")
+    assert "DynamicQuantizeLinear" in [node.op_type for node in model.graph.node]
+    _undo_dynamic(model)
+    assert [node.op_type for node in model.graph.node] == ["MatMul"]
+    x = random.normal(size=(4, 16)).astype(np.float32)
+    answer = onnx.reference.ReferenceEvaluator(model).run(None, {"x": x})[0]
+    np.testing.assert_allclose(answer, x @ weights, atol=0.1)
+
+
+def test_sensitive_layers_are_ranked_and_kept_in_float(images: NDArray[np.uint8]) -> None:
+    from cliphar.export._quantize import quantize_within, sensitivity
+
+    model = float_graph(find_bundle(packaged("mini")))
+    ranked = sensitivity(model, images)
+    assert len(ranked) == len(set(ranked)) > 60
+    tries: list[int] = []
+
+    def judge(quantised: onnx.ModelProto) -> str | None:
+        tries.append(sum(node.op_type == "QuantizeLinear" for node in quantised.graph.node))
+        return None if len(tries) == 3 else "not good enough"
+
+    _, kept = quantize_within(model, images, judge)
+    assert kept == ranked[:2]
+    assert tries[0] > tries[2]
+
+
+# --- the command
+
+
+def test_the_command(tmp_path: Path, clean_env: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "cliphar", "export", "mini", "--out", str(tmp_path / "out"), "--json"]
+    done = subprocess.run(
+        [*command, "--to", "onnx-w8"], capture_output=True, text=True, env=clean_env, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout)
+    assert (row["target"], row["added"]) == ("onnx-w8", True)
+    assert row["cosine_mean"] > 0.999
+    assert "onnx-w8" in read_bundle(tmp_path / "out").runtimes
+    wrong = subprocess.run(
+        [*command, "--to", "abacus"], capture_output=True, text=True, env=clean_env, timeout=120, check=False
+    )
+    assert wrong.returncode == 2
+    assert wrong.stderr.count("\n") == 1
