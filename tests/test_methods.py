@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,20 @@ from PIL import Image, ImageDraw
 torch = pytest.importorskip("torch", reason="training needs the [train] extra")
 
 
-from cliphar.bundle import Bundle, ImageSpec, packaged, read_bundle, write_bundle  # noqa: E402
-from cliphar.export import compress_weights, export_image_tower  # noqa: E402
-from cliphar.models import ImageTower, load_towers  # noqa: E402
+from safetensors.numpy import save  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+from cliphar.bundle import Bundle, ImageSpec, TextSpec, packaged, read_bundle, write_bundle  # noqa: E402
+from cliphar.export import compress_weights, export_clip_text, export_image_tower  # noqa: E402
+from cliphar.models import (  # noqa: E402
+    ImageTower,
+    OpenClipImage,
+    OpenClipText,
+    Towers,
+    import_open_clip,
+    load_towers,
+    save_weights,
+)
 from cliphar.recognizer import load  # noqa: E402
 from cliphar.training import Surroundings, load_recipe, train  # noqa: E402
 
@@ -102,3 +114,67 @@ def test_the_towers_of_the_shipped_model_come_back(base: Path) -> None:
     with torch.inference_mode():
         restored = load_towers(bundle).image(torch.from_numpy(photos).permute(0, 3, 1, 2).float()).numpy()
     assert np.allclose(restored, load(base).runtime.encode_images(photos), atol=1e-4)
+
+
+@pytest.fixture(scope="session")
+def clip_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP of open_clip's code, tiny and with random weights, as a bundle."""
+    config = {
+        "embed_dim": 48,
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8},
+        "text_cfg": {"context_length": 16, "vocab_size": 8000, "width": 32, "heads": 2, "layers": 2},
+    }
+    torch.manual_seed(0)
+    model = import_open_clip().CLIP(**config).eval()
+    image = OpenClipImage(model.visual, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    about = config | {"preprocess": {"mean": [0.5] * 3, "std": [0.25] * 3}}
+    towers = Towers("open_clip", image, OpenClipText(model), None, 30.0, about)
+    mini = read_bundle(packaged("mini"))
+    tokenizer = json.loads(mini.file("tokenizer.json").read_text())
+    tokenizer["padding"] = {
+        "strategy": {"Fixed": 16},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "[PAD]",
+    }
+    vectors = np.eye(48, dtype=np.float32)[: len(mini.info.labels)]
+    files: dict[str, Path | bytes] = {
+        "image.onnx": export_image_tower(image, 32).SerializeToString(),
+        "text.onnx": export_clip_text(OpenClipText(model), 16).SerializeToString(),
+        "tokenizer.json": json.dumps(tokenizer).encode(),
+        "head.safetensors": save({"class_vectors": vectors}),
+        "weights.safetensors": save_weights(towers),
+    }
+    info = mini.info.model_copy(
+        update={
+            "image": ImageSpec(size=32),
+            "embedding_dim": 48,
+            "text": TextSpec(templates=("{}", "a photo of {}"), context_length=16),
+            "files": {},
+        }
+    )
+    return write_bundle(tmp_path_factory.mktemp("clip") / "clip", info, files).path
+
+
+def changed_weights(before: Path, after: Bundle) -> set[str]:
+    start, end = load_file(before / "weights.safetensors"), load_file(after.file("weights.safetensors"))
+    assert set(start) == set(end)
+    return {name for name in start if not torch.equal(start[name], end[name])}
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_clips_own_towers_are_both_trained(recipe: Callable[..., Path], clip_base: Path, method: str) -> None:
+    sections = {"wise": {"shares": [1.0]}} if method == "full" else {}
+    bundle = run(recipe(method, **sections), f"base={clip_base}", "train.size=32", "train.checkpointing=true")
+    changed = changed_weights(clip_base, bundle)
+    attention = {
+        f"model.{tower}transformer.resblocks.{i}.attn.in_proj_weight" for tower in ("", "visual.") for i in (0, 1)
+    }
+    if method == "lora":
+        assert changed == attention
+    else:
+        assert attention < changed
+        assert "model.logit_scale" not in changed
+    assert len(load(bundle.path).predict([np.zeros((32, 32, 3), np.uint8)], ["a new word", "jumping"])) == 1

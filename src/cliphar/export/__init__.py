@@ -1,5 +1,6 @@
 """Make the graphs that serving runs, and prove them."""
 
+from cliphar.export._clip import export_clip_text
 from cliphar.export._export import Added, export_bundle
 from cliphar.export._float import float_graph
 from cliphar.export._image import compress_weights, export_image_tower
@@ -12,6 +13,7 @@ __all__ = [
     "Added",
     "compress_weights",
     "export_bundle",
+    "export_clip_text",
     "export_image_tower",
     "export_teacher_graph",
     "export_text_tower",

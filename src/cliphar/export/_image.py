@@ -12,13 +12,13 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from cliphar.export._torch_onnx import export
-from cliphar.models import ImageTower
+from cliphar.models import ImageTower, OpenClipImage
 
 __all__ = ["compress_weights", "export_image_tower"]
 
 
 class _FromPixels(nn.Module):
-    def __init__(self, tower: ImageTower) -> None:
+    def __init__(self, tower: ImageTower | OpenClipImage) -> None:
         super().__init__()
         self.tower = tower
 
@@ -27,7 +27,7 @@ class _FromPixels(nn.Module):
         return embeddings
 
 
-def export_image_tower(tower: ImageTower, size: int) -> onnx.ModelProto:
+def export_image_tower(tower: ImageTower | OpenClipImage, size: int) -> onnx.ModelProto:
     """``images`` uint8 RGB [N,size,size,3] -> ``embeddings`` float32 [N,D], unit length; batch norms folded."""
     from onnxruntime.quantization.shape_inference import quant_pre_process
 

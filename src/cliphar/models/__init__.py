@@ -2,18 +2,21 @@
 
 from cliphar.models._image_tower import ImageTower
 from cliphar.models._minilm import SentenceEncoder, TextProjection
-from cliphar.models._open_clip import OpenClipEncoder, import_open_clip, open_clip_encoder
-from cliphar.models._towers import WEIGHTS_FILE, Towers, load_towers, save_weights
+from cliphar.models._open_clip import OpenClipEncoder, OpenClipImage, OpenClipText, import_open_clip, open_clip_encoder
+from cliphar.models._towers import WEIGHTS_FILE, Towers, load_towers, open_clip_towers, save_weights
 
 __all__ = [
     "WEIGHTS_FILE",
     "ImageTower",
     "OpenClipEncoder",
+    "OpenClipImage",
+    "OpenClipText",
     "SentenceEncoder",
     "TextProjection",
     "Towers",
     "import_open_clip",
     "load_towers",
     "open_clip_encoder",
+    "open_clip_towers",
     "save_weights",
 ]

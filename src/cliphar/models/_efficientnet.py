@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 __all__ = ["SCALES", "EfficientNetLite"]
 
@@ -100,7 +101,8 @@ class EfficientNetLite(nn.Module):
         scale: ``lite0``, ``lite1`` or ``lite2``.
         drop_path: stochastic depth of the last block, growing linearly from 0 at the first.
 
-    ``forward`` takes float [N,3,H,W] in [-1, 1] and returns float [N, 1280].
+    ``forward`` takes float [N,3,H,W] in [-1, 1] and returns float [N, 1280]. ``recompute`` trains with less memory
+    and more time: the blocks' activations are computed again instead of kept.
     """
 
     out_features = _HEAD
@@ -127,6 +129,7 @@ class EfficientNetLite(nn.Module):
         )
         self._conv_head = _SameConv2d(width, _HEAD, 1, bias=False)
         self._bn1 = _batch_norm(_HEAD)
+        self.recompute = False
 
     def first(self, blocks: int) -> list[nn.Module]:
         """The stem and the first ``blocks`` blocks; nothing for 0."""
@@ -135,6 +138,6 @@ class EfficientNetLite(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu6(self._bn0(self._conv_stem(x)))
         for block in self._blocks:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.recompute and self.training else block(x)
         x = F.relu6(self._bn1(self._conv_head(x)))
         return x.mean((2, 3))

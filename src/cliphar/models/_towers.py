@@ -19,8 +19,9 @@ from cliphar.bundle import Bundle
 from cliphar.errors import BundleError
 from cliphar.models._efficientnet import SCALES
 from cliphar.models._image_tower import ImageTower
+from cliphar.models._open_clip import OpenClipEncoder, OpenClipImage, OpenClipText, import_open_clip
 
-__all__ = ["WEIGHTS_FILE", "Towers", "load_towers", "save_weights"]
+__all__ = ["WEIGHTS_FILE", "Towers", "load_towers", "open_clip_towers", "save_weights"]
 
 WEIGHTS_FILE = "weights.safetensors"
 
@@ -34,8 +35,8 @@ class Towers:
     """
 
     architecture: str
-    image: nn.Module
-    text: nn.Module | None = None
+    image: ImageTower | OpenClipImage
+    text: OpenClipText | None = None
     tokenize: Callable[[Sequence[str]], Tensor] | None = None
     logit_scale: float = 30.0
     config: dict[str, Any] | None = None
@@ -44,6 +45,13 @@ class Towers:
     def is_transformer(self) -> bool:
         """Whether the towers are CLIP's own, which large learning rates destroy."""
         return self.architecture == "open_clip"
+
+    def recompute(self) -> None:
+        """Train with less memory and more time: activations are computed again instead of kept."""
+        if isinstance(self.image, ImageTower):
+            self.image.backbone.recompute = True
+        elif isinstance(self.text, OpenClipText):
+            self.text.model.set_grad_checkpointing(True)  # type: ignore[operator]
 
 
 def load_towers(bundle: Bundle) -> Towers:
@@ -76,8 +84,8 @@ def save_weights(towers: Towers) -> bytes:
     if towers.config is not None:
         about["config"] = json.dumps(towers.config)
     state = {f"image.{name}": tensor for name, tensor in towers.image.state_dict().items()}
-    if towers.text is not None:
-        state = {f"model.{name}": tensor for name, tensor in towers.text.model.state_dict().items()}  # type: ignore[union-attr]
+    if isinstance(towers.text, OpenClipText):
+        state = {f"model.{name}": tensor for name, tensor in towers.text.model.state_dict().items()}
     return save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, about)
 
 
@@ -89,7 +97,7 @@ def _from_weights(bundle: Bundle) -> Towers:
         state = load_file(file)
         architecture, scale = about["architecture"], float(about.get("logit_scale", 30.0))
         if architecture == "open_clip":
-            return _open_clip(json.loads(about["config"]), state, scale)
+            return _open_clip(bundle, json.loads(about["config"]), state, scale)
         tower = ImageTower(architecture.removeprefix("efficientnet-"), bundle.info.embedding_dim)
         tower.load_state_dict({name.removeprefix("image."): value for name, value in state.items()})
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
@@ -100,8 +108,32 @@ def _from_weights(bundle: Bundle) -> Towers:
     return Towers(architecture, tower.eval(), logit_scale=scale)
 
 
-def _open_clip(config: dict[str, Any], state: dict[str, Tensor], scale: float) -> Towers:
-    raise NotImplementedError
+def open_clip_towers(encoder: OpenClipEncoder) -> Towers:
+    """The towers of one of open_clip's models, as ``save_weights`` takes them."""
+    mean, deviation = ((getattr(encoder.image, name) / 255).flatten().tolist() for name in ("mean", "deviation"))
+    config = encoder.config | {"preprocess": {"mean": mean, "std": deviation}}
+    return Towers("open_clip", encoder.image, encoder.text, None, encoder.logit_scale, config)
+
+
+def _open_clip(bundle: Bundle, config: dict[str, Any], state: dict[str, Tensor], scale: float) -> Towers:
+    open_clip = import_open_clip()
+    settings = dict(config)
+    preprocess = settings.pop("preprocess")
+    custom = settings.pop("custom_text", False) or "hf_model_name" in settings["text_cfg"]
+    model = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**settings)
+    model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})
+    model.eval()
+    image = OpenClipImage(model.visual, tuple(preprocess["mean"]), tuple(preprocess["std"]))
+    return Towers("open_clip", image.eval(), OpenClipText(model).eval(), _tokenizer(bundle), scale, config)
+
+
+def _tokenizer(bundle: Bundle) -> Callable[[Sequence[str]], Tensor]:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(bundle.file("tokenizer.json")))
+    tokenizer.enable_truncation(bundle.info.text.context_length)
+    tokenizer.enable_padding(**(tokenizer.padding or {}) | {"length": bundle.info.text.context_length})
+    return lambda texts: torch.tensor([encoding.ids for encoding in tokenizer.encode_batch(list(texts))])
 
 
 def _constants(bundle: Bundle) -> dict[str, NDArray[np.generic]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -13,8 +12,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from cliphar.bundle import Bundle
 from cliphar.data import PhotoSet, load_photos, open_source
 from cliphar.errors import DataError, UsageError
+from cliphar.export import compress_weights, export_clip_text, export_image_tower
 from cliphar.labels import prompts
 from cliphar.media import to_square
 from cliphar.models import WEIGHTS_FILE, Towers, load_towers, save_weights
@@ -53,10 +54,12 @@ def train_towers(
     objective = ContrastObjective(towers.image, vectors, sentences, text, towers.logit_scale, losses)
     trained = nn.ModuleDict({"image": towers.image} | ({"text": text} if text is not None else {}))
     trained.requires_grad_(True)
+    if towers.text is not None:
+        towers.text.model.logit_scale.requires_grad_(False)  # cosines are scaled by what it says, and that stays
     prepare(trained)
     freeze(objective, recipe.train.freeze)
     if recipe.train.checkpointing:
-        _recompute(towers)
+        towers.recompute()
     size = job.bundle.info.image.size
     batches = Batches(
         items, recipe.train, recipe.train.size or size, recipe.seed, job.around.ranks.rank, job.around.ranks.world
@@ -84,7 +87,7 @@ def train_towers(
         _interpolate(objective, start, shares, measured["score"], validation, job.around.log)
     finish(trained)
     objective.cpu().eval()
-    return Outcome(F.normalize(objective.class_vectors.detach(), dim=-1).numpy(), _export(towers, size))
+    return Outcome(F.normalize(objective.class_vectors.detach(), dim=-1).numpy(), _export(towers, job.bundle))
 
 
 def checkpoint_of(output: Path) -> Path:
@@ -113,12 +116,6 @@ def _train_mode(objective: nn.Module) -> None:
     for module in objective.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
-
-
-def _recompute(towers: Towers) -> None:
-    for tower in (towers.image, towers.text):
-        if tower is not None:
-            tower.set_grad_checkpointing(True)  # type: ignore[operator]
 
 
 def _material(job: Job, recipe: GradientRecipe, towers: Towers) -> tuple[Tensor, list[TrainItems]]:
@@ -225,11 +222,11 @@ def _interpolate(
     log(f"kept {best:g}")
 
 
-def _export(towers: Towers, size: int) -> dict[str, Path | bytes]:
-    from cliphar.export import compress_weights, export_image_tower
-    from cliphar.models import ImageTower
-
-    if not isinstance(towers.image, ImageTower):
-        raise UsageError(f"towers of {towers.architecture} cannot be exported yet")
-    image = compress_weights(export_image_tower(towers.image, size))
-    return {"image.onnx": image.SerializeToString(), WEIGHTS_FILE: save_weights(replace(towers))}
+def _export(towers: Towers, bundle: Bundle) -> dict[str, Path | bytes]:
+    image = export_image_tower(towers.image, bundle.info.image.size)
+    files: dict[str, Path | bytes] = {WEIGHTS_FILE: save_weights(towers)}
+    if towers.text is None:
+        image = compress_weights(image)
+    else:
+        files["text.onnx"] = export_clip_text(towers.text, bundle.info.text.context_length).SerializeToString()
+    return files | {"image.onnx": image.SerializeToString()}
