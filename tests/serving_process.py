@@ -9,7 +9,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["serving"]
+import httpx
+
+__all__ = ["problem", "serving"]
 
 
 @contextmanager
@@ -25,3 +27,16 @@ def serving(env: dict[str, str], *arguments: str) -> Iterator[tuple[str, subproc
         finally:
             process.terminate()
             process.wait(30)
+
+
+def problem(response: httpx.Response, status: int) -> str:
+    """The detail of a refusal, once it is as every refusal should be."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    document = response.json()
+    assert document["status"] == status
+    assert document["request_id"] == response.headers["x-request-id"]
+    detail: str = document["detail"]
+    assert "\n" not in detail
+    assert "/src/" not in detail
+    return detail

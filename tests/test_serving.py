@@ -18,28 +18,12 @@ import httpx
 import numpy as np
 import pytest
 
-import cliphar
 from cliphar.client import AsyncClient, Client
 from cliphar.errors import MediaError, UsageError
 from cliphar.recognizer import Prediction, Recognizer
 from cliphar.serving import Engine
 from cliphar.serving._problems import ProblemError
-from serving_process import serving
-
-PACKAGE = Path(cliphar.__file__).parent
-
-
-def problem(response: httpx.Response, status: int) -> str:
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"] == "application/problem+json"
-    document = response.json()
-    assert document["status"] == status
-    assert document["request_id"] == response.headers["x-request-id"]
-    detail: str = document["detail"]
-    assert "\n" not in detail
-    assert "/src/" not in detail
-    return detail
-
+from serving_process import problem, serving
 
 # --- predict
 
@@ -297,7 +281,7 @@ def test_past_capacity_the_answer_is_no_at_once() -> None:
         await asyncio.sleep(0.05)
         with pytest.raises(ProblemError) as refused:
             await one.embed([b"\x04", b"\x05"], 10)
-        assert (refused.value.status, (refused.value.retry_after_s or 0) >= 1) == (503, True)
+        assert (refused.value.status, refused.value.retry_after_s is not None) == (503, True)
         gate.set()
         assert len(await waiting) == 3
         assert len(await one.embed([b"\x04", b"\x05"], 10)) == 2

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import random
 import time
 from collections.abc import Iterable, Sequence
 from os import PathLike
@@ -19,13 +21,16 @@ __all__ = ["AsyncClient", "Client"]
 
 Photo = bytes | str | PathLike[str]
 Answer = Prediction | MediaError
-_TRIES = 4
+_LONGEST_PAUSE_S = 5.0
+# whose request may have been done when the connection broke is asked again only if twice is as good as once
+_REPEATABLE = ("/v1/predict", "/v1/embed")
 
 
 class _Calls:
     """What both clients send and how they read answers."""
 
-    def __init__(self, url: str, api_key: str | None, timeout_s: float) -> None:
+    def __init__(self, url: str, api_key: str | None, timeout_s: float, retry_s: float) -> None:
+        self._retry_s = retry_s
         self._options: dict[str, Any] = {
             "base_url": url.rstrip("/"),
             "timeout": timeout_s,
@@ -47,13 +52,22 @@ class _Calls:
             data["labels"] = labels if isinstance(labels, str) else [*labels, ""]
         return {"files": self._photos(photos), "data": data}
 
-    @staticmethod
-    def _pause_s(response: httpx.Response | None, tries: int) -> float | None:
+    def _pause_s(
+        self, method: str, path: str, outcome: httpx.Response | httpx.TransportError, tries: int, since: float
+    ) -> float | None:
         """How long to wait before trying again; None if there is no use."""
-        if tries >= _TRIES or (response is not None and response.status_code not in (429, 503)):
-            return None
-        told = response.headers.get("Retry-After") if response is not None else None
-        return min(30.0, float(told)) if told and told.isdigit() else 0.2 * 2**tries
+        # a little chance, so that many callers who were refused together do not come back together
+        pause = min(_LONGEST_PAUSE_S, 0.1 * 2**tries) * random.uniform(0.5, 1)  # noqa: S311 - no secret
+        if isinstance(outcome, httpx.Response):
+            if outcome.status_code not in (429, 503):
+                return None
+            told = outcome.headers.get("Retry-After", "")
+            pause += float(told) if told.isdecimal() else 0.0
+        else:
+            unseen = isinstance(outcome, httpx.ConnectError)
+            if isinstance(outcome, httpx.TimeoutException) or not (unseen or method != "POST" or path in _REPEATABLE):
+                return None
+        return pause if time.monotonic() - since + pause <= self._retry_s else None
 
     def _checked(self, response: httpx.Response) -> Any:
         if response.status_code == 204:
@@ -81,7 +95,7 @@ class _Calls:
                 score=one["score"],
                 set=tuple(one["set"]),
                 top=tuple(Score(top["label"], top["score"]) for top in one["top"]),
-                evidence=float("nan"),
+                evidence=one["evidence"],
             )
             for one in content["predictions"]
         ]
@@ -94,13 +108,14 @@ class Client(_Calls):
         url: the service's address, such as ``http://127.0.0.1:8000``.
         api_key: for a service that asks for one.
         timeout_s: for each try.
+        retry_s: how long in all to go on trying when the service is busy (429, 503: after as long as it says), cannot
+            be reached or breaks the connection, as when it is started anew.
 
-    Every call raises a ClipharError with one line when it is refused or nothing answers; 429 and 503 are tried again
-    after as long as the service says.
+    Every call raises a ClipharError with one line when it is refused or nothing answers.
     """
 
-    def __init__(self, url: str, *, api_key: str | None = None, timeout_s: float = 60.0) -> None:
-        super().__init__(url, api_key, timeout_s)
+    def __init__(self, url: str, *, api_key: str | None = None, timeout_s: float = 60.0, retry_s: float = 15.0) -> None:
+        super().__init__(url, api_key, timeout_s, retry_s)
         self._http = httpx.Client(**self._options)
 
     def __enter__(self) -> Self:
@@ -114,17 +129,15 @@ class Client(_Calls):
         self._http.close()
 
     def _call(self, method: str, path: str, **body: Any) -> Any:
-        for tries in range(_TRIES + 1):
-            response = None
+        since = time.monotonic()
+        for tries in itertools.count():
             try:
                 response = self._http.request(method, path, **body)
-            except httpx.ConnectError as error:
-                if (pause := self._pause_s(None, tries)) is None:
-                    raise self._unreachable(error) from error
             except httpx.TransportError as error:
-                raise self._unreachable(error) from error
+                if (pause := self._pause_s(method, path, error, tries, since)) is None:
+                    raise self._unreachable(error) from error
             else:
-                if (pause := self._pause_s(response, tries)) is None:
+                if (pause := self._pause_s(method, path, response, tries, since)) is None:
                     return self._checked(response)
             time.sleep(pause)
         raise AssertionError("unreachable")
@@ -168,8 +181,8 @@ class Client(_Calls):
 class AsyncClient(_Calls):
     """The same for asyncio; see :class:`Client`."""
 
-    def __init__(self, url: str, *, api_key: str | None = None, timeout_s: float = 60.0) -> None:
-        super().__init__(url, api_key, timeout_s)
+    def __init__(self, url: str, *, api_key: str | None = None, timeout_s: float = 60.0, retry_s: float = 15.0) -> None:
+        super().__init__(url, api_key, timeout_s, retry_s)
         self._http = httpx.AsyncClient(**self._options)
 
     async def __aenter__(self) -> Self:
@@ -183,17 +196,15 @@ class AsyncClient(_Calls):
         await self._http.aclose()
 
     async def _call(self, method: str, path: str, **body: Any) -> Any:
-        for tries in range(_TRIES + 1):
-            response = None
+        since = time.monotonic()
+        for tries in itertools.count():
             try:
                 response = await self._http.request(method, path, **body)
-            except httpx.ConnectError as error:
-                if (pause := self._pause_s(None, tries)) is None:
-                    raise self._unreachable(error) from error
             except httpx.TransportError as error:
-                raise self._unreachable(error) from error
+                if (pause := self._pause_s(method, path, error, tries, since)) is None:
+                    raise self._unreachable(error) from error
             else:
-                if (pause := self._pause_s(response, tries)) is None:
+                if (pause := self._pause_s(method, path, response, tries, since)) is None:
                     return self._checked(response)
             await asyncio.sleep(pause)
         raise AssertionError("unreachable")
@@ -213,6 +224,25 @@ class AsyncClient(_Calls):
         """The model that answers: name, labels, what was taught, metrics."""
         answer: dict[str, Any] = (await self._call("GET", "/v1/models"))["models"][0]
         return answer
+
+    async def vocabularies(self) -> dict[str, list[str]]:
+        """Named lists of labels."""
+        answer: dict[str, list[str]] = await self._call("GET", "/v1/labels")
+        return answer
+
+    async def put_vocabulary(self, name: str, labels: Sequence[str]) -> None:
+        """Keep a list of labels under a name."""
+        await self._call("PUT", f"/v1/labels/{quote(name, safe='')}", json=list(labels))
+
+    async def teach(self, name: str, photos: Iterable[Photo]) -> dict[str, Any]:
+        """Teach an action; how well it works, as ``Lesson.to_dict`` has it."""
+        path = f"/v1/actions/{quote(name, safe='')}"
+        answer: dict[str, Any] = await self._call("POST", path, files=self._photos(photos))
+        return answer
+
+    async def forget(self, name: str) -> None:
+        """Forget an action that was taught."""
+        await self._call("DELETE", f"/v1/actions/{quote(name, safe='')}")
 
 
 def _read(path: str | PathLike[str]) -> bytes:

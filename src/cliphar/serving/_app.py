@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 from fastapi import FastAPI, Response
 from fastapi.middleware.cors import CORSMiddleware
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from cliphar._version import __version__
-from cliphar.serving import _legacy, _open_inference, _routes
+from cliphar.errors import UsageError
+from cliphar.serving import _legacy, _routes, _v2
 from cliphar.serving._keys import Keys
 from cliphar.serving._middleware import Around
 from cliphar.serving._problems import ProblemError, add_problem_handlers
@@ -26,7 +29,7 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     add_problem_handlers(app)
     settings = service.settings
-    app.add_middleware(Around, service=service, keys=Keys(settings.api_keys, settings.rate_per_minute))
+    app.add_middleware(Around, owner=app, keys=Keys(settings.api_keys, settings.rate_per_minute))
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["*"], allow_headers=["*"]
@@ -50,6 +53,27 @@ def create_app(service: Service) -> FastAPI:
         return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
     app.include_router(_routes.router)
-    app.include_router(_open_inference.router)
+    app.include_router(_v2.router)
     app.include_router(_legacy.router)
+    _trace(app)
     return app
+
+
+def _trace(app: FastAPI) -> None:
+    """OpenTelemetry, where its variables ask for it."""
+    if not any(os.environ.get(f"OTEL_EXPORTER_OTLP_{part}ENDPOINT") for part in ("", "TRACES_")):
+        return
+    try:
+        from opentelemetry import trace
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
+        from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ImportError as error:
+        raise UsageError("OTEL_EXPORTER_OTLP_ENDPOINT is set; run: pip install 'cliphar[otel]', or unset it") from error
+    resource = Resource.create({SERVICE_NAME: os.environ.get("OTEL_SERVICE_NAME", "cliphar")})
+    provider = TracerProvider(resource=resource)
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    trace.set_tracer_provider(provider)
+    FastAPIInstrumentor.instrument_app(app, tracer_provider=provider, excluded_urls="livez,readyz,metrics,health")

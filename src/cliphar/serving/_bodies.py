@@ -43,6 +43,7 @@ class Answer(BaseModel):
     score: float | None = None
     set: list[str] | None = None
     top: list[_Scored] | None = None
+    evidence: Annotated[float | None, Field(description="The best label's cosine, -1..1.")] = None
     error: str | None = None
 
 
@@ -138,5 +139,8 @@ def answers(model: str, found: list[Prediction | MediaError]) -> dict[str, Any]:
     """The JSON form; ProblemError 422 if no photo could be read."""
     if all(isinstance(one, MediaError) for one in found):
         raise ProblemError(422, "; ".join(dict.fromkeys(str(one) for one in found)))
-    predictions = [{"error": str(one)} if isinstance(one, MediaError) else one.to_dict() for one in found]
+    predictions = [
+        {"error": str(one)} if isinstance(one, MediaError) else one.to_dict() | {"evidence": round(one.evidence, 6)}
+        for one in found
+    ]
     return {"model": model, "predictions": predictions}

@@ -32,7 +32,7 @@ Observer = Callable[[str, float], None]
 
 @dataclass
 class _Work:
-    content: bytes | Square
+    content: bytes
     key: bytes
     done: asyncio.Future[Embedding | MediaError]
     since: float
@@ -66,7 +66,7 @@ class Engine:
     """Embeds photos for many callers at once. Used from one event loop.
 
     Args:
-        prepare: encoded bytes, or a square -> uint8 [S,S,3]; raises MediaError. Called on threads.
+        prepare: encoded bytes -> uint8 [S,S,3]; raises MediaError. Called on threads.
         encode: uint8 [N,S,S,3] -> float32 [N,D]. Called on one thread.
         queue_size: photos that may be waiting or worked on; more are refused.
         max_batch: photos the model is given at once, at most.
@@ -76,7 +76,7 @@ class Engine:
 
     def __init__(
         self,
-        prepare: Callable[[bytes | Square], Square],
+        prepare: Callable[[bytes], Square],
         encode: Callable[[Square], Embedding],
         *,
         queue_size: int,
@@ -99,14 +99,18 @@ class Engine:
         """About how long it takes to work off what is pending."""
         return self.pending / self._rate
 
-    async def embed(self, contents: Sequence[bytes | Square], deadline_s: float) -> list[Embedding | MediaError]:
+    def check_room(self, photos: int = 1) -> None:
+        """ProblemError 503 if that many more photos have no room in the queue."""
+        if self.pending + photos > self.queue_size:
+            raise ProblemError(503, "the queue is full; try again later", retry_after_s=self.drain_s)
+
+    async def embed(self, contents: Sequence[bytes], deadline_s: float) -> list[Embedding | MediaError]:
         """An embedding for each photo, float32 [D], or its MediaError; in order.
 
         Raises:
             ProblemError: 503 when the queue is full or the deadline passes.
         """
-        if self.pending + len(contents) > self.queue_size:
-            raise ProblemError(503, "the queue is full; try again later", retry_after_s=max(1.0, self.drain_s))
+        self.check_room(len(contents))
         self._callers += 1
         works = [self._join(self._callers, content) for content in contents]
         try:
@@ -114,14 +118,13 @@ class Engine:
                 return [await asyncio.shield(work.done) for work in works]
         except TimeoutError as error:
             detail = f"no answer within {deadline_s:g} s; try again later or send fewer photos"
-            raise ProblemError(503, detail, retry_after_s=max(1.0, self.drain_s)) from error
+            raise ProblemError(503, detail, retry_after_s=self.drain_s) from error
         finally:
             for work in works:
                 self._leave(work)
 
-    def _join(self, caller: int, content: bytes | Square) -> _Work:
-        data = content if isinstance(content, bytes) else content.tobytes()
-        key = hashlib.blake2b(data, digest_size=16).digest()
+    def _join(self, caller: int, content: bytes) -> _Work:
+        key = hashlib.blake2b(content, digest_size=16).digest()
         work = self._shared.get(key)
         if work is None:
             work = _Work(content, key, asyncio.get_running_loop().create_future(), time.perf_counter())
@@ -140,7 +143,6 @@ class Engine:
             self.pending -= 1
 
     def _decode_next(self) -> None:
-        # decoded squares are large: no more of them ahead than the model takes in two batches
         while self._decoding < self._decoders and (taken := self._to_decode.take()) is not None:
             self._decoding += 1
             asyncio.get_running_loop().create_task(self._decode(*taken))

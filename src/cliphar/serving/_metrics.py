@@ -41,13 +41,15 @@ class Metrics:
             buckets=(1, 2, 4, 8, 16, 32, 64, 128),
             registry=self.registry,
         )
+        self._pending = Gauge("cliphar_queue_images", "Photos that wait or are worked on.", registry=self.registry)
+        self._size = Gauge("cliphar_queue_size", "Photos that may wait.", registry=self.registry)
+        self._model = Info("cliphar_model", "The model that answers.", registry=self.registry)
 
     def watch(self, engine: Engine, recognizer: Recognizer) -> None:
         """Show the queue's state and what model answers."""
-        pending = Gauge("cliphar_queue_images", "Photos that wait or are worked on.", registry=self.registry)
-        pending.set_function(lambda: engine.pending)
-        Gauge("cliphar_queue_size", "Photos that may wait.", registry=self.registry).set(engine.queue_size)
-        Info("cliphar_model", "The model that answers.", registry=self.registry).info(
+        self._pending.set_function(lambda: engine.pending)
+        self._size.set(engine.queue_size)
+        self._model.info(
             {"name": recognizer.bundle.info.name, "runtime": recognizer.runtime.name, "version": __version__}
         )
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 import uuid
 
 import structlog
+from fastapi import FastAPI
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cliphar.serving._keys import Keys
-from cliphar.serving._problems import ProblemError, problem_response
+from cliphar.serving._problems import ProblemError, refusal
 from cliphar.serving._service import Service
 
 __all__ = ["Around"]
@@ -22,23 +24,32 @@ _SECURITY = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-_OPEN = frozenset({"/livez", "/readyz", "/health", "/metrics"})
+_OPEN = frozenset({"/livez", "/readyz", "/health", "/metrics", "/v2/health/live", "/v2/health/ready"})
+_ID = re.compile(r"[\w.:/+=-]{1,64}", re.ASCII)
+# bodies are held in memory: in all, no more than so many of the largest allowed
+_BODIES_AT_ONCE = 4
 _log = structlog.get_logger()
 
 
 class Around:
     """Pure ASGI, so that bodies stream through it."""
 
-    def __init__(self, app: ASGIApp, service: Service, keys: Keys) -> None:
-        self._app, self._service, self._keys = app, service, keys
+    def __init__(self, app: ASGIApp, owner: FastAPI, keys: Keys) -> None:
+        self._app, self._owner, self._keys = app, owner, keys
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
+        if scope["type"] == "websocket":
+            await self._websocket(scope, receive, send)
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        service: Service = self._owner.state.service
         headers = Headers(scope=scope)
-        request_id = headers.get("x-request-id", "")[:64] or uuid.uuid4().hex
+        given = headers.get("x-request-id", "")
+        request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=request_id)
         started, status = time.perf_counter(), 499
@@ -51,26 +62,57 @@ class Around:
                 out["X-Request-ID"] = request_id
                 for name, value in _SECURITY.items():
                     out.setdefault(name, value)
+                if not self._owner.state.service.ready:  # it stops: the next request must go elsewhere
+                    out["Connection"] = "close"
             await send(message)
 
-        body = _Body(receive, self._service.settings.max_body_mb * 2**20)
+        body = _Body(receive, service.settings.max_body_mb * 2**20, service.settings.deadline_s)
+        expected = 0
         try:
             if scope["path"] not in _OPEN:
-                client = (scope.get("client") or ("",))[0]
-                self._keys.check(headers.get("authorization"), headers.get("x-api-key"), client)
-            body.check_length(headers.get("content-length"))
+                self._check_caller(headers, scope)
+            expected = body.expected(headers)
+            if scope["method"] == "POST":  # before its body is read
+                service.engine.check_room()
+                self._hold(expected, service)
             await self._unless_gone(scope, body, answer)
         except ProblemError as problem:  # raised here, or by the body inside a handler that let it pass
-            extra = {"Retry-After": str(round(problem.retry_after_s or 1))} if problem.status == 429 else None
-            await problem_response(problem.status, problem.detail, extra)(scope, receive, answer)
+            await refusal(problem)(scope, receive, answer)
         finally:
-            took = time.perf_counter() - started
-            route = getattr(scope.get("route"), "path", "unknown")
-            metrics = self._service.metrics
-            metrics.requests.labels(scope["method"], route, str(status)).inc()
-            metrics.latency.labels(route).observe(took)
-            if scope["path"] not in _OPEN:
-                _log.info("request", method=scope["method"], path=scope["path"], status=status, seconds=round(took, 4))
+            if scope["method"] == "POST":
+                self._held = max(0, self._held - expected)
+            self._record(service, scope, status, time.perf_counter() - started)
+
+    def _hold(self, size: int, service: Service) -> None:
+        self._held += size
+        if self._held > _BODIES_AT_ONCE * service.settings.max_body_mb * 2**20:
+            raise ProblemError(503, "too many large bodies at once; try again later", retry_after_s=1)
+
+    @staticmethod
+    def _record(service: Service, scope: Scope, status: int, took: float) -> None:
+        # the route's own pattern, for paths are endless and a metric must not be
+        route = getattr(scope.get("route"), "path", "unknown")
+        metrics = service.metrics
+        metrics.requests.labels(scope["method"], route, str(status)).inc()
+        metrics.latency.labels(route).observe(took)
+        if scope["path"] not in _OPEN:
+            _log.info("request", method=scope["method"], path=scope["path"], status=status, seconds=round(took, 4))
+
+    def _check_caller(self, headers: Headers, scope: Scope) -> None:
+        client = (scope.get("client") or ("",))[0]
+        self._keys.check(headers.get("authorization"), headers.get("x-api-key"), client)
+
+    async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            self._check_caller(Headers(scope=scope), scope)
+        except ProblemError as problem:
+            response = refusal(problem)
+            await send(
+                {"type": "websocket.http.response.start", "status": problem.status, "headers": response.raw_headers}
+            )
+            await send({"type": "websocket.http.response.body", "body": bytes(response.body)})
+            return
+        await self._app(scope, receive, send)
 
     async def _unless_gone(self, scope: Scope, body: _Body, send: Send) -> None:
         """Run the handler, and stop it when the client has gone away."""
@@ -83,6 +125,7 @@ class Around:
             await work
         except asyncio.CancelledError:
             if not body.gone.is_set():
+                work.cancel()
                 raise
         finally:
             gone.cancel()
@@ -92,14 +135,21 @@ class Around:
 class _Body:
     """The request's messages, counted; once the body is in, it watches for the client's going away."""
 
-    def __init__(self, receive: Receive, limit: int) -> None:
+    def __init__(self, receive: Receive, limit: int, deadline_s: float) -> None:
         self._receive, self._limit, self._size = receive, limit, 0
+        self._until = asyncio.get_running_loop().time() + deadline_s
         self._watch: asyncio.Task[None] | None = None
         self.gone = asyncio.Event()
 
-    def check_length(self, length: str | None) -> None:
-        if length is not None and length.isdigit() and int(length) > self._limit:
+    def expected(self, headers: Headers) -> int:
+        """The bytes that are to come; all that may come if the client does not say."""
+        if "transfer-encoding" in headers:
+            return self._limit
+        length = headers.get("content-length", "")
+        size = int(length) if length.isdecimal() else 0
+        if size > self._limit:
             raise self._too_large()
+        return size
 
     def _too_large(self) -> ProblemError:
         return ProblemError(413, f"the body is over {self._limit // 2**20} MB; send fewer or smaller images")
@@ -108,7 +158,11 @@ class _Body:
         if self._watch is not None:
             await self.gone.wait()
             return {"type": "http.disconnect"}
-        message = await self._receive()
+        try:
+            async with asyncio.timeout_at(self._until):
+                message = await self._receive()
+        except TimeoutError as error:
+            raise ProblemError(408, "the body did not come within the time a request may take") from error
         if message["type"] == "http.disconnect":
             self.gone.set()
         elif not message.get("more_body"):

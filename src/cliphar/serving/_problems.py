@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from http import HTTPStatus
 from typing import Any
 
@@ -13,7 +14,7 @@ from starlette.exceptions import HTTPException
 
 from cliphar.errors import ClipharError, MediaError, UsageError
 
-__all__ = ["PROBLEM_RESPONSES", "ProblemError", "add_problem_handlers", "problem_response"]
+__all__ = ["PROBLEM_RESPONSES", "ProblemError", "add_problem_handlers", "problem_response", "refusal"]
 
 _TYPE = "application/problem+json"
 _SCHEMA = {
@@ -24,6 +25,7 @@ _SCHEMA = {
         "title": {"type": "string"},
         "status": {"type": "integer"},
         "detail": {"type": "string"},
+        "error": {"type": "string"},
         "request_id": {"type": "string"},
     },
 }
@@ -42,12 +44,28 @@ class ProblemError(Exception):
 
 
 def problem_response(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    """The document as a response."""
+    """The document as a response; ``error`` is what clients of the open inference protocol look for."""
     request_id = structlog.contextvars.get_contextvars().get("request_id")
-    body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
+    body = {
+        "type": "about:blank",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "detail": detail,
+        "error": detail,
+    }
     if request_id:
         body["request_id"] = request_id
     return JSONResponse(body, status, headers=headers, media_type=_TYPE)
+
+
+def refusal(problem: ProblemError) -> JSONResponse:
+    """The response of a refusal, with the headers that belong to it."""
+    headers = {}
+    if problem.retry_after_s is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(problem.retry_after_s)))
+    if problem.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return problem_response(problem.status, problem.detail, headers)
 
 
 def add_problem_handlers(app: FastAPI) -> None:
@@ -55,10 +73,7 @@ def add_problem_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(ProblemError)
     async def refused(_request: Request, problem: ProblemError) -> JSONResponse:
-        headers = {}
-        if problem.retry_after_s is not None:
-            headers["Retry-After"] = str(max(1, round(problem.retry_after_s)))
-        return problem_response(problem.status, problem.detail, headers)
+        return refusal(problem)
 
     @app.exception_handler(ClipharError)
     async def cannot(_request: Request, error: ClipharError) -> JSONResponse:

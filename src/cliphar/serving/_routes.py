@@ -41,7 +41,7 @@ async def embed(request: Request, service: TheService) -> dict[str, Any]:
 @router.get("/models")
 async def models(service: TheService) -> dict[str, Any]:
     """The model that answers: what it knows, how good it was measured to be, what from."""
-    await asyncio.to_thread(service.state.refresh)
+    await service.refresh()
     info = service.recognizer.bundle.info
     return {
         "models": [
@@ -62,14 +62,14 @@ async def models(service: TheService) -> dict[str, Any]:
 @router.get("/labels")
 async def vocabularies(service: TheService) -> dict[str, list[str]]:
     """Named lists of labels: the ready ones and those put here."""
-    await asyncio.to_thread(service.state.refresh)
+    await service.refresh()
     return {name: list(labels) for name, labels in service.state.vocabularies.items()}
 
 
 @router.get("/labels/{name}")
 async def vocabulary(name: _Name, service: TheService) -> list[str]:
     """One list."""
-    await asyncio.to_thread(service.state.refresh)
+    await service.refresh()
     known = service.state.vocabularies
     if name not in known:
         raise ProblemError(404, f"no vocabulary '{name}'; there are: {', '.join(known)}")
@@ -96,7 +96,7 @@ async def delete_vocabulary(name: _Name, service: TheService) -> Response:
 @router.get("/actions")
 async def actions(service: TheService) -> dict[str, int]:
     """The actions that were taught, and from how many photos each."""
-    await asyncio.to_thread(service.state.refresh)
+    await service.refresh()
     return service.recognizer.taught
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import signal
 import socket
@@ -9,13 +10,16 @@ import sys
 
 import structlog
 import uvicorn
+from fastapi import FastAPI
 
-from cliphar.errors import UsageError
+from cliphar.errors import ClipharError, UsageError
 from cliphar.serving._app import create_app
 from cliphar.serving._service import Service
 from cliphar.serving._settings import Settings
 
 __all__ = ["run"]
+
+_LAST_CALL_S = 0.5
 
 
 def run(settings: Settings, host: str, port: int, drain_s: int) -> None:
@@ -29,33 +33,63 @@ def run(settings: Settings, host: str, port: int, drain_s: int) -> None:
     listener = _listen(host, port)
     service = Service.start(settings)
     log = structlog.get_logger()
+    app = create_app(service)
     config = uvicorn.Config(
-        create_app(service),
+        app,
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=drain_s,
         ws_max_size=settings.max_body_mb * 2**20,
     )
-    server = _Server(config, service)
+    server = _Server(config, app)
     name, runtime = service.recognizer.bundle.info.name, service.recognizer.runtime.name
     log.info("ready", address=f"http://{host}:{listener.getsockname()[1]}", model=name, runtime=runtime)
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises it again when all is answered: that is no failure
         signal.signal(number, lambda _number, _frame: None)
     server.run(sockets=[listener])
-    service.engine.close()
+    app.state.service.engine.close()
     log.info("stopped")
 
 
 class _Server(uvicorn.Server):
-    """Says that it is not ready as soon as it is told to stop, while it still answers."""
+    """Changes the model on SIGHUP, and says that it is not ready as soon as it is told to stop, while it answers."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
         super().__init__(config)
-        self._service = service
+        self._app = app
+        self._reload: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._on_hangup)
+        await super().startup(sockets)
+
+    def _on_hangup(self) -> None:
+        if self._reload is None or self._reload.done():
+            self._reload = asyncio.get_running_loop().create_task(self._change_model())
+
+    async def _change_model(self) -> None:
+        """Load the model anew beside the old one, which answers until then and finishes what it began."""
+        old: Service = self._app.state.service
+        log = structlog.get_logger()
+        try:
+            new = await asyncio.to_thread(Service.start, old.settings, old.metrics)
+        except ClipharError as error:
+            log.error("not reloaded, the old model goes on", reason=str(error))
+            return
+        if not old.ready:  # it was told to stop meanwhile
+            return
+        self._app.state.service = new
+        log.info("reloaded", model=new.recognizer.bundle.info.name)
+        while old.engine.pending:
+            await asyncio.sleep(0.1)
+        old.engine.close()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._service.ready = False
+        self._app.state.service.ready = False
+        if self.server_state.connections:
+            # answers now say "Connection: close", so a caller's next request is not on a connection that we close
+            await asyncio.sleep(_LAST_CALL_S)
         await super().shutdown(sockets)
 
 

@@ -37,18 +37,16 @@ class Service:
     ready: bool = False
 
     @classmethod
-    def start(cls, settings: Settings) -> Service:
-        """Load the model, verify it and run it once.
+    def start(cls, settings: Settings, metrics: Metrics | None = None) -> Service:
+        """Load the model, verify it and run it once; ``metrics`` of a service that this one takes the place of.
 
         Raises:
             ClipharError: the model cannot be loaded.
         """
         recognizer = load(settings.model, provider=settings.provider, threads=settings.threads)
-        spec, metrics = recognizer.bundle.info.image, Metrics()
+        spec, metrics = recognizer.bundle.info.image, metrics or Metrics()
 
-        def prepare(content: bytes | NDArray[np.uint8]) -> NDArray[np.uint8]:
-            if isinstance(content, np.ndarray):
-                return content
+        def prepare(content: bytes) -> NDArray[np.uint8]:
             image = decode_image(content, min_side=spec.size, max_pixels=settings.max_pixels)
             return to_square(image, spec.size, spec.max_aspect)
 
@@ -61,13 +59,18 @@ class Service:
             observe=metrics.observe,
         )
         service = cls(settings, recognizer, engine, State(settings.state, recognizer), metrics)
-        metrics.watch(engine, recognizer)
         recognizer.predict(np.zeros((spec.size, spec.size, 3), np.uint8), ["standing", "anything else"])
+        metrics.watch(engine, recognizer)
         service.ready = True
         return service
 
-    async def embed(self, contents: Sequence[bytes | NDArray[np.uint8]]) -> list[NDArray[np.float32] | MediaError]:
-        """An embedding for each photo (encoded, or uint8 [S,S,3]), or why it has none."""
+    async def refresh(self) -> None:
+        """Take in what another worker was told or taught."""
+        if self.state.is_stale():
+            await asyncio.to_thread(self.state.refresh)
+
+    async def embed(self, contents: Sequence[bytes]) -> list[NDArray[np.float32] | MediaError]:
+        """An embedding for each photo, or why it has none."""
         if not contents:
             raise ProblemError(422, "no images; give at least one")
         if len(contents) > self.settings.max_images:
@@ -77,14 +80,10 @@ class Service:
         return await self.engine.embed(contents, self.settings.deadline_s)
 
     async def answer(
-        self,
-        contents: Sequence[bytes | NDArray[np.uint8]],
-        labels: Sequence[str] | str | None,
-        top_k: int,
-        coverage: float,
+        self, contents: Sequence[bytes], labels: Sequence[str] | str | None, top_k: int, coverage: float
     ) -> list[Prediction | MediaError]:
         """An answer for each photo, or why it has none; ``labels`` as a text names a vocabulary or has commas."""
-        await asyncio.to_thread(self.state.refresh)
+        await self.refresh()
         chosen = self.labels(labels)
         found = await self.embed(contents)
         good = [one for one in found if not isinstance(one, MediaError)]

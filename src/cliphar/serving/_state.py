@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import tempfile
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cliphar.errors import ClipharError, UsageError
@@ -31,24 +33,41 @@ class State:
         self._lock = threading.RLock()
         self.refresh()
 
+    def is_stale(self) -> bool:
+        """Whether another worker wrote something; quick, and waits for no lock."""
+        return any(_stamp(path) not in (0, self._seen.get(path)) for path in (self._vocabularies, self._taught))
+
     def refresh(self) -> None:
-        """Take in what another worker wrote."""
+        """Take in what another worker wrote.
+
+        Raises:
+            ClipharError: a file is damaged.
+        """
         with self._lock:
             if self._changed(self._vocabularies):
-                content = json.loads(self._vocabularies.read_text(encoding="utf-8"))
-                self._named = {name: tuple(labels) for name, labels in content.items()}
+                try:
+                    content = json.loads(self._vocabularies.read_text(encoding="utf-8"))
+                    self._named = {name: clean_labels(labels) for name, labels in content.items()}
+                except (OSError, ValueError, AttributeError) as error:
+                    raise ClipharError("vocabularies.json in the state directory is damaged; remove it") from error
             if self._changed(self._taught):
                 self._recognizer.load_taught(self._taught, replace=True)
 
     def _changed(self, path: Path) -> bool:
-        try:
-            stamp = path.stat().st_mtime_ns
-        except OSError:
-            return False
-        if self._seen.get(path) == stamp:
+        stamp = _stamp(path)
+        if stamp in (0, self._seen.get(path)):
             return False
         self._seen[path] = stamp
         return True
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """What is read, changed and written here is not written by another thread or worker meanwhile."""
+        self._make_room()
+        with self._lock, (self._vocabularies.parent / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.refresh()
+            yield
 
     @property
     def vocabularies(self) -> dict[str, tuple[str, ...]]:
@@ -57,15 +76,13 @@ class State:
 
     def put_vocabulary(self, name: str, labels: tuple[str, ...]) -> None:
         """Keep a list of labels under a name."""
-        with self._lock:
-            self.refresh()
+        with self._writing():
             self._named = self._named | {name: clean_labels(labels)}
             self._write_vocabularies()
 
     def delete_vocabulary(self, name: str) -> None:
         """Drop a list that was put here; UsageError if there is none."""
-        with self._lock:
-            self.refresh()
+        with self._writing():
             if name not in self._named:
                 raise UsageError(f"no vocabulary '{name}' was put here; there are: {', '.join(self._named) or 'none'}")
             self._named = {key: labels for key, labels in self._named.items() if key != name}
@@ -73,26 +90,22 @@ class State:
 
     def teach(self, name: str, photos: list[bytes]) -> Lesson:
         """Teach an action and keep it."""
-        with self._lock:
-            self.refresh()
+        with self._writing():
             lesson = self._recognizer.teach(name, photos)
             self._keep_taught()
         return lesson
 
     def forget(self, name: str) -> None:
         """Forget a taught action; UsageError if it was not taught."""
-        with self._lock:
-            self.refresh()
+        with self._writing():
             self._recognizer.forget(name)
             self._keep_taught()
 
     def _keep_taught(self) -> None:
-        self._make_room()
         self._recognizer.save_taught(self._taught)
         self._changed(self._taught)
 
     def _write_vocabularies(self) -> None:
-        self._make_room()
         handle, partial = tempfile.mkstemp(prefix=".vocabularies.", dir=self._vocabularies.parent)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -110,3 +123,11 @@ class State:
             raise ClipharError(
                 f"cannot keep this: the state directory cannot be written to ({error.strerror}); set CLIPHAR_STATE"
             ) from error
+
+
+def _stamp(path: Path) -> int:
+    """The time of the file's last change in ns; 0 if it is not there."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0

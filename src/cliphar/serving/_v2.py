@@ -1,0 +1,135 @@
+"""/v2: the open inference protocol (KServe v2), so that clients written for it work."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import APIRouter, Header, Request, Response
+
+from cliphar._version import __version__
+from cliphar.errors import MediaError
+from cliphar.serving._problems import PROBLEM_RESPONSES, ProblemError
+from cliphar.serving._service import Service, TheService
+from cliphar.serving._tensors import Infer, Wanted, images_of, pack, read_infer, texts_of
+
+__all__ = ["router"]
+
+router = APIRouter(prefix="/v2", tags=["open inference protocol"], responses=PROBLEM_RESPONSES)
+_VERSION = "1"
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": Infer.model_json_schema()},
+            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+        },
+    }
+}
+
+
+@router.get("")
+async def server() -> dict[str, Any]:
+    """What this server is."""
+    return {"name": "cliphar", "version": __version__, "extensions": ["binary_tensor_data"]}
+
+
+@router.get("/health/live")
+async def live() -> dict[str, bool]:
+    """The process answers."""
+    return {"live": True}
+
+
+@router.get("/health/ready")
+async def ready(service: TheService) -> dict[str, bool]:
+    """See /readyz."""
+    if not service.ready:
+        raise ProblemError(503, "the service is starting or stopping", retry_after_s=1)
+    return {"ready": True}
+
+
+def _check(service: Service, model: str, version: str = _VERSION) -> None:
+    name = service.recognizer.bundle.info.name
+    if model != name or version != _VERSION:
+        raise ProblemError(404, f"no such model; here is '{name}', version {_VERSION}")
+
+
+@router.get("/models/{model}")
+@router.get("/models/{model}/versions/{version}")
+async def metadata(model: str, service: TheService, version: str = _VERSION) -> dict[str, Any]:
+    """The model's inputs and outputs."""
+    _check(service, model, version)
+    info = service.recognizer.bundle.info
+    return {
+        "name": info.name,
+        "versions": [_VERSION],
+        "platform": f"cliphar_{service.recognizer.runtime.name}",
+        "inputs": [
+            {"name": "images", "datatype": "BYTES", "shape": [-1]},
+            {"name": "labels", "datatype": "BYTES", "shape": [-1]},
+        ],
+        "outputs": [
+            {"name": "label", "datatype": "BYTES", "shape": [-1]},
+            {"name": "score", "datatype": "FP32", "shape": [-1]},
+            {"name": "labels", "datatype": "BYTES", "shape": [-1]},
+            {"name": "scores", "datatype": "FP32", "shape": [-1, -1]},
+            {"name": "embeddings", "datatype": "FP32", "shape": [-1, info.embedding_dim]},
+        ],
+    }
+
+
+@router.get("/models/{model}/ready")
+@router.get("/models/{model}/versions/{version}/ready")
+async def model_ready(model: str, service: TheService, version: str = _VERSION) -> dict[str, Any]:
+    """Whether the model answers."""
+    _check(service, model, version)
+    return {"name": model, "ready": service.ready}
+
+
+@router.post("/models/{model}/infer", openapi_extra=_BODY)
+@router.post("/models/{model}/versions/{version}/infer", openapi_extra=_BODY)
+async def infer(
+    model: str,
+    request: Request,
+    service: TheService,
+    version: str = _VERSION,
+    inference_header_content_length: Annotated[str | None, Header(pattern=r"^\d{1,9}$")] = None,
+) -> Response:
+    """Photos ``images`` (BYTES [N], base64 in JSON; or UINT8 [N,H,W,3]), and ``labels`` (BYTES [C]) if you like."""
+    _check(service, model, version)
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise ProblemError(415, "send the body without compression")
+    asked = read_infer(await request.body(), inference_header_content_length)
+    images, labels = asked.input("images"), asked.input("labels")
+    if images is None or len(asked.inputs) > 2:
+        raise ProblemError(400, "the inputs are images and, if you like, labels")
+    await service.refresh()
+    chosen = service.labels(texts_of(labels)) if labels is not None else None
+    names = list(chosen or service.recognizer.labels)
+    found = await service.embed(images_of(images))
+    bad = [one for one in found if isinstance(one, MediaError)]
+    if bad:
+        raise ProblemError(422, "; ".join(dict.fromkeys(str(one) for one in bad)))
+    vectors = np.stack([one for one in found if not isinstance(one, MediaError)])
+    predictions = await asyncio.to_thread(service.score, vectors, chosen, len(names), 0.9)
+    scored = [dict(prediction.top) for prediction in predictions]
+    made: dict[str, Any] = {
+        "label": [prediction.label for prediction in predictions],
+        "score": np.array([prediction.score for prediction in predictions], np.float32),
+        "labels": names,
+        "scores": np.array([[row[name] for name in names] for row in scored], np.float32),
+        "embeddings": vectors,
+    }
+    wanted = asked.outputs or [Wanted(name="label"), Wanted(name="score")]
+    unknown = [output.name for output in wanted if output.name not in made]
+    if unknown:
+        raise ProblemError(400, f"no output {unknown[0]!r}; there are {', '.join(made)}")
+    default = asked.parameters.get("binary_data_output", False)
+    tensors = [(out.name, made[out.name], bool(out.parameters.get("binary_data", default))) for out in wanted]
+    head = {"model_name": model, "model_version": _VERSION} | ({"id": asked.id} if asked.id else {})
+    body, json_length = pack(head, tensors)
+    if json_length is None:
+        return Response(body, media_type="application/json")
+    headers = {"Inference-Header-Content-Length": str(json_length)}
+    return Response(body, media_type="application/octet-stream", headers=headers)

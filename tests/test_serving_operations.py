@@ -1,0 +1,145 @@
+"""A service that is restarted, reloaded, overloaded and misused: nothing that it took in is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import socket
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import httpx
+import pytest
+
+from cliphar.bundle import packaged
+from cliphar.client import AsyncClient, Client
+from cliphar.recognizer import Prediction
+from serving_process import serving
+
+
+@pytest.fixture(scope="module")
+def env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k != "MODEL_PATH" and not k.startswith(("CLIPHAR_", "OTEL_"))}
+    source = str(Path(__file__).parents[1] / "src")
+    return kept | {"CLIPHAR_STATE": str(tmp_path_factory.mktemp("state")), "PYTHONPATH": source}
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+        return port
+
+
+def test_a_restart_under_fire_loses_no_request(env: dict[str, str], photos: list[Path]) -> None:
+    port, content = free_port(), photos[0].read_bytes()
+    stop = threading.Event()
+    answered: Counter[str] = Counter()
+
+    async def caller(number: int) -> None:
+        async with AsyncClient(f"http://127.0.0.1:{port}", retry_s=60) as client:
+            i = 0
+            while not stop.is_set():
+                i += 1
+                (answer,) = await client.predict([content + f"{number}.{i}".encode()])
+                answered[type(answer).__name__] += 1
+
+    async def callers() -> None:
+        await asyncio.gather(*(caller(number) for number in range(8)))
+
+    with serving(env, "--port", str(port)) as (_, first):
+        hammer = threading.Thread(target=lambda: outcome.append(asyncio.run(callers())))
+        outcome: list[None] = []
+        hammer.start()
+        time.sleep(1)
+        first.send_signal(signal.SIGTERM)
+        assert first.wait(30) == 0
+    before = answered["Prediction"]
+    with serving(env, "--port", str(port)):
+        end = time.monotonic() + 20
+        while answered["Prediction"] < before + 20 and time.monotonic() < end:
+            time.sleep(0.1)
+        stop.set()
+        hammer.join(30)
+    assert outcome == [None]  # no caller met an error
+    assert set(answered) == {"Prediction"}
+    assert answered["Prediction"] >= before + 20 > 20
+
+
+def test_a_new_model_without_downtime(env: dict[str, str], tmp_path: Path, photos: list[Path]) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(packaged("mini"), model)
+    with serving(env, "--model", str(model)) as (url, process), Client(url, retry_s=0) as client:
+        assert client.model()["description"].startswith("A small")
+        manifest = (model / "bundle.json").read_text()
+        (model / "bundle.json").write_text("{")
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.5)
+        assert isinstance(client.predict(photos[:1])[0], Prediction)  # a damaged one changes nothing
+        (model / "bundle.json").write_text(manifest.replace('"A small', '"Another small'))
+        process.send_signal(signal.SIGHUP)
+        end = time.monotonic() + 20
+        while client.model()["description"].startswith("A small"):
+            assert isinstance(client.predict(photos[:1])[0], Prediction)
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        assert isinstance(client.predict(photos[:1])[0], Prediction)
+        assert client.predict(photos[:1], ["waving", "sleeping"])
+
+
+def test_overload_is_refused_before_it_is_read_and_the_queue_stays_short(
+    env: dict[str, str], photos: list[Path]
+) -> None:
+    content = photos[0].read_bytes()
+
+    async def flood(url: str) -> tuple[Counter[int], list[str]]:
+        outcomes: Counter[int] = Counter()
+        told: list[str] = []
+        async with httpx.AsyncClient(limits=httpx.Limits(max_connections=64), timeout=30) as client:
+
+            async def ask(i: int) -> None:
+                response = await client.post(f"{url}/v1/predict", files={"images": content + str(i).encode()})
+                outcomes[response.status_code] += 1
+                if response.status_code == 503:
+                    told.append(response.headers["retry-after"])
+
+            await asyncio.gather(*(ask(i) for i in range(200)))
+        return outcomes, told
+
+    with serving(env, "--queue-size", "8") as (url, _):
+        outcomes, told = asyncio.run(flood(url))
+        assert set(outcomes) == {200, 503}
+        assert outcomes[200] >= 8
+        assert all(int(seconds) >= 1 for seconds in told)
+        assert "\ncliphar_queue_images 0.0\n" in httpx.get(f"{url}/metrics").text
+        assert httpx.post(f"{url}/v1/predict", files={"images": content}).status_code == 200
+
+
+def test_a_body_that_never_comes_is_given_up(env: dict[str, str]) -> None:
+    with serving(env, "--deadline", "1") as (url, _):
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as slow:
+            slow.sendall(
+                b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 99\r\n\r\nab"
+            )
+            assert b" 408 " in slow.recv(4096).split(b"\r\n")[0]
+
+
+def test_callers_that_hang_up_harm_nobody(api: str, photos: list[Path]) -> None:
+    host, port = api.removeprefix("http://").split(":")
+    content = photos[0].read_bytes()
+    head = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\nContent-Length: {len(content)}\r\n\r\n"
+    for part in (content[:100], content[:-1], content):
+        for _ in range(5):
+            with socket.create_connection((host, int(port))) as rude:
+                rude.sendall(head.encode() + part)
+    end = time.monotonic() + 10
+    while "\ncliphar_queue_images 0.0\n" not in httpx.get(f"{api}/metrics").text:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    with Client(api) as client:
+        assert isinstance(client.predict(photos[:1])[0], Prediction)
