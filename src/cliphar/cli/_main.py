@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from cliphar._version import __version__
-from cliphar.cli import _app, _doctor, _eval, _export, _model, _predict, _serve, _train, _up
+from cliphar.cli import _app, _data, _doctor, _eval, _export, _model, _predict, _serve, _train, _up
 from cliphar.errors import ClipharError, UsageError
 
 __all__ = ["main"]
@@ -47,6 +47,7 @@ app.command("app")(_app.page)
 app.command("up")(_up.up)
 app.command("doctor")(_doctor.doctor)
 app.add_typer(_model.app, name="model")
+app.add_typer(_data.app, name="data")
 
 
 def _version(value: bool) -> None:

@@ -1,6 +1,8 @@
 """Labelled and captioned photos and clips: reading them, finding near-duplicates, splitting, caching."""
 
 from cliphar.data._cache import PhotoSet, load_photos
+from cliphar.data._check import DataReport, check_photos, photo_stats
+from cliphar.data._copy import copy_parts
 from cliphar.data._duplicates import difference_hash, group_duplicates
 from cliphar.data._readers import SPLITS, PhotoSource, is_clip_name, open_source
 from cliphar.data._sources import Photo, list_labelled, read_captioned, read_labelled
@@ -8,15 +10,19 @@ from cliphar.data._split import split_grouped
 
 __all__ = [
     "SPLITS",
+    "DataReport",
     "Photo",
     "PhotoSet",
     "PhotoSource",
+    "check_photos",
+    "copy_parts",
     "difference_hash",
     "group_duplicates",
     "is_clip_name",
     "list_labelled",
     "load_photos",
     "open_source",
+    "photo_stats",
     "read_captioned",
     "read_labelled",
     "split_grouped",

@@ -1,0 +1,112 @@
+"""cliphar data: what is in a data set, what is wrong with it, and how to divide it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cliphar.errors import UsageError
+
+if TYPE_CHECKING:
+    from cliphar.data import PhotoSet, PhotoSource
+
+__all__ = ["app"]
+
+app = typer.Typer(help="Check, count and split a data set.", no_args_is_help=True, rich_markup_mode=None)
+
+_Source = Annotated[
+    str, typer.Argument(help="A folder, a tar, WebDataset shards, a .csv/.jsonl/.parquet manifest, or hub:OWNER/NAME.")
+]
+_Cache = Annotated[Path, typer.Option(help="Where decoded photos are kept.")]
+_Json = Annotated[bool, typer.Option("--json", help="One JSON object.")]
+_CACHE = Path("runs/cache")
+_SHOWN = 5
+
+
+def _read(source: str, cache: Path) -> tuple[PhotoSource, PhotoSet]:
+    from cliphar.data import load_photos, open_source
+
+    opened = open_source(source)
+    photos = load_photos(opened, cache, side=192, log=lambda line: print(line, file=sys.stderr))
+    return opened, photos
+
+
+@app.command()
+def check(source: _Source, as_json: _Json = False, cache: _Cache = _CACHE) -> None:
+    """Find unreadable files, near-duplicates, also across parts and with different labels, and imbalance.
+
+    Exit status 1 if there are files that cannot be read.
+    """
+    from cliphar.data import check_photos
+
+    _, photos = _read(source, cache)
+    report = check_photos(photos)
+    if as_json:
+        print(json.dumps(report.to_dict(), ensure_ascii=False))
+    else:
+        print(f"{report.photos:,} photos can be read, {len(report.refused)} cannot")
+        for key, reason in report.refused[:_SHOWN]:
+            print(f"  {key}: {reason}")
+        extra = sum(map(len, report.duplicates)) - len(report.duplicates)
+        print(f"{len(report.duplicates)} groups of near-duplicates ({extra} photos too many)")
+        for name, groups in (("in more than one part", report.across), ("with different labels", report.conflicts)):
+            print(f"  {len(groups)} {name}")
+            for keys in groups[:_SHOWN]:
+                print(f"    {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}")
+        if report.unlabelled:
+            print(f"{report.unlabelled:,} photos have no label")
+        print(f"the commonest label has {report.imbalance:g} times the photos of the rarest")
+        if report.rare:
+            print(f"  few photos: {', '.join(report.rare)}; 'train.balanced: true' draws all labels equally often")
+    if report.refused:
+        raise typer.Exit(1)
+
+
+@app.command()
+def stats(source: _Source, as_json: _Json = False, cache: _Cache = _CACHE) -> None:
+    """Count photos by label and part."""
+    from cliphar.data import photo_stats
+
+    _, photos = _read(source, cache)
+    found = photo_stats(photos)
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    for key, value in found.items():
+        if isinstance(value, dict):
+            print(key)
+            for name, count in value.items():
+                print(f"  {name}  {count}")
+        else:
+            print(f"{key}  {value}")
+
+
+@app.command()
+def split(
+    source: _Source,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The new folder: OUT/train/LABEL/PHOTO and so on.")],
+    val: Annotated[float, typer.Option(help="The share of each label kept for calibration.")] = 0.08,
+    test: Annotated[float, typer.Option(help="The share of each label kept for the reported figures.")] = 0.08,
+    seed: Annotated[int, typer.Option(help="Draws the parts; the recipes' own is 7.")] = 7,
+    cache: _Cache = _CACHE,
+) -> None:
+    """Copy labelled photos into train, val and test: every label alike, near-duplicates on one side.
+
+    'cliphar train' and 'cliphar eval' then take the parts as they are.
+    """
+    from cliphar.data import copy_parts, split_grouped
+
+    if not (val > 0 and test > 0 and val + test < 1):
+        raise UsageError(f"val {val:g} and test {test:g} must be above 0 and together below 1")
+    if out.exists():
+        raise UsageError(f"{out} exists; choose another folder")
+    opened, photos = _read(source, cache)
+    parts = split_grouped(photos.labels, photos.groups, (1 - val - test, val, test), seed)
+    counts = copy_parts(opened, photos, parts, out)
+    print(f"{out}: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+    if photos.refused:
+        raise typer.Exit(1)

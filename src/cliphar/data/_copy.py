@@ -1,0 +1,46 @@
+"""A data set copied into parts, as a folder that any tool reads."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cliphar.data._cache import PhotoSet
+from cliphar.data._readers import SPLITS, PhotoSource
+
+__all__ = ["copy_parts"]
+
+
+def copy_parts(source: PhotoSource, photos: PhotoSet, parts: NDArray[np.int64], out: Path) -> dict[str, int]:
+    """Write OUT/PART/LABEL/FILE, whole or not at all, leaving out what has no label; photos in each part.
+
+    Args:
+        photos: of ``source``.
+        parts: int64 [N], 0 for train, 1 for val, 2 for test.
+        out: a folder that does not exist yet.
+    """
+    place = {key: (part, label) for key, part, label in zip(photos.keys, parts, photos.labels, strict=True)}
+    counts = dict.fromkeys(SPLITS, 0)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        for photo in source.read():
+            part, label = place.get(photo.key, (0, None))
+            if label is None:
+                continue
+            folder = work / SPLITS[int(part)] / label.replace(" ", "_").replace("/", "_")
+            folder.mkdir(parents=True, exist_ok=True)
+            name = PurePosixPath(photo.key).name
+            while (folder / name).exists():  # files of one name from different folders
+                name = f"_{name}"
+            (folder / name).write_bytes(photo.content)
+            counts[SPLITS[int(part)]] += 1
+        work.chmod(0o755)
+        work.rename(out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return counts

@@ -1,0 +1,214 @@
+"""Every kind of data set, the decoded cache, and what is found wrong."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cliphar.data import PhotoSet, check_photos, load_photos, open_source, photo_stats
+from cliphar.errors import DataError
+
+LABELS = ("riding_a bike", "sleeping")
+
+
+def scene(seed: int) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
+    return Image.fromarray(noise).resize((120, 90), Image.Resampling.BICUBIC)
+
+
+def jpeg(seed: int, quality: int = 90) -> bytes:
+    file = io.BytesIO()
+    scene(seed).save(file, "JPEG", quality=quality)
+    return file.getvalue()
+
+
+def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three photos of each of two labels."""
+    root = tmp_path / "set"
+    for k, label in enumerate(LABELS):
+        (root / label).mkdir(parents=True)
+        for i in range(3):
+            (root / label / f"{i}.jpg").write_bytes(jpeg(10 * k + i))
+    return root
+
+
+def as_folder(folder: Path) -> str:
+    return str(folder)
+
+
+def as_tar(folder: Path) -> str:
+    with tarfile.open(folder.parent / "set.tar", "w") as tar:
+        for file in sorted(folder.rglob("*.jpg"), reverse=True):
+            add(tar, file.relative_to(folder.parent).as_posix(), file.read_bytes())
+    return str(folder.parent / "set.tar")
+
+
+def as_manifest(suffix: str) -> Callable[[Path], str]:
+    def make(folder: Path) -> str:
+        rows = [
+            {"file": file.relative_to(folder.parent).as_posix(), "label": file.parent.name, "caption": "a photo"}
+            for file in sorted(folder.rglob("*.jpg"))
+        ]
+        path = folder.parent / f"list{suffix}"
+        if suffix == ".csv":
+            with path.open("w", newline="") as file:
+                table = csv.DictWriter(file, rows[0])
+                table.writeheader()
+                table.writerows(rows)
+        elif suffix == ".jsonl":
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            pyarrow = pytest.importorskip("pyarrow")
+            from pyarrow import parquet
+
+            parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        return str(path)
+
+    return make
+
+
+def as_shards(folder: Path) -> str:
+    for k, label in enumerate(LABELS):
+        with tarfile.open(folder.parent / f"shard-{k:03d}.tar", "w") as tar:
+            for file in sorted((folder / label).iterdir()):
+                add(tar, f"{k}{file.stem}.jpg", file.read_bytes())
+                add(tar, f"{k}{file.stem}.cls", label.encode())
+    return str(folder.parent / "shard-{000..001}.tar")
+
+
+def as_hub(folder: Path) -> str:
+    datasets = pytest.importorskip("datasets")
+    files = sorted(folder.rglob("*.jpg"))
+    features = datasets.Features({"image": datasets.Image(), "labels": datasets.ClassLabel(names=list(LABELS))})
+    rows = {"image": [str(f) for f in files], "labels": [f.parent.name for f in files]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(folder.parent / "saved")
+    return str(folder.parent / "saved")
+
+
+MAKERS = [as_folder, as_tar, as_manifest(".csv"), as_manifest(".jsonl"), as_manifest(".parquet"), as_shards, as_hub]
+
+
+def photos_of(source: str, cache: Path, **changes: Any) -> PhotoSet:
+    return load_photos(open_source(source), cache, side=64, **changes)
+
+
+@pytest.mark.filterwarnings("ignore")  # the hub's client brings its own
+@pytest.mark.parametrize("make", MAKERS, ids=["folder", "tar", "csv", "jsonl", "parquet", "shards", "hub"])
+def test_every_source_holds_the_same_photos(folder: Path, tmp_path: Path, make: Callable[[Path], str]) -> None:
+    photos = photos_of(make(folder), tmp_path / "cache")
+    assert Counter(photos.labels) == {"riding a bike": 3, "sleeping": 3}
+    assert len(set(photos.keys)) == 6
+    found = {photos.labels[i]: photos.photo(i).astype(int) for i in range(6)}
+    wanted = np.asarray(scene(2).resize((85, 64), Image.Resampling.BICUBIC)).astype(int)
+    assert found["riding a bike"].shape == (64, 85, 3)
+    assert np.abs(found["riding a bike"] - wanted).mean() < 4
+
+
+def test_parts_in_folder_names_hold(tmp_path: Path) -> None:
+    for name, part in (("train", "train"), ("validation", "val"), ("test", "test")):
+        (tmp_path / "parted" / name).mkdir(parents=True)
+        for label in LABELS:
+            target = tmp_path / "parted" / name / label
+            target.mkdir()
+            (target / f"{part}.jpg").write_bytes(jpeg(5))
+    photos = photos_of(str(tmp_path / "parted"), tmp_path / "cache")
+    assert set(photos.splits) == {"train", "val", "test"}
+
+
+def test_the_second_reading_decodes_nothing(folder: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    first = photos_of(str(folder), tmp_path / "cache", log=said.append)
+    again = photos_of(str(folder), tmp_path / "cache", log=said.append)
+    assert len([line for line in said if line.startswith("decoding")]) == 1
+    assert first.sha256 == again.sha256
+    assert not again.photo(0).flags.owndata
+    (folder / "sleeping" / "new.jpg").write_bytes(jpeg(77))
+    assert len(photos_of(str(folder), tmp_path / "cache", log=said.append)) == 7
+    assert not list((tmp_path / "cache").glob(".*"))
+
+
+def test_troubles_are_found_and_parts_avoid_them(folder: Path, tmp_path: Path) -> None:
+    (folder / "sleeping" / "bad.jpg").write_bytes(b"no photo")
+    (folder / "sleeping" / "copy.jpg").write_bytes(jpeg(0, quality=60))
+    (folder / "riding_a bike" / "twin.jpg").write_bytes(jpeg(1, quality=60))
+    photos = photos_of(str(folder), tmp_path / "cache")
+    report = check_photos(photos)
+    assert [key for key, _ in report.refused] == ["set/sleeping/bad.jpg"]
+    assert sorted(report.duplicates) == [
+        ["set/riding_a bike/0.jpg", "set/sleeping/copy.jpg"],
+        ["set/riding_a bike/1.jpg", "set/riding_a bike/twin.jpg"],
+    ]
+    assert report.conflicts == [["set/riding_a bike/0.jpg", "set/sleeping/copy.jpg"]]
+    assert photo_stats(photos)["labels"] == {"riding a bike": 4, "sleeping": 4}
+
+
+def test_the_command_line(folder: Path, tmp_path: Path, clean_env: dict[str, str]) -> None:
+    (folder / "sleeping" / "bad.jpg").write_bytes(b"no photo")
+
+    def cliphar(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "cliphar", "data", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=clean_env, cwd=tmp_path, check=False)
+
+    done = cliphar("check", "set", "--json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["refused"][0]["file"] == "set/sleeping/bad.jpg"
+    done = cliphar("split", "set", "--out", "parts", "--val", "0.3", "--test", "0.3")
+    assert done.returncode == 1, done.stderr
+    files = [file.relative_to(tmp_path / "parts").parts for file in (tmp_path / "parts").rglob("*.jpg")]
+    assert Counter(part for part, _, _ in files) == {"train": 2, "val": 2, "test": 2}
+    assert cliphar("split", "set", "--out", "parts").returncode == 2
+    assert json.loads(cliphar("stats", "parts", "--json").stdout)["parts"] == {"test": 2, "train": 2, "val": 2}
+    absent = cliphar("check", "nowhere")
+    assert absent.returncode == 1
+    assert absent.stderr.count("\n") == 1
+
+
+def test_clips_become_frames(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    (tmp_path / "clips" / "waving").mkdir(parents=True)
+    with av.open(str(tmp_path / "clips" / "waving" / "a.mp4"), "w") as file:
+        stream = file.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for i in range(20):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 96, 3), 12 * i, np.uint8), format="rgb24")
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    (tmp_path / "clips" / "waving" / "b.mp4").write_bytes(b"no clip")
+    photos = photos_of(str(tmp_path / "clips"), tmp_path / "cache", frames=4)
+    assert photos.frames(0).shape == (4, 64, 96, 3)
+    assert np.all(np.diff(photos.frames(0).mean((1, 2, 3))) > 30)
+    assert [key for key, _ in photos.refused] == ["clips/waving/b.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("list.csv", "label\nsleeping\n", "names no file"),
+        ("list.csv", "file,label\nabsent.jpg,sleeping\n", "do not exist"),
+        ("list.jsonl", "{", "not JSON"),
+        ("list.txt", "x", "no data set"),
+    ],
+)
+def test_malformed_sources_are_refused(tmp_path: Path, name: str, content: str, said: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=said):
+        open_source(str(tmp_path / name))
