@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import json
 import signal
 import socket
 import subprocess
@@ -17,6 +18,8 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
 
 from cliphar.client import AsyncClient, Client
 from cliphar.errors import MediaError, UsageError
@@ -335,3 +338,49 @@ def test_a_deadline_and_a_failing_model() -> None:
         one.close()
 
     asyncio.run(ask())
+
+
+# --- a camera's frames
+
+
+def test_a_stream_answers_about_the_newest_frame(api: str, mini: Recognizer, photos: list[Path]) -> None:
+    address = f"{api.replace('http', 'ws')}/v1/stream?labels=sleeping,taking%20a%20photo&half_life_s=0"
+    content = photos[0].read_bytes()
+    with connect(address) as camera:
+        camera.send(content)
+        first = json.loads(camera.recv(20))
+        (expected,) = mini.predict([content], ["sleeping", "taking a photo"])
+        assert first["frame"] == 0
+        assert {key: first[key] for key in expected.to_dict()} == expected.to_dict()
+        for i in range(40):
+            camera.send(content + bytes([i]))
+        numbers = []
+        while not numbers or numbers[-1] < 40:
+            numbers.append(json.loads(camera.recv(20))["frame"])
+        assert numbers == sorted(numbers)
+        assert len(numbers) < 40  # older ones were dropped
+        camera.send(b"no photo")
+        assert "not an image" in json.loads(camera.recv(20))["error"]
+        camera.send(content)
+        assert "label" in json.loads(camera.recv(20))
+        camera.send("text")
+        with pytest.raises(ConnectionClosed):
+            camera.recv(20)
+
+
+def test_a_stream_is_steady(api: str, photos: list[Path]) -> None:
+    with connect(f"{api.replace('http', 'ws')}/v1/stream?half_life_s=60") as camera:
+        answers = []
+        for photo in (photos[0], photos[1]):
+            camera.send(photo.read_bytes())
+            answers.append(json.loads(camera.recv(20)))
+        assert answers[0]["label"] == answers[1]["label"]  # one other frame is not yet another action
+
+
+def test_a_stream_is_refused(api: str) -> None:
+    address = f"{api.replace('http', 'ws')}/v1/stream"
+    with pytest.raises(InvalidStatus) as refused:
+        connect(address, additional_headers={"Origin": "http://elsewhere.example"})
+    assert refused.value.response.status_code == 403
+    with connect(f"{address}?labels=unknown") as camera:
+        assert "cannot be a label" in json.loads(camera.recv(20))["error"]

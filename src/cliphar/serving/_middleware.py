@@ -6,6 +6,7 @@ import asyncio
 import re
 import time
 import uuid
+from urllib.parse import urlsplit
 
 import structlog
 from fastapi import FastAPI
@@ -102,9 +103,18 @@ class Around:
         client = (scope.get("client") or ("",))[0]
         self._keys.check(headers.get("authorization"), headers.get("x-api-key"), client)
 
+    def _check_origin(self, headers: Headers) -> None:
+        """Browsers let any page open a socket anywhere, so CORS does not help here."""
+        origin = headers.get("origin")
+        allowed = self._owner.state.service.settings.cors_origins
+        if origin and "*" not in allowed and origin not in allowed and urlsplit(origin).netloc != headers.get("host"):
+            raise ProblemError(403, "pages of this origin may not call; see --cors")
+
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
         try:
-            self._check_caller(Headers(scope=scope), scope)
+            self._check_origin(headers)
+            self._check_caller(headers, scope)
         except ProblemError as problem:
             response = refusal(problem)
             await send(
