@@ -99,9 +99,9 @@ class Engine:
         """About how long it takes to work off what is pending."""
         return self.pending / self._rate
 
-    def check_room(self, photos: int = 1) -> None:
-        """ProblemError 503 if that many more photos have no room in the queue."""
-        if self.pending + photos > self.queue_size:
+    def check_room(self, photos: int, deadline_s: float) -> None:
+        """ProblemError 503 if so many more photos have no room, or could not be answered in time."""
+        if self.pending + photos > self.queue_size or self.drain_s > deadline_s:
             raise ProblemError(503, "the queue is full; try again later", retry_after_s=self.drain_s)
 
     async def embed(self, contents: Sequence[bytes], deadline_s: float) -> list[Embedding | MediaError]:
@@ -110,7 +110,7 @@ class Engine:
         Raises:
             ProblemError: 503 when the queue is full or the deadline passes.
         """
-        self.check_room(len(contents))
+        self.check_room(len(contents), deadline_s)
         self._callers += 1
         works = [self._join(self._callers, content) for content in contents]
         try:

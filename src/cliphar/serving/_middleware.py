@@ -74,7 +74,7 @@ class Around:
                 self._check_caller(headers, scope)
             expected = body.expected(headers)
             if scope["method"] == "POST":  # before its body is read
-                service.engine.check_room()
+                service.engine.check_room(1, service.settings.deadline_s)
                 self._hold(expected, service)
             await self._unless_gone(scope, body, answer)
         except ProblemError as problem:  # raised here, or by the body inside a handler that let it pass
