@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from safetensors.numpy import save  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from cliphar.bundle import Bundle, ImageSpec, TextSpec, packaged, read_bundle, write_bundle  # noqa: E402
+from cliphar.errors import UsageError  # noqa: E402
 from cliphar.export import compress_weights, export_clip_text, export_image_tower  # noqa: E402
 from cliphar.models import (  # noqa: E402
     ImageTower,
@@ -178,3 +182,68 @@ def test_clips_own_towers_are_both_trained(recipe: Callable[..., Path], clip_bas
         assert attention < changed
         assert "model.logit_scale" not in changed
     assert len(load(bundle.path).predict([np.zeros((32, 32, 3), np.uint8)], ["a new word", "jumping"])) == 1
+
+
+# --- stopping, being killed, and going on
+
+_WORKER = """
+import os, sys
+from pathlib import Path
+from cliphar.training import Surroundings, Stopped, load_recipe, train
+
+def on_step(report):
+    print("step", report.step, flush=True)
+
+try:
+    train(load_recipe(Path(sys.argv[1])), Surroundings(resume=True, on_step=on_step))
+except Stopped as stopped:
+    print(stopped, flush=True)
+    sys.exit(stopped.status)
+"""
+
+
+def interrupt(file: Path, step: int, number: signal.Signals) -> tuple[int, list[str]]:
+    """Run until a step is told of, then send a signal: the exit status, and what was printed."""
+    process = subprocess.Popen([sys.executable, "-c", _WORKER, str(file)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line.strip())
+        if line.strip() == f"step {step}":
+            process.send_signal(number)
+    process.stdout.close()
+    return process.wait(), lines
+
+
+def test_a_killed_run_ends_where_a_whole_one_does(recipe: Callable[..., Path], clip_base: Path) -> None:
+    loop = {"epochs": 3, "size": 32, "checkpoint_minutes": 0, "mixup": 0.2, "randaugment": 1, "balanced": True}
+    sections = {"base": str(clip_base), "train": loop, "wise": {"shares": [0.5, 1.0]}}
+    whole = run(recipe("full", "whole", **sections))
+    file = recipe("full", "cut", **sections)
+    killed, lines = interrupt(file, 2, signal.SIGKILL)
+    assert killed == -signal.SIGKILL
+    assert "step 2" in lines
+    stopped, lines = interrupt(file, 5, signal.SIGTERM)
+    assert stopped == 128 + signal.SIGTERM
+    assert "step 1" not in lines
+    assert "--resume" in lines[-1]
+    with pytest.raises(UsageError, match="--resume"):
+        run(file)
+    with pytest.raises(UsageError, match="another recipe"):
+        run(file, "train.ema=0.5", resume=True)
+    said: list[str] = []
+    bundle = run(file, resume=True, log=said.append)
+    assert any(line.startswith("resumed after step") for line in said)
+    for name in ("weights.safetensors", "head.safetensors", "image.onnx", "text.onnx"):
+        assert bundle.file(name).read_bytes() == whole.file(name).read_bytes(), name
+    assert not list(file.parent.glob("*.checkpoint*"))
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(recipe: Callable[..., Path], clip_base: Path) -> None:
+    sections = {"base": str(clip_base), "train": {"epochs": 1, "size": 32}, "wise": {"shares": [1.0]}}
+    one, same, other = (
+        run(recipe("full", name, **sections), f"seed={seed}").file("weights.safetensors").read_bytes()
+        for name, seed in (("one", 3), ("same", 3), ("other", 4))
+    )
+    assert one == same
+    assert one != other

@@ -24,6 +24,7 @@ from cliphar.models._open_clip import OpenClipEncoder, OpenClipImage, OpenClipTe
 __all__ = ["WEIGHTS_FILE", "Towers", "load_towers", "open_clip_towers", "save_weights"]
 
 WEIGHTS_FILE = "weights.safetensors"
+_ABOUT = "about"  # one key: safetensors writes several in no fixed order
 
 
 @dataclass(frozen=True)
@@ -80,24 +81,24 @@ def load_towers(bundle: Bundle) -> Towers:
 
 def save_weights(towers: Towers) -> bytes:
     """The content of ``weights.safetensors``: ``image.*``, or all of open_clip's model, with its architecture."""
-    about = {"architecture": towers.architecture, "logit_scale": repr(towers.logit_scale)}
-    if towers.config is not None:
-        about["config"] = json.dumps(towers.config)
+    about = {"architecture": towers.architecture, "logit_scale": towers.logit_scale, "config": towers.config}
     state = {f"image.{name}": tensor for name, tensor in towers.image.state_dict().items()}
     if isinstance(towers.text, OpenClipText):
         state = {f"model.{name}": tensor for name, tensor in towers.text.model.state_dict().items()}
-    return save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, about)
+    return save(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, {_ABOUT: json.dumps(about)}
+    )
 
 
 def _from_weights(bundle: Bundle) -> Towers:
     file = bundle.file(WEIGHTS_FILE)
     try:
         with safe_open(file, "pt") as opened:
-            about = opened.metadata() or {}
+            about = json.loads((opened.metadata() or {})[_ABOUT])
         state = load_file(file)
-        architecture, scale = about["architecture"], float(about.get("logit_scale", 30.0))
+        architecture, scale = about["architecture"], float(about["logit_scale"])
         if architecture == "open_clip":
-            return _open_clip(bundle, json.loads(about["config"]), state, scale)
+            return _open_clip(bundle, about["config"], state, scale)
         tower = ImageTower(architecture.removeprefix("efficientnet-"), bundle.info.embedding_dim)
         tower.load_state_dict({name.removeprefix("image."): value for name, value in state.items()})
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
