@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cliphar.evaluation._metrics import Bin, Report, evaluate, reliability
+from cliphar.media import ImageLike
 from cliphar.recognizer import Prediction
 
 __all__ = ["Analysis", "ClassReport", "Mistake", "analyse", "confident_mistakes"]
@@ -31,12 +32,13 @@ class ClassReport:
 
 @dataclass(frozen=True)
 class Mistake:
-    """A photo that was answered wrongly, with the score of the wrong answer."""
+    """A photo that was answered wrongly, with the score of the wrong answer; ``image`` where ``path`` is not a file."""
 
     path: Path
     truth: str
     answer: str
     score: float
+    image: ImageLike | None = None
 
 
 @dataclass(frozen=True)

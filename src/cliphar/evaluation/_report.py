@@ -6,7 +6,7 @@ import base64
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -63,14 +63,16 @@ class Evaluation:
     model: str
     data: str
     analysis: Analysis
-    images_per_s: float
+    images_per_s: float | None = None
     mistakes: Sequence[Mistake] = ()
     comparison: Comparison | None = None
     novel: Report | None = None
 
     def figures(self) -> dict[str, Any]:
         """The figures alone: what ``cliphar eval --json`` prints."""
-        values: dict[str, Any] = self.analysis.report.to_dict() | {"images_per_s": round(self.images_per_s, 1)}
+        values: dict[str, Any] = self.analysis.report.to_dict()
+        if self.images_per_s is not None:
+            values["images_per_s"] = round(self.images_per_s, 1)
         values["ci95"] = {name: list(ends) for name, ends in self.analysis.ci95.items()}
         if self.novel is not None:
             mean = harmonic_mean(self.analysis.report.top1, self.novel.top1)
@@ -81,7 +83,10 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain values."""
-        mistakes = [asdict(m) | {"path": _printable(str(m.path)), "score": round(m.score, 6)} for m in self.mistakes]
+        mistakes = [
+            {"path": _printable(str(m.path)), "truth": m.truth, "answer": m.answer, "score": round(m.score, 6)}
+            for m in self.mistakes
+        ]
         analysis = self.analysis.to_dict()
         return {"model": self.model, "data": _printable(self.data)} | analysis | self.figures() | {"mistakes": mistakes}
 
@@ -107,10 +112,11 @@ def _printable(text: str) -> str:
 def _html(evaluation: Evaluation) -> str:
     title = escape(f"{evaluation.model} on {_printable(evaluation.data)}")
     analysis = evaluation.analysis
+    speed = "" if evaluation.images_per_s is None else f", {evaluation.images_per_s:.1f} photos a second"
     body = [
         f"<h1>{escape(evaluation.model)}</h1>",
-        f"<p>on {escape(_printable(evaluation.data))}: {analysis.report.n} photos, {len(analysis.labels)} labels, "
-        f"{evaluation.images_per_s:.1f} photos a second. Beneath each figure, its 95 % interval.</p>",
+        f"<p>on {escape(_printable(evaluation.data))}: {analysis.report.n} photos, "
+        f"{len(analysis.labels)} labels{speed}. Beneath each figure, its 95 % interval.</p>",
         _tiles(analysis),
         "" if evaluation.comparison is None else _compared(evaluation.comparison),
         "" if evaluation.novel is None else _novel(analysis.report.top1, evaluation.novel),
@@ -172,7 +178,7 @@ def _wall(mistakes: Sequence[Mistake]) -> str:
     figures = []
     for mistake in mistakes:
         try:
-            image = decode_image(mistake.path, min_side=_THUMB)
+            image = decode_image(mistake.path if mistake.image is None else mistake.image, min_side=_THUMB)
         except MediaError:
             continue  # it went away since it was measured
         image.thumbnail((2 * _THUMB, 2 * _THUMB))

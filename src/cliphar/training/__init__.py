@@ -3,6 +3,7 @@
 from cliphar.training._job import Surroundings
 from cliphar.training._loop import StepReport, Stopped
 from cliphar.training._method_recipe import MethodRecipe
+from cliphar.training._ray import train_on_ray
 from cliphar.training._recipe import MiniRecipe, Recipe, SpaceRecipe, load_recipe
 from cliphar.training._tracker import NoTracker, Tracker
 from cliphar.training._train import train
@@ -19,4 +20,5 @@ __all__ = [
     "Tracker",
     "load_recipe",
     "train",
+    "train_on_ray",
 ]

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cliphar.data import PhotoSet
+from cliphar.errors import UsageError
 from cliphar.runtime import cpu_quota
 from cliphar.training._augment import random_frames
 from cliphar.training._method_recipe import LoopRecipe
@@ -72,7 +73,10 @@ class Batches:
         self._targets = np.concatenate([one.targets for one in items])
         self._share = slice(rank * recipe.batch_size // world, (rank + 1) * recipe.batch_size // world)
         if recipe.batch_size % (world * recipe.accumulate):
-            raise ValueError(f"batch_size {recipe.batch_size} does not divide among {world} processes")
+            raise UsageError(
+                f"train.batch_size {recipe.batch_size} is not a multiple of {world} processes times "
+                f"train.accumulate {recipe.accumulate}"
+            )
 
     def __len__(self) -> int:
         """Steps in an epoch; photos that do not fill a batch wait for another epoch's order."""

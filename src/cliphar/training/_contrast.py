@@ -49,7 +49,7 @@ class ContrastObjective(nn.Module):
     ) -> None:
         super().__init__()
         self.image, self.text = image, text
-        self.class_vectors = nn.Parameter(vectors.clone())
+        self.class_vectors = nn.Parameter(vectors.clone(), requires_grad=losses.classes > 0)
         self.register_buffer("sentences", sentences, persistent=False)
         self.scale, self.losses = scale, losses
         self.gather: Callable[[Tensor], Tensor] = lambda rows: rows

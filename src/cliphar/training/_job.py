@@ -69,7 +69,8 @@ class Job:
     @property
     def identity(self) -> str:
         """A digest of what decides the weights: the recipe, the data and the starting bundle."""
-        recipe = self.recipe.model_dump(mode="json", exclude={"output", "description", "base"})
+        recipe = self.recipe.model_dump(mode="json", exclude={"output", "description", "base", "track"})
+        recipe.get("train", {}).pop("distributed", None)  # a checkpoint of either kind is taken up by the other
         recipe["data"] = {key: value for key, value in recipe["data"].items() if key not in ("source", "cache")}
         image = self.bundle.info.files["image.onnx"].sha256
         return hashlib.sha256(json.dumps([recipe, self.photos.sha256, image]).encode()).hexdigest()

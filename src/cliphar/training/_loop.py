@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,6 +68,7 @@ class StepReport:
     loss: float
     lr: float
     photos_per_s: float
+    seconds_per_step: float
 
 
 @dataclass
@@ -98,6 +100,9 @@ def stop_on_signals(stop: list[int]) -> Iterator[None]:
         stop[0] = number
         signal.signal(number, signal.SIG_DFL)
 
+    if threading.current_thread() is not threading.main_thread():  # as on Ray, which has its own way to stop
+        yield
+        return
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
@@ -186,25 +191,27 @@ def fit(
         raise TypeError("an objective is a module")
     objective.to(run.device)
     objective.gather = ranks.gather
-    module = ranks.wrap(torch.compile(objective) if recipe.compile else objective)  # type: ignore[arg-type]
-    trained = [p for p in objective.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(_groups(objective, recipe, run.lr), run.lr)
+    module, held = ranks.wrap(objective)
+    if recipe.compile:
+        module.compile()
+    trained = [p for p in held.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(_groups(held, recipe, run.lr), run.lr)
     rates = [group["lr"] for group in optimizer.param_groups]
     scaler = torch.amp.GradScaler(run.device.type, enabled=recipe.precision == "fp16")
     average = _Average(trained, recipe.ema)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision]
     state = _State()
-    _resume(state, run, objective, optimizer, average, scaler)
+    _resume(state, run, held, optimizer, average, scaler)
 
     def save() -> None:
         content = state.to_dict() | {
             "identity": run.identity,
-            "model": ranks.weights(objective),
-            "optimizer": ranks.optimizer_state(objective, optimizer),
+            "model": ranks.weights(held),
+            "optimizer": ranks.optimizer_state(held, optimizer),
             "scaler": scaler.state_dict(),
         }
         with average.in_place():
-            content["average"] = ranks.weights(objective)
+            content["average"] = ranks.weights(held)
         if ranks.rank == 0:
             save_checkpoint(run.checkpoint, content)
 
@@ -235,7 +242,11 @@ def fit(
                 raise UsageError(f"the loss is {parts['loss']} at step {state.step}; lower train.lr ({run.lr:g})")
             state.loss_sum += parts["loss"]
             speed = (state.step - at_start) * recipe.batch_size / (time.monotonic() - started)
-            run.on_step(StepReport(state.step, steps, state.epoch, parts["loss"], run.lr * factor, speed))
+            run.on_step(
+                StepReport(
+                    state.step, steps, state.epoch, parts["loss"], run.lr * factor, speed, recipe.batch_size / speed
+                )
+            )
             rate_now = {"lr": run.lr * factor, "photos_per_s": speed}
             run.tracker.log_metrics({f"train/{k}": v for k, v in (parts | rate_now).items()}, state.step)
             stop = ranks.any(run.stop[0])
@@ -245,8 +256,10 @@ def fit(
             if stop:
                 raise Stopped(f"stopped at step {state.step} of {steps}; give --resume to go on", 128 + stop)
         with average.in_place():
-            measured = validate()
-            state.compare(measured, recipe.patience, lambda: ranks.weights(objective))
+            if held is not objective:
+                ranks.load_weights(objective, ranks.weights(held))
+            measured = {name: ranks.mean(value) for name, value in validate().items()}
+            state.compare(measured, recipe.patience, lambda: ranks.weights(held))
         notes = " ".join(f"{name} {value:.4f}" for name, value in measured.items())
         run.log(f"epoch {state.epoch}/{recipe.epochs}: loss {state.loss_sum / len(batches):.4f} {notes}")
         run.tracker.log_metrics({f"val/{name}": value for name, value in measured.items()}, state.step)
@@ -281,9 +294,9 @@ class _State:
             self.ended = bool(patience) and self.without_gain >= patience
 
 
-def _groups(objective: Objective, recipe: LoopRecipe, lr: float) -> list[dict[str, Any]]:
+def _groups(objective: nn.Module, recipe: LoopRecipe, lr: float) -> list[dict[str, Any]]:
     groups = []
-    for parameters, factor in objective.groups():
+    for parameters, factor in objective.groups():  # type: ignore[operator]
         chosen = [p for p in parameters if p.requires_grad]
         for decay, members in (
             (recipe.weight_decay, [p for p in chosen if p.ndim > 1]),

@@ -63,6 +63,7 @@ class LoopRecipe(_Model):
     label equally often. ``mixup`` is the beta distribution's parameter, ``randaugment`` the number of operations a
     photo, of ``magnitude`` 0..10; ``min_area`` is the least share of a photo that a crop keeps. ``checkpointing``
     computes activations again instead of keeping them. ``deterministic`` asks the same of a GPU.
+    ``distributed`` says how several processes share the model, where torchrun or Ray starts them.
     """
 
     epochs: int = Field(default=3, ge=1)
@@ -88,6 +89,7 @@ class LoopRecipe(_Model):
     checkpoint_minutes: float = Field(default=5.0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool = False
+    distributed: Literal["ddp", "fsdp"] = "ddp"
 
     @model_validator(mode="after")
     def _parts_are_even(self) -> LoopRecipe:
@@ -97,7 +99,7 @@ class LoopRecipe(_Model):
 
 
 class MethodRecipe(_Model):
-    """What all methods share: ``base`` is the bundle to start from, by name or path."""
+    """What all methods share: ``base`` is the bundle to start from, by name or path, ``track`` who records the run."""
 
     method: str
     name: str = Field(max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -106,6 +108,7 @@ class MethodRecipe(_Model):
     seed: int = 0
     output: Path
     data: SetRecipe
+    track: tuple[Literal["mlflow", "wandb"], ...] = ()
 
 
 class ZeroShotRecipe(MethodRecipe):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
 import tempfile
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -16,8 +18,16 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from cliphar.bundle import Bundle, BundleInfo, Calibration, Metrics, Provenance, read_bundle, write_bundle
-from cliphar.evaluation import evaluate, fit_calibration
-from cliphar.recognizer import BACKGROUND_FILE, TAUGHT_FILE, Recognizer, fit_background, to_predictions
+from cliphar.evaluation import (
+    Evaluation,
+    Mistake,
+    analyse,
+    compare,
+    confident_mistakes,
+    evaluate,
+    fit_calibration,
+)
+from cliphar.recognizer import BACKGROUND_FILE, TAUGHT_FILE, Prediction, Recognizer, fit_background, to_predictions
 from cliphar.runtime import OnnxRuntime
 from cliphar.training._job import TEST, TRAIN, VAL, Job, Outcome, embed_rows, text_vectors
 
@@ -26,8 +36,10 @@ __all__ = ["package", "versions"]
 _BACKGROUND_PHOTOS = 1200
 
 
-def package(job: Job, outcome: Outcome) -> Bundle:
+def package(job: Job, outcome: Outcome) -> tuple[Bundle, Evaluation]:
     """Calibrate on VAL, measure on TEST beside the starting model, and write the bundle to the recipe's output.
+
+    The evaluation is of TEST, compared with the starting model; its data is the bundle's ``evaluation.json``.
 
     Both go through the bundle as it will serve. Where the towers are as they were, ``open`` stays as it was; else it
     is fitted on the same labels by their words, which flatters it: they are not words that training never saw.
@@ -62,35 +74,54 @@ def package(job: Job, outcome: Outcome) -> Bundle:
     truth = {part: job.targets[job.rows(part)] for part in (VAL, TEST)}
     known = fit_calibration(val @ outcome.vectors.T, truth[VAL])
     unseen = info.open if same_towers else fit_calibration(val @ words.T, truth[VAL])
-    before = job.features(TEST)
-    metrics = {
-        "known": _measure(job, test @ outcome.vectors.T, known, "photos never seen"),
-        "words": _measure(job, test @ words.T, unseen, "the same photos, labels by their words alone"),
-        "start": _measure(
-            job,
-            before @ job.start_vectors().T,
-            fit_calibration(job.features(VAL) @ job.start_vectors().T, truth[VAL]),
-            f"the same photos by {info.name}, which training started from",
-        ),
+    start = job.start_vectors().T
+    answers = {
+        "known": _answers(job, test @ outcome.vectors.T, known),
+        "words": _answers(job, test @ words.T, unseen),
+        "start": _answers(job, job.features(TEST) @ start, fit_calibration(job.features(VAL) @ start, truth[VAL])),
     }
+    descriptions = {
+        "known": "photos never seen",
+        "words": "the same photos, labels by their words alone",
+        "start": f"the same photos by {info.name}, which training started from",
+    }
+    named = [job.labels[t] for t in truth[TEST]]
+    metrics = {kind: _measure(job, answers[kind], named, what) for kind, what in descriptions.items()}
+    evaluation = Evaluation(
+        model=job.recipe.name,
+        data=f"the test part of {Path(job.recipe.data.source).name}",
+        analysis=analyse(answers["known"], named, job.labels),
+        mistakes=_mistakes(job, answers["known"], named),
+        comparison=compare(answers["known"], answers["start"], named, info.name),
+    )
+    files["evaluation.json"] = json.dumps(evaluation.to_dict(), ensure_ascii=False).encode()
     if same_towers and "open" in info.metrics:
         metrics["open"] = info.metrics["open"]
     for name, measured in metrics.items():
         job.around.log(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in measured.values.items()))
     finished = draft.model_copy(update={"known": known, "open": unseen, "metrics": metrics})
     write_bundle(job.recipe.output, BundleInfo.model_validate(finished.model_dump()), files, overwrite=True)
-    return read_bundle(job.recipe.output)
+    return read_bundle(job.recipe.output), evaluation
 
 
 def _features(job: Job, trained: Recognizer, part: int, same_towers: bool) -> NDArray[np.float32]:
     return job.features(part) if same_towers else embed_rows(trained, job.photos, job.rows(part))
 
 
-def _measure(job: Job, cosines: NDArray[np.float32], calibration: Calibration, what: str) -> Metrics:
-    answers = to_predictions(cosines, job.labels, calibration, 5, 0.9)
-    values = evaluate(answers, [job.labels[t] for t in job.targets[job.rows(TEST)]]).to_dict()
+def _answers(job: Job, cosines: NDArray[np.float32], calibration: Calibration) -> list[Prediction]:
+    return to_predictions(cosines, job.labels, calibration, 5, 0.9)
+
+
+def _measure(job: Job, answers: list[Prediction], truth: list[str], what: str) -> Metrics:
+    values = evaluate(answers, truth).to_dict()
     count = int(values.pop("n"))
     return Metrics(description=f"{len(job.labels)} labels, {what}", n=count, values=dict(values))
+
+
+def _mistakes(job: Job, answers: list[Prediction], truth: list[str]) -> list[Mistake]:
+    rows = {Path(job.photos.keys[i]): int(i) for i in job.rows(TEST)}
+    worst = confident_mistakes(list(rows), answers, truth)
+    return [replace(mistake, image=job.photos.photo(rows[mistake.path])) for mistake in worst]
 
 
 def versions(*names: str) -> dict[str, str]:

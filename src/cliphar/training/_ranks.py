@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -25,8 +26,8 @@ class Ranks(Protocol):
     rank: int
     world: int
 
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """The module as it is called in training."""
+    def wrap(self, module: nn.Module) -> tuple[nn.Module, nn.Module]:
+        """The module as it is called in training, and the one that holds the parameters to be stepped."""
         ...
 
     def gather(self, rows: Tensor) -> Tensor:
@@ -39,6 +40,14 @@ class Ranks(Protocol):
 
     def any(self, flag: int) -> int:
         """The largest of all processes' flags."""
+        ...
+
+    def first(self) -> AbstractContextManager[None]:
+        """The block runs in the first process, and then, when it is done there, in the others."""
+        ...
+
+    def wait(self) -> None:
+        """Until every process is here."""
         ...
 
     def weights(self, module: nn.Module) -> dict[str, Any]:
@@ -68,9 +77,9 @@ class OneProcess:
     rank = 0
     world = 1
 
-    def wrap(self, module: nn.Module) -> nn.Module:
+    def wrap(self, module: nn.Module) -> tuple[nn.Module, nn.Module]:
         """See :class:`Ranks`."""
-        return module
+        return module, module
 
     def gather(self, rows: Tensor) -> Tensor:
         """See :class:`Ranks`."""
@@ -83,6 +92,13 @@ class OneProcess:
     def any(self, flag: int) -> int:
         """See :class:`Ranks`."""
         return flag
+
+    def first(self) -> AbstractContextManager[None]:
+        """See :class:`Ranks`."""
+        return nullcontext()
+
+    def wait(self) -> None:
+        """See :class:`Ranks`."""
 
     def weights(self, module: nn.Module) -> dict[str, Any]:
         """See :class:`Ranks`."""

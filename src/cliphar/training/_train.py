@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from cliphar.bundle import Bundle
+from dataclasses import replace
+
+from cliphar.bundle import Bundle, read_bundle
+from cliphar.errors import UsageError
+from cliphar.evaluation import write_report
+from cliphar.training._distributed import open_ranks
 from cliphar.training._gradient import checkpoint_of
-from cliphar.training._job import Surroundings, open_job
+from cliphar.training._job import Job, Outcome, Surroundings, open_job
 from cliphar.training._loop import stop_on_signals
-from cliphar.training._method_recipe import MethodRecipe
+from cliphar.training._method_recipe import GradientRecipe, MethodRecipe
 from cliphar.training._methods import METHODS
 from cliphar.training._package import package
 from cliphar.training._recipe import Recipe
 from cliphar.training._run import run
+from cliphar.training._tracker import NoTracker
+from cliphar.training._tracking import open_tracker
 
 __all__ = ["train"]
 
@@ -23,19 +30,41 @@ def train(recipe: Recipe, around: Surroundings | None = None) -> Bundle:
         BundleError, DataError, UsageError: the model, the photos or a setting is not right.
     """
     around = around or Surroundings()
+    ranks = open_ranks(recipe.train.distributed if isinstance(recipe, GradientRecipe) else "ddp")
     if not isinstance(recipe, MethodRecipe):
+        if ranks.world > 1:
+            raise UsageError(f"recipes of kind {recipe.kind} run in one process, without torchrun")
         return run(recipe, around.log)
-    job = open_job(recipe, around)
-    around.tracker.log_params(recipe.model_dump(mode="json"))
+    if ranks.world > 1 and not isinstance(recipe, GradientRecipe):
+        raise UsageError(f"method {recipe.method} runs in one process, without torchrun")
+    around = replace(around, ranks=ranks)
+    if ranks.rank:  # the first process speaks for all
+        around = replace(around, log=lambda _: None, on_step=lambda _: None, tracker=NoTracker())
+    elif recipe.track:
+        around = replace(around, tracker=open_tracker(recipe.track, recipe.name, recipe.output.parent, around.log))
     try:
+        with ranks.first():  # it fills the caches that the others then read
+            job = open_job(recipe, around)
+        around.tracker.log_params(recipe.model_dump(mode="json") | {"processes": ranks.world})
         with stop_on_signals(around.stop):
             outcome = METHODS[recipe.method](job)
-        bundle = package(job, outcome)
-        around.tracker.log_metrics(
-            {f"{kind}/{name}": value for kind, m in bundle.info.metrics.items() for name, value in m.values.items()}, 0
-        )
-        around.tracker.log_artifact(bundle.path)
+        if not ranks.rank:
+            _keep(job, outcome)
+        ranks.wait()
     finally:
         around.tracker.close()
+    return read_bundle(recipe.output)
+
+
+def _keep(job: Job, outcome: Outcome) -> None:
+    """Write the bundle, and beside it its report; hand both to the tracker."""
+    recipe, tracker = job.recipe, job.around.tracker
+    bundle, evaluation = package(job, outcome)
+    report = recipe.output.with_name(f"{recipe.output.name}.html")
+    write_report(report, evaluation)
+    for kind, metrics in bundle.info.metrics.items():
+        tracker.log_metrics({f"{kind}/{name}": value for name, value in metrics.values.items()}, 0)
+    tracker.log_artifact(report)
+    tracker.log_artifact(bundle.path)
+    job.around.log(f"report: {report}")
     checkpoint_of(recipe.output).unlink(missing_ok=True)
-    return bundle

@@ -1,0 +1,274 @@
+"""MLflow and Weights & Biases behind one tracker, which never makes the training wait or fail."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from cliphar.errors import UsageError
+
+__all__ = ["BackgroundTracker", "MlflowSink", "Sink", "WandbSink", "open_tracker"]
+
+_SYSTEM_EVERY_S = 10.0
+_CLOSE_S = 120.0
+Point = tuple[str, float, int, float]  # name, value, step, seconds since 1970
+
+
+class Sink(Protocol):
+    """Where a run is recorded. Called from one thread, in order; what it raises is told once and then it is let go."""
+
+    name: str
+
+    def params(self, params: Mapping[str, Any]) -> None:
+        """The recipe's settings, flat."""
+        ...
+
+    def points(self, points: Sequence[Point]) -> None:
+        """Values of metrics."""
+        ...
+
+    def artifact(self, path: Path) -> None:
+        """A file, or the folder of the finished bundle."""
+        ...
+
+    def end(self, finished: bool) -> None:
+        """The run is over."""
+        ...
+
+
+class MlflowSink:
+    """An MLflow run: at MLFLOW_TRACKING_URI, else in ``home``/mlflow.db.
+
+    The experiment is MLFLOW_EXPERIMENT_NAME, else ``cliphar``.
+    """
+
+    name = "MLflow"
+
+    def __init__(self, run_name: str, home: Path) -> None:
+        # an absent server is found out in seconds, not the half hour that MLflow would try for
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+        import logging
+
+        from mlflow.tracking import MlflowClient
+
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        uri = os.environ.get("MLFLOW_TRACKING_URI")
+        place = None
+        if not uri:
+            home.mkdir(parents=True, exist_ok=True)
+            uri = f"sqlite:///{(home / 'mlflow.db').resolve()}"
+            place = (home / "mlflow").resolve().as_uri()
+        self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "cliphar"
+        experiment = self._client.get_experiment_by_name(name)
+        self._experiment = (
+            experiment.experiment_id if experiment else self._client.create_experiment(name, artifact_location=place)
+        )
+        self._model = run_name
+        self._run = self._client.create_run(self._experiment, run_name=run_name)
+
+    def params(self, params: Mapping[str, Any]) -> None:
+        """See :class:`Sink`."""
+        from mlflow.entities import Param
+
+        texts = [Param(key, str(value)[:6000]) for key, value in params.items()]
+        for at in range(0, len(texts), 100):  # what one request may hold
+            self._client.log_batch(self._run.info.run_id, params=texts[at : at + 100])
+
+    def points(self, points: Sequence[Point]) -> None:
+        """See :class:`Sink`."""
+        from mlflow.entities import Metric
+
+        metrics = [Metric(name, value, int(when * 1000), step) for name, value, step, when in points]
+        for at in range(0, len(metrics), 1000):
+            self._client.log_batch(self._run.info.run_id, metrics=metrics[at : at + 1000])
+
+    def artifact(self, path: Path) -> None:
+        """See :class:`Sink`; a bundle also becomes a version of the registered model of its recipe's name."""
+        run = self._run.info
+        if path.is_file():
+            self._client.log_artifact(run.run_id, str(path))
+            return
+        from mlflow.exceptions import MlflowException
+
+        self._client.log_artifacts(run.run_id, str(path), "bundle")
+        try:
+            self._client.get_registered_model(self._model)
+        except MlflowException:
+            self._client.create_registered_model(self._model)
+        self._client.create_model_version(self._model, f"{run.artifact_uri}/bundle", run_id=run.run_id)
+
+    def end(self, finished: bool) -> None:
+        """See :class:`Sink`."""
+        self._client.set_terminated(self._run.info.run_id, "FINISHED" if finished else "FAILED")
+
+
+class WandbSink:
+    """A Weights & Biases run, set by its own variables: WANDB_MODE, WANDB_BASE_URL and so on.
+
+    The project is WANDB_PROJECT, else ``cliphar``.
+    """
+
+    name = "Weights & Biases"
+
+    def __init__(self, run_name: str, home: Path) -> None:
+        import wandb
+
+        home.mkdir(parents=True, exist_ok=True)
+        self._wandb = wandb
+        self._model = run_name
+        project = os.environ.get("WANDB_PROJECT") or "cliphar"
+        self._run = wandb.init(project=project, name=run_name, dir=home, settings=wandb.Settings(silent=True))
+        self._run.define_metric("*", step_metric="step")
+
+    def params(self, params: Mapping[str, Any]) -> None:
+        """See :class:`Sink`."""
+        self._run.config.update(dict(params))  # type: ignore[no-untyped-call]
+
+    def points(self, points: Sequence[Point]) -> None:
+        """See :class:`Sink`."""
+        by_step: dict[int, dict[str, float]] = {}
+        for name, value, step, _ in points:
+            if not name.startswith("system/"):  # it measures the machine itself
+                by_step.setdefault(step, {})[name] = value
+        for step, values in by_step.items():
+            self._run.log(values | {"step": step})
+
+    def artifact(self, path: Path) -> None:
+        """See :class:`Sink`."""
+        artifact = self._wandb.Artifact(
+            self._model if path.is_dir() else path.stem, "model" if path.is_dir() else "report"
+        )
+        (artifact.add_dir if path.is_dir() else artifact.add_file)(str(path))
+        self._run.log_artifact(artifact)
+
+    def end(self, finished: bool) -> None:
+        """See :class:`Sink`."""
+        self._run.finish(exit_code=0 if finished else 1)
+
+
+class BackgroundTracker:
+    """A tracker that hands everything to sinks on a thread of its own.
+
+    Args:
+        open_sinks: makes the sinks, on that thread, since even that may wait for a server.
+        log: is told, in one line, of a sink that fails; the others and the training go on.
+    """
+
+    def __init__(self, open_sinks: Sequence[Callable[[], Sink]], log: Callable[[str], None]) -> None:
+        self._log = log
+        self._open = list(open_sinks)
+        self._queue: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self._step = 0
+        self._done = False
+        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
+        self._thread.start()
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """See :class:`Tracker`."""
+        self._queue.put(("params", _flat(params)))
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """See :class:`Tracker`."""
+        self._step = step
+        now = time.time()
+        self._queue.put(("points", [(name, float(value), step, now) for name, value in metrics.items()]))
+
+    def log_artifact(self, path: Path) -> None:
+        """See :class:`Tracker`; a folder is the finished bundle."""
+        self._done = self._done or path.is_dir()
+        self._queue.put(("artifact", path))
+
+    def close(self) -> None:
+        """Wait, within bounds, until all is written; the run counts as finished if it logged a bundle."""
+        self._queue.put(("end", self._done))
+        self._thread.join(_CLOSE_S)
+        if self._thread.is_alive():
+            self._log(f"tracking was not done {_CLOSE_S:.0f} s after the end; it is left behind")
+
+    def _work(self) -> None:
+        sinks: list[Sink] = []
+        for opening in self._open:
+            try:
+                sinks.append(opening())
+            except Exception as error:
+                self._tell("tracking", error)
+        measured = 0.0
+        points: list[Point] = []
+        while True:
+            kind, value = self._next()
+            if kind == "points":
+                points += value
+            if time.monotonic() - measured > _SYSTEM_EVERY_S:
+                measured = time.monotonic()
+                points += [(name, number, self._step, time.time()) for name, number in _system().items()]
+            # values are gathered as long as more of them wait: one request holds many
+            if points and (kind != "points" or self._queue.empty()):
+                self._give(sinks, "points", points)
+                points = []
+            if kind in ("params", "artifact", "end"):
+                self._give(sinks, kind, value)
+            if kind == "end":
+                return
+
+    def _next(self) -> tuple[str, Any]:
+        try:
+            return self._queue.get(timeout=_SYSTEM_EVERY_S)
+        except queue.Empty:
+            return "idle", None
+
+    def _give(self, sinks: list[Sink], kind: str, value: Any) -> None:
+        for sink in list(sinks):
+            try:
+                getattr(sink, kind)(value)
+            except Exception as error:
+                sinks.remove(sink)
+                self._tell(sink.name, error)
+
+    def _tell(self, name: str, error: Exception) -> None:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        self._log(f"{name} is no longer written to, training goes on: {reason}")
+
+
+def open_tracker(kinds: Sequence[str], run_name: str, home: Path, log: Callable[[str], None]) -> BackgroundTracker:
+    """A tracker for ``mlflow``, ``wandb`` or both; local files go to ``home``.
+
+    Raises:
+        UsageError: one of them is not installed.
+    """
+    import importlib.util
+
+    for kind in kinds:
+        if importlib.util.find_spec(kind) is None:
+            raise UsageError(f"tracking with {kind} needs a package; run: pip install 'cliphar[train]'")
+    sinks: dict[str, type[MlflowSink] | type[WandbSink]] = {"mlflow": MlflowSink, "wandb": WandbSink}
+    return BackgroundTracker([lambda made=sinks[kind]: made(run_name, home) for kind in kinds], log)  # type: ignore[misc]
+
+
+def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in params.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def _system() -> dict[str, float]:
+    """Load of the machine and size of this process: percent and MiB."""
+    import psutil
+    import torch
+
+    found = {
+        "system/cpu_percent": psutil.cpu_percent(),
+        "system/memory_percent": psutil.virtual_memory().percent,
+        "system/process_mib": psutil.Process().memory_info().rss / 2**20,
+    }
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        found["system/gpu_memory_percent"] = 100 * (1 - free / total)
+    return found
