@@ -13,10 +13,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from cliphar.errors import UsageError
+from cliphar.errors import MediaError, UsageError
 from cliphar.recognizer import Prediction
 
-__all__ = ["Writer", "printable", "progress", "show"]
+__all__ = ["Writer", "named_error", "printable", "progress", "show"]
 
 _BAR = 24
 
@@ -24,6 +24,12 @@ _BAR = 24
 def printable(path: str) -> str:
     """The path with bytes that are no UTF-8 spelled out, as every output can take it."""
     return path.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def named_error(path: str, error: MediaError) -> str:
+    """One line that names the photo once."""
+    text = " ".join(printable(str(error)).split())
+    return text if path in text else f"{path}: {text}"
 
 
 def show(path: str, prediction: Prediction) -> None:

@@ -28,15 +28,25 @@ def predict(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Also write all answers to a .csv, .jsonl or .parquet file.")
     ] = None,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="On a Ray cluster; photos may be in .tar shards, --out is a folder.")
+    ] = False,
     provider: Provider = None,
     threads: Threads = None,
 ) -> None:
     """Say what the people in the photos are doing."""
-    from cliphar.cli._output import Writer, printable, progress, show
+    from cliphar.cli._output import Writer, named_error, printable, progress, show
     from cliphar.recognizer import load
 
     chosen = chosen_labels(labels, labels_file)
     files = list(expand(paths))
+    if ray:
+        from cliphar.cli._ray import predict_on_ray
+
+        if out is None or out.suffix or as_json:
+            raise UsageError("--ray writes Parquet files: give --out FOLDER, and no --json")
+        predict_on_ray(files, out, model=model, provider=provider, labels=chosen, top_k=top_k, coverage=coverage)
+        return
     with Writer(out) as writer:
         recognizer = load(model, provider=provider, threads=threads)
         failed = 0
@@ -47,7 +57,7 @@ def predict(
                 shown = printable(path)
                 if isinstance(answer, MediaError):
                     failed += 1
-                    print(f"cliphar: {_named(shown, answer)}", file=sys.stderr)
+                    print(f"cliphar: {named_error(shown, answer)}", file=sys.stderr)
                     continue
                 writer.add(shown, answer)
                 if as_json:
@@ -56,13 +66,6 @@ def predict(
                     show(shown, answer)
     if failed:
         raise typer.Exit(1)
-
-
-def _named(path: str, error: MediaError) -> str:
-    from cliphar.cli._output import printable
-
-    text = " ".join(printable(str(error)).split())
-    return text if path in text else f"{path}: {text}"
 
 
 def expand(paths: list[str]) -> Iterator[str]:

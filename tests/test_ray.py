@@ -1,0 +1,98 @@
+"""Ray, started here with two CPUs: photos answered in parts, and a training in two processes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+pytest.importorskip("ray", reason="needs the [ray] extra")
+parquet = pytest.importorskip("pyarrow.parquet")
+
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def cli(clean_env: dict[str, str], tmp_path: Path) -> Cli:
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "cliphar", *map(str, arguments)]
+        quiet = {"RAY_DEDUP_LOGS": "0", "OMP_NUM_THREADS": "1", "RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": 2})}
+        return subprocess.run(
+            command, capture_output=True, text=True, env=clean_env | quiet, cwd=tmp_path, timeout=300, check=False
+        )
+
+    return run
+
+
+def test_photos_and_shards_are_answered_in_parts_that_are_kept(cli: Cli, photos: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    for photo in photos[:3]:
+        shutil.copy(photo, tmp_path / "photos")
+    (tmp_path / "photos" / "bad.jpg").write_bytes(b"no photo")
+    with tarfile.open(tmp_path / "shard.tar", "w") as shard:
+        shard.add(photos[0], "inside.jpg")
+        shard.add(__file__, "notes.txt")
+    ask = ("predict", "photos", "shard.tar", "--labels", "smiling,riding a bike", "--ray", "--out", "out")
+    first = cli(*ask)
+    assert first.returncode == 1, first.stderr
+    said = [line for line in first.stderr.splitlines() if line.startswith("cliphar: ")]  # among Ray's own
+    assert len(said) == 1, first.stderr
+    assert "bad.jpg" in said[0]
+    assert first.stdout.startswith("4 photos answered in 2 parts")
+    tables = [parquet.read_table(part).to_pylist() for part in sorted((tmp_path / "out").iterdir())]
+    rows = {row["path"]: row for table in tables for row in table}
+    assert len(rows) == 4
+    assert "shard.tar/inside.jpg" in rows
+    plain = cli("predict", "photos", "--labels", "smiling,riding a bike", "--json")
+    for line in plain.stdout.splitlines():
+        answer = json.loads(line)
+        assert rows[answer["path"]]["label"] == answer["label"]
+        assert rows[answer["path"]]["score"] == pytest.approx(answer["score"], abs=1e-4)
+    kept = {part.name: part.stat().st_mtime_ns for part in (tmp_path / "out").iterdir()}
+    lost = sorted(kept)[0]
+    (tmp_path / "out" / lost).unlink()
+    again = cli(*ask)
+    assert "in 1 parts in out, 1 parts were there" in again.stdout
+    assert {part.name for part in (tmp_path / "out").iterdir()} == set(kept)
+    assert all((tmp_path / "out" / name).stat().st_mtime_ns == kept[name] for name in kept if name != lost)
+
+
+def test_wrong_calls(cli: Cli, photos: list[Path]) -> None:
+    for arguments in (("--ray",), ("--ray", "--out", "answers.parquet"), ("--ray", "--out", "out", "--json")):
+        done = cli("predict", photos[0], *arguments)
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+
+
+def test_a_training_in_two_processes(cli: Cli, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for label, colour in (("jumping", (220, 40, 40)), ("running", (40, 60, 220))):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for i in range(10):
+            pixels = np.clip(random.normal(colour, 40, (64, 64, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / label / f"{i}.png")
+    tree = {
+        "method": "full",
+        "name": "both",
+        "output": "runs/both",
+        "data": {"source": "data", "val": 0.2, "test": 0.2},
+        "train": {"epochs": 1, "batch_size": 4, "size": 64, "device": "cpu", "distributed": "fsdp"},
+        "contrastive": 0,
+        "wise": {"shares": [1.0]},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    done = cli("train", "recipe.yaml", "--ray", "2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "both is ready at runs/both"
+    info = json.loads((tmp_path / "runs" / "both" / "bundle.json").read_text(encoding="utf-8"))
+    assert info["labels"] == ["jumping", "running"]
+    assert info["provenance"]["recipe"]["train"]["distributed"] == "fsdp"
+    assert (tmp_path / "runs" / "both.html").is_file()
