@@ -1,0 +1,235 @@
+"""The loop's parts, without a model: order, views, accumulation, averages, patience, freezing, rates, recipes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="training needs the [train] extra")
+
+from torch import Tensor, nn  # noqa: E402
+
+from cliphar.data import PhotoSet  # noqa: E402
+from cliphar.errors import UsageError  # noqa: E402
+from cliphar.training import load_recipe  # noqa: E402
+from cliphar.training._augment import random_frames  # noqa: E402
+from cliphar.training._batches import Batch, Batches, TrainItems  # noqa: E402
+from cliphar.training._contrast import ContrastObjective, Losses  # noqa: E402
+from cliphar.training._gradient import freeze  # noqa: E402
+from cliphar.training._loop import Run, fit  # noqa: E402
+from cliphar.training._method_recipe import LoopRecipe, LoraSection  # noqa: E402
+from cliphar.training._methods._lora import adapt, merge  # noqa: E402
+from cliphar.training._rates import learning_rate  # noqa: E402
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+class Tower(nn.Module):
+    """A photo's embedding is a linear map of its mean colours in four corners."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(12, 8)
+
+    def forward(self, images: Tensor) -> Tensor:
+        corners = nn.functional.adaptive_avg_pool2d(images / 255, 2).flatten(1)
+        return nn.functional.normalize(self.project(corners), dim=-1)
+
+
+@pytest.fixture
+def items() -> TrainItems:
+    """Twelve photos of three labels, of which the first has eight."""
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (12, 1, 20, 24, 3), np.uint8)
+    targets = np.array([0] * 8 + [1, 1, 2, 2])
+    photos = PhotoSet(
+        keys=[str(i) for i in range(12)],
+        labels=[str(t) for t in targets],
+        captions=[()] * 12,
+        splits=[None] * 12,
+        groups=np.arange(12),
+        refused=[],
+        sha256="0" * 64,
+        _pixels=pixels.ravel(),
+        _offsets=np.arange(13) * pixels[0].size,
+        _shapes=np.array([pixels[0].shape] * 12),
+    )
+    return TrainItems(photos, np.arange(12), targets, [[int(t)] for t in targets])
+
+
+def objective(contrastive: float = 0.0, mixup: float = 0.0) -> ContrastObjective:
+    torch.manual_seed(0)
+    texts = nn.functional.normalize(torch.randn(3, 8), dim=-1)
+    return ContrastObjective(Tower(), texts, texts, None, 10.0, Losses(contrastive, 1.0, 0.1, mixup))
+
+
+def run(tmp_path: Path, **changes: object) -> Run:
+    return Run(tmp_path / "checkpoint", "same", 0, 0.05, torch.device("cpu"), **changes)  # type: ignore[arg-type]
+
+
+def flat(module: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+def trained(items: TrainItems, tmp_path: Path, contrastive: float = 0.0, **settings: object) -> Tensor:
+    recipe = LoopRecipe.model_validate({"epochs": 2, "batch_size": 4, "ema": 0} | settings)
+    model = objective(contrastive, recipe.mixup)
+    fit(model, Batches([items], recipe, 16, 0), recipe, run(tmp_path), lambda: {"score": 1.0})
+    return flat(model)
+
+
+def test_batches_depend_on_seed_and_epoch_alone(items: TrainItems) -> None:
+    batches = Batches([items], LoopRecipe(batch_size=4), 16, 3)
+    whole = list(batches.epoch(1))
+    again = list(batches.epoch(1, first_step=1))
+    assert len(whole) == 3
+    assert torch.equal(whole[1].images, again[0].images)
+    assert not np.array_equal(batches.order(0), batches.order(1))
+    assert sorted(batches.order(0).ravel()) == list(range(12))
+    parts = [list(Batches([items], LoopRecipe(batch_size=4), 16, 3, rank, 2).epoch(1)) for rank in (0, 1)]
+    assert torch.equal(torch.cat([part[0].images for part in parts]), whole[0].images)
+
+
+def test_a_balanced_order_draws_labels_alike(items: TrainItems) -> None:
+    batches = Batches([items], LoopRecipe(batch_size=12, balanced=True), 16, 0)
+    drawn = items.targets[np.concatenate([batches.order(epoch).ravel() for epoch in range(100)])]
+    assert np.abs(np.bincount(drawn) / len(drawn) - 1 / 3).max() < 0.05
+
+
+def test_views_are_of_their_seed(items: TrainItems) -> None:
+    def view(seed: int, operations: int) -> np.ndarray:
+        random = np.random.default_rng(seed)
+        return random_frames(
+            np.repeat(items.photos.frames(0), 2, 0), 16, min_area=0.3, operations=operations, magnitude=9, random=random
+        )
+
+    for seed in range(20):  # over all operations
+        first = view(seed, 3)
+        assert first.shape == (2, 16, 16, 3)
+        assert np.array_equal(first[0], first[1])  # a clip's frames alike
+        assert np.array_equal(first, view(seed, 3))
+    assert not np.array_equal(view(0, 0), view(1, 0))
+
+
+def test_accumulated_parts_are_one_batch(items: TrainItems, tmp_path: Path) -> None:
+    whole = trained(items, tmp_path / "a", label_smoothing=0)
+    parts = trained(items, tmp_path / "b", label_smoothing=0, accumulate=2)
+    assert torch.allclose(whole, parts, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"ema": 0.9}, {"mixup": 0.4}, {"precision": "bf16"}, {"balanced": True}, {"randaugment": 2}]
+)
+def test_each_setting_changes_what_is_learned(items: TrainItems, tmp_path: Path, settings: dict[str, object]) -> None:
+    plain, changed = trained(items, tmp_path / "a"), trained(items, tmp_path / "b", **settings)
+    assert torch.isfinite(changed).all()
+    assert not torch.equal(plain, changed)
+
+
+def test_fp16_and_the_contrastive_loss_train(items: TrainItems, tmp_path: Path) -> None:
+    assert torch.isfinite(trained(items, tmp_path, contrastive=1.0, precision="fp16")).all()
+
+
+def test_patience_ends_a_run_and_the_best_epoch_is_kept(items: TrainItems, tmp_path: Path) -> None:
+    model, scores, kept = objective(), iter([0.5, 0.9, 0.8, 0.7, 0.6]), []
+
+    def validate() -> dict[str, float]:
+        kept.append(flat(model))
+        return {"score": next(scores)}
+
+    recipe = LoopRecipe(epochs=5, batch_size=4, patience=2, ema=0)
+    measured = fit(model, Batches([items], recipe, 16, 0), recipe, run(tmp_path), validate)
+    assert measured == {"score": 0.9}
+    assert len(kept) == 4
+    assert torch.equal(flat(model), kept[1])
+
+
+def test_a_loss_that_is_no_number_is_told(items: TrainItems, tmp_path: Path) -> None:
+    model = objective()
+    with torch.no_grad():
+        model.class_vectors.fill_(float("nan"))
+    recipe = LoopRecipe(batch_size=4)
+    with pytest.raises(UsageError, match=r"lower train\.lr"):
+        fit(model, Batches([items], recipe, 16, 0), recipe, run(tmp_path), lambda: {"score": 0.0})
+
+
+def test_frozen_weights_stay(items: TrainItems, tmp_path: Path) -> None:
+    model = objective()
+    freeze(model, ["image.project.w*"])
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    recipe = LoopRecipe(epochs=1, batch_size=4)
+    fit(model, Batches([items], recipe, 16, 0), recipe, run(tmp_path), lambda: {"score": 0.0})
+    changed = {name for name, p in model.named_parameters() if not torch.equal(before[name], p)}
+    assert changed == {"image.project.bias", "class_vectors"}
+    with pytest.raises(UsageError, match="fits no weight"):
+        freeze(model, ["text.*"])
+
+
+def test_photos_of_one_label_are_not_each_others_negatives() -> None:
+    model = objective(contrastive=1.0)
+    images = torch.randint(0, 256, (4, 1, 3, 16, 16), dtype=torch.uint8)
+    targets = torch.tensor([0, 0, 1, -1])
+    alike = model(Batch(images, targets, torch.tensor([0, 0, 1, 2])))["contrastive"]
+    z, texts = model.embed(images), model.sentences[[0, 0, 1, 2]]
+    logits = 10.0 * z @ texts.T
+    wanted = torch.tensor([[0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    rows = -(wanted * logits.log_softmax(-1)).sum(1) - (wanted * logits.T.log_softmax(-1)).sum(1)
+    assert torch.allclose(alike, rows.mean() / 2, atol=1e-5)
+    assert torch.allclose(
+        model(Batch(images, targets, torch.full((4,), -1)))["contrastive"], torch.tensor(0.0)
+    )  # nothing was said
+
+
+def test_low_rank_changes_merge_into_the_weights() -> None:
+    torch.manual_seed(0)
+    tower = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "project": nn.Linear(8, 8)})
+    before = {name: p.detach().clone() for name, p in tower.named_parameters()}
+    assert adapt(tower, LoraSection(targets=("attn.in_proj_weight",))) == 1
+    trainable = [name for name, p in tower.named_parameters() if p.requires_grad]
+    assert all("parametrizations" in name for name in trainable)
+    assert torch.equal(tower["attn"].in_proj_weight, before["attn.in_proj_weight"])  # it starts as it was
+    with torch.no_grad():
+        dict(tower.named_parameters())[next(name for name in trainable if name.endswith("up"))].normal_()
+    changed = tower["attn"].in_proj_weight.detach().clone()
+    merge(tower)
+    assert set(dict(tower.named_parameters())) == set(before)
+    assert torch.equal(tower["attn"].in_proj_weight, changed)
+    difference = (changed - before["attn.in_proj_weight"]).view(3, 8, 8)
+    assert torch.linalg.matrix_rank(difference).tolist() == [2, 2, 2]
+    with pytest.raises(UsageError, match="fit no weight"):
+        adapt(tower, LoraSection(targets=("nothing",)))
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "temporal"])
+def test_rates_that_destroy_are_warned_of(method: str) -> None:
+    said: list[str] = []
+    for transformer in (True, False):
+        default = learning_rate(method, None, transformer=transformer, log=said.append)
+        assert not said
+        assert learning_rate(method, default * 100, transformer=transformer, log=said.append) == default * 100
+        assert "destroy" in said.pop()
+    assert learning_rate("full", None, transformer=True) <= 1e-5
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_ready_recipe_loads(file: Path) -> None:
+    load_recipe(file)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.learning_rate=1", "unknown key train.learning_rate"),
+        ("train.epoch=1", "did you mean epochs?"),
+        ("method=ful", "did you mean full?"),
+        ("train.accumulate=3", "not a multiple"),
+        ("data.val=0.9", "data.val"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(override: str, said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_recipe(RECIPES / "full.yaml", (override,))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
