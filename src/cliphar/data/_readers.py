@@ -6,7 +6,7 @@
 | the same | with a captions.jsonl of {"file", "captions"} |
 | .csv, .jsonl, .parquet | a manifest: ``file``, and ``label``, ``captions`` (or ``caption``), ``split`` if there are any |
 | a .tar of samples, a folder of such, or a pattern with {000..009} | WebDataset shards: KEY.jpg with KEY.cls, KEY.txt or KEY.json |
-| hub:OWNER/NAME, or a folder that ``datasets`` saved | a data set of the hub |
+| hub:OWNER/NAME or hub:OWNER/NAME@PART, or a folder that ``datasets`` saved | a data set of the hub; one part of it |
 
 WebDataset: https://github.com/webdataset/webdataset. Clips are files with a video's suffix, in any of them.
 """  # noqa: E501
@@ -290,9 +290,12 @@ def _hub(name: str, source: str) -> PhotoSource:
     try:
         import datasets  # type: ignore[import-untyped,unused-ignore]
     except ImportError as error:
-        raise UsageError("a hub data set needs 'datasets'; run: pip install datasets") from error
+        raise UsageError("a data set of the hub needs 'datasets'; run: pip install 'cliphar[hub]'") from error
     try:
+        name, _, part = name.partition("@")
         found = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name)
+        if part:
+            found = found[part]
     except Exception as error:  # the hub's client raises classes of its own
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DataError(f"cannot load {source}: {reason}; connect to the network or give a local copy") from error

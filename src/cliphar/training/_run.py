@@ -34,7 +34,7 @@ from cliphar.export import compress_weights, export_image_tower, export_teacher_
 from cliphar.labels import glossary
 from cliphar.media import to_square
 from cliphar.models import ImageTower
-from cliphar.recognizer import Recognizer, to_predictions
+from cliphar.recognizer import BACKGROUND_FILE, Recognizer, fit_background, to_predictions
 from cliphar.runtime import OnnxRuntime
 from cliphar.training._corpus import TEST, TRAIN, VAL, Corpus, build_corpus
 from cliphar.training._distill import DistillData, distill, embed
@@ -55,6 +55,7 @@ TEMPLATES = (
     "an action photo of {}",
     "a person {}",
 )
+_BACKGROUND_PHOTOS = 1200
 _UNFITTED = Calibration(logit_scale=50.0, conformal=((0.9, 1.0),), unknown_below=-1.0, photos=1)
 Log = Callable[[str], None]
 
@@ -210,6 +211,8 @@ def _finish(
         captioned = corpus.select(source="captioned", part=VAL)
         sentences = recognizer.runtime.encode_text([corpus.captions[i][0] for i in captioned])
         hits = (sentences @ embed_rows(captioned).T).argmax(1) == np.arange(len(captioned))
+        some = corpus.select(source="captioned")[:_BACKGROUND_PHOTOS]
+        files[BACKGROUND_FILE] = fit_background(embed_rows(some)).to_bytes()
     known = fit_calibration(parts["known-val"][1], parts["known-val"][2])
     unseen = fit_calibration(parts["open-val"][1], parts["open-val"][2])
     metrics = {}
