@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from cliphar.bundle import Bundle, BundleInfo, Calibration, Metrics, Provenance, read_bundle, write_bundle
+from cliphar.bundle import Bundle, BundleInfo, Calibration, Metrics, Provenance, Source, read_bundle, write_bundle
 from cliphar.evaluation import (
     Evaluation,
     Mistake,
@@ -59,6 +59,7 @@ def package(job: Job, outcome: Outcome) -> tuple[Bundle, Evaluation]:
             "description": job.recipe.description or f"{info.name}, trained by method {job.recipe.method}",
             "labels": job.labels,
             "metrics": {},
+            "sources": (*info.sources, *_sources(job)),
             "provenance": _provenance(job),
             "files": {name: entry for name, entry in info.files.items() if files.get(name) == base.path / name},
         }
@@ -102,6 +103,15 @@ def package(job: Job, outcome: Outcome) -> tuple[Bundle, Evaluation]:
     finished = draft.model_copy(update={"known": known, "open": unseen, "metrics": metrics})
     write_bundle(job.recipe.output, BundleInfo.model_validate(finished.model_dump()), files, overwrite=True)
     return read_bundle(job.recipe.output), evaluation
+
+
+def _sources(job: Job) -> tuple[Source, ...]:
+    given = [(job.recipe.data.source, "photos and labels"), (getattr(job.recipe, "captions", None), "captions")]
+    return tuple(
+        Source(name=Path(source).name, role=role, licence="not stated in the recipe")
+        for source, role in given
+        if source
+    )
 
 
 def _features(job: Job, trained: Recognizer, part: int, same_towers: bool) -> NDArray[np.float32]:
