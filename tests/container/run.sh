@@ -6,8 +6,8 @@ if ! docker info >/dev/null 2>&1; then eval "$(../shared/tools/docker-up)"; fi
 
 # names of its own: a test must not take the place of the user's image, nor remove the models pulled into their volume
 id=cliphar-test-$$
-image=$id:test
-export CLIPHAR_IMAGE=$image COMPOSE_PROJECT_NAME=$id
+image=$id:api
+export CLIPHAR_IMAGE=$id COMPOSE_PROJECT_NAME=$id CLIPHAR_PORT=18000 CLIPHAR_APP_PORT=18501
 unset PHOTOS MODEL_PATH CLIPHAR_USER
 work=$(mktemp -d)
 passed=0
@@ -18,7 +18,7 @@ clean() {
   docker compose down -v --remove-orphans >/dev/null 2>&1 || true
   docker rm -f -v "$id" >/dev/null 2>&1 || true
   docker volume rm -f "$id" >/dev/null 2>&1 || true
-  docker image rm -f "$image" "$id:changed" >/dev/null 2>&1 || true
+  docker image rm -f "$image" "$id:app" "$id:changed" >/dev/null 2>&1 || true
   rm -rf "$work"
 }
 trap clean EXIT
@@ -40,19 +40,20 @@ else
 fi
 
 started=$SECONDS
-docker build --progress=plain -f docker/Dockerfile.inference -t "$image" . >"$work/first.log" 2>&1 || { tail -30 "$work/first.log"; fail "build"; }
-ok "the image builds in $((SECONDS - started)) s"
+docker build --progress=plain -f docker/Dockerfile.inference --target api -t "$image" . >"$work/first.log" 2>&1 || { tail -30 "$work/first.log"; fail "build"; }
+docker build --progress=plain -f docker/Dockerfile.inference --target app -t "$id:app" . >"$work/app.log" 2>&1 || { tail -30 "$work/app.log"; fail "build"; }
+ok "both images build in $((SECONDS - started)) s"
 
 mkdir "$work/tree" && cp -r .dockerignore pyproject.toml constraints.txt README.md LICENSE docker src "$work/tree"
 echo "# changed at $(date +%s%N)" >>"$work/tree/src/cliphar/errors.py"
 started=$SECONDS
-docker build --progress=plain -f "$work/tree/docker/Dockerfile.inference" -t "$id:changed" "$work/tree" >"$work/warm.log" 2>&1 || { tail -30 "$work/warm.log"; fail "second build"; }
+docker build --progress=plain -f "$work/tree/docker/Dockerfile.inference" --target api -t "$id:changed" "$work/tree" >"$work/warm.log" 2>&1 || { tail -30 "$work/warm.log"; fail "second build"; }
 cached() { # the step whose line matches: its number, then whether the log calls it cached
   local step
   step=$(grep -oE "^#[0-9]+ \[$1" "$work/warm.log" | head -1 | cut -d' ' -f1) || fail "no step $1 in the log"
   grep -q "^$step CACHED" "$work/warm.log"
 }
-cached 'dependencies .*RUN --mount=type=cache' || fail "a change of code installed the dependencies again"
+cached 'dependencies-api .*RUN --mount=type=cache' || fail "a change of code installed the dependencies again"
 if cached 'package .*COPY src'; then fail "a change of code did not reach the image"; fi
 ok "a change of code keeps the dependency layer; built again in $((SECONDS - started)) s"
 
@@ -62,7 +63,9 @@ same=$(comm -12 <(docker image inspect -f '{{join .RootFS.Layers "\n"}}' "$image
 all=$(docker image inspect -f '{{len .RootFS.Layers}}' "$image")
 code=$(docker history --format '{{.Size}} {{.CreatedBy}}' "$image" | awk '/COPY \/code/ {print $1}')
 ((all - same <= 2)) || fail "a change of code changes $((all - same)) of $all layers"
-ok "the image has $size MB, of which a change of code replaces ${code:-?}"
+page=$(($(docker image inspect -f '{{.Size}}' "$id:app") / 1000000))
+((page <= 750)) || fail "the image with the page has $page MB"
+ok "the images have $size and $page MB, of which a change of code replaces ${code:-?}"
 
 docker run --rm --entrypoint sh "$image" -c 'for p in /opt/cliphar/bin/python $(command -v /usr/local/bin/python /usr/bin/python3); do
   for m in torch pip; do "$p" -c "import $m" 2>/dev/null && echo "$p has $m"; done; done
@@ -125,18 +128,40 @@ for _ in $(seq 100); do [[ -n $(docker logs "$id" 2>/dev/null | head -1) ]] && b
 started=$SECONDS
 docker stop -t 30 "$id" >/dev/null
 ((SECONDS - started <= 5)) || fail "docker stop took $((SECONDS - started)) s"
-[[ $(docker inspect -f '{{.State.ExitCode}} {{len .Mounts}}' "$id") == "130 1" ]] || fail "stopped: $(docker inspect -f '{{.State.ExitCode}} {{len .Mounts}}' "$id")"
+[[ $(docker inspect -f '{{.State.ExitCode}} {{len .Mounts}}' "$id") == "143 1" ]] || fail "stopped: $(docker inspect -f '{{.State.ExitCode}} {{len .Mounts}}' "$id")"
+docker rm -f -v "$id" >/dev/null
 ok "docker stop is obeyed at once, and no unnamed volume is made"
 
 docker compose config -q || fail "compose file"
-docker compose up --no-log-prefix >"$work/up" 2>&1 || fail "compose up: $(tail -5 "$work/up")"
-grep -q photographer.jpg "$work/up" || fail "compose up printed $(tail -5 "$work/up")"
-ok "docker compose up recognises the samples"
-docker compose run --rm predict predict . >"$work/one" 2>/dev/null || fail "compose run"
-[[ $(wc -l <"$work/one") == 3 ]] || fail "compose run printed $(cat "$work/one")"
-mkdir -m 700 "$work/private" && cp "$samples/cat.jpg" "$work/private" && chmod 600 "$work/private/cat.jpg" && chown -R 12345 "$work/private" 2>/dev/null || true
-PHOTOS="$work/private" CLIPHAR_USER="$(stat -c %u "$work/private")" docker compose run --rm predict predict . --labels "sleeping, playing" >"$work/one" 2>"$work/err" || fail "compose run as the photos' owner: $(cat "$work/err")"
-ok "docker compose run takes any command, folder and user"
+started=$SECONDS
+docker compose up -d --wait >"$work/up" 2>&1 || { docker compose logs; fail "compose up: $(tail -5 "$work/up")"; }
+ok "docker compose up: both services are healthy after $((SECONDS - started)) s"
+curl -fsS -F images=@"$samples/cat.jpg" http://127.0.0.1:18000/v1/predict | grep -q '"label"' || fail "the API"
+curl -fsS http://127.0.0.1:18501/ | grep -q '<title>' || fail "the page"
+ok "the API and the page answer on loopback"
+docker kill -s KILL "$(docker compose ps -q api)" >/dev/null
+docker start "$(docker compose ps -q -a api)" >/dev/null
+for _ in $(seq 60); do curl -fsS http://127.0.0.1:18000/readyz >/dev/null 2>&1 && break; sleep 0.5; done
+curl -fsS http://127.0.0.1:18000/readyz >/dev/null || fail "the API does not come back"
+ok "the API comes back after it was killed"
+code=0
+docker compose stop -t 30 api >/dev/null 2>&1
+code=$(docker inspect -f '{{.State.ExitCode}}' "$(docker compose ps -q -a api)")
+[[ $code == 0 || $code == 143 ]] || fail "the API stopped with $code"
+ok "the API stops when told"
+docker compose down -v >/dev/null 2>&1
+
+docker run -d --name "$id" --read-only --tmpfs /tmp -u 12345 -p 127.0.0.1:18500:8501 "$id:app" up --host 0.0.0.0 >/dev/null
+for _ in $(seq 120); do [[ $(docker inspect -f '{{.State.Health.Status}}' "$id") == healthy ]] && break; sleep 0.5; done
+[[ $(docker inspect -f '{{.State.Health.Status}}' "$id") == healthy ]] || { docker logs "$id"; fail "the page and the API in one container"; }
+docker exec "$id" python3 -c "
+import os, signal
+for pid in filter(str.isdigit, os.listdir('/proc')):
+    line = open(f'/proc/{pid}/cmdline').read().split('\0')
+    if 'serve' in line: os.kill(int(pid), signal.SIGKILL)" || fail "killing the API inside"
+for _ in $(seq 80); do [[ $(docker inspect -f '{{.State.Running}}' "$id") == false ]] && break; sleep 0.5; done
+[[ $(docker inspect -f '{{.State.Running}} {{.State.ExitCode}}' "$id") == "false 1" ]] || fail "the container outlives its API"
+ok "page and API in one container, as any user: if one dies, the container does"
 
 echo "$passed passed, 0 failed"
 echo "$((SECONDS - begun)) s in all" >&2

@@ -1,0 +1,51 @@
+"""Fill a virtual environment with what an image needs, and nothing else: environment.py PYTHON TARGET VARIANT."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def requirements(project: dict, wanted: dict, target: str, variant: str) -> list[str]:
+    """The plain dependencies, the target's extras with the extras they name, and the variant's own."""
+    found, extras = list(project["dependencies"]), list(wanted["targets"][target])
+    for extra in extras:
+        for line in project["optional-dependencies"][extra]:
+            own = re.fullmatch(r"cliphar\[(.+)\]", line)
+            extras.extend(own[1].split(",")) if own else found.append(line)
+    changes = wanted["variants"][variant]
+    if "instead" in changes:
+        found = [line for line in found if not line.startswith("onnxruntime")] + changes["instead"]
+    return found + changes.get("add", [])
+
+
+def main() -> None:
+    """Install, then leave out what is not needed, strip and compile."""
+    python, target, variant = sys.argv[1:]
+    project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+    wanted = tomllib.loads((HERE / "environment.toml").read_text())
+    pip = [str(Path(sys.executable).with_name("pip")), "--python", python]
+    options = ["--quiet", "--no-compile", "--only-binary", ":all:", "--constraint", "constraints.txt"]
+    subprocess.run([*pip, "install", *options, *requirements(project, wanted, target, variant)], check=True)
+    subprocess.run([*pip, "uninstall", "--quiet", "--yes", *wanted["omit"]["packages"]], check=True)
+    ask = "import sysconfig; print(sysconfig.get_path('platlib'))"
+    place = Path(subprocess.run([python, "-c", ask], check=True, capture_output=True, text=True).stdout.strip())
+    for pattern in wanted["omit"]["files"]:
+        for path in sorted(place.glob(pattern)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    # debug symbols; libraries that auditwheel moved (*.libs) do not load once stripped
+    symbols = [str(path) for path in place.rglob("*.so*") if ".libs/" not in str(path) and path.is_file()]
+    subprocess.run(["strip", "--strip-unneeded", *symbols], check=True)
+    # checked by nothing: valid however the layer is copied, and the root is read-only
+    compile_all = ["-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash", str(place)]
+    subprocess.run([python, *compile_all], check=True)
+
+
+if __name__ == "__main__":
+    main()
