@@ -21,6 +21,7 @@ ROOMS = (
     "models",
     "evaluation",
     "export",
+    "bench",
     "training",
     "client",
     "serving",

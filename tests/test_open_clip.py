@@ -1,17 +1,24 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 if find_spec("open_clip") is None:  # to import it plainly is what may fail
     pytest.skip("needs open_clip", allow_module_level=True)
 
+from safetensors.torch import save_file  # noqa: E402
+
 from cliphar.errors import BundleError, UsageError  # noqa: E402
+from cliphar.export import pull_open_clip  # noqa: E402
 from cliphar.models import OpenClipEncoder, open_clip_encoder  # noqa: E402
+from cliphar.recognizer import load  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +68,55 @@ def test_it_imports_in_a_fresh_process() -> None:
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 50
+
+
+# --- bundles
+
+TINY = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 16, "head_width": 32},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A hub's snapshot of a tiny CLIP, initialised at random."""
+    from cliphar.models import import_open_clip
+
+    open_clip = import_open_clip()
+    model = open_clip.CLIP(TINY["embed_dim"], TINY["vision_cfg"], TINY["text_cfg"])
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    (snapshot / "open_clip_config.json").write_text(json.dumps({"model_cfg": TINY, "preprocess_cfg": {}}))
+    save_file(model.state_dict(), snapshot / "open_clip_model.safetensors")
+    return snapshot
+
+
+def test_a_folder_becomes_a_bundle_that_answers(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, photos: list[Path]
+) -> None:
+    monkeypatch.setenv("CLIPHAR_HOME", str(tmp_path / "home"))
+    bundle = pull_open_clip("open_clip:tiny", str(folder))
+    assert bundle.path == tmp_path / "home" / "tiny"
+    recognizer = load("tiny")
+    encoder = open_clip_encoder(f"local-dir:{folder}")
+    square = recognizer.prepare(photos[0])
+    with torch.no_grad():
+        expected = encoder.image(torch.from_numpy(square.copy()).permute(2, 0, 1)[None].float())[0].numpy()
+    np.testing.assert_allclose(recognizer.runtime.encode_images(square[None])[0], expected, atol=1e-4)
+    answer = recognizer.predict(photos[0], ["cooking", "a very long description " * 8])
+    assert answer.set == tuple(score.label for score in answer.top)
+    assert pull_open_clip("open_clip:tiny", "/nowhere").path == bundle.path  # it is there and whole
+
+
+def test_what_cannot_be_pulled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLIPHAR_HOME", str(tmp_path))
+    with pytest.raises(UsageError, match="names no weights; write open_clip:ViT-B-32/TAG"):
+        pull_open_clip("open_clip:ViT-B-32")
+    with pytest.raises(BundleError, match="neither a file nor a folder"):
+        pull_open_clip("clip-vit-b32", str(tmp_path / "none"))
+    (tmp_path / "weights.bin").write_bytes(b"none")
+    with pytest.raises(BundleError, match="cannot make open_clip's") as caught:
+        pull_open_clip("clip-vit-b32", str(tmp_path / "weights.bin"))
+    assert "\n" not in str(caught.value)

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from cliphar._version import __version__
-from cliphar.cli import _app, _data, _doctor, _eval, _export, _model, _predict, _serve, _train, _up
+from cliphar.cli import _app, _bench, _data, _doctor, _eval, _export, _model, _predict, _serve, _train, _up
 from cliphar.errors import ClipharError, UsageError
 
 __all__ = ["main"]
@@ -42,6 +42,7 @@ app.command("predict")(_predict.predict)
 app.command("eval")(_eval.evaluate)
 app.command("train")(_train.train)
 app.command("export")(_export.export)
+app.command("bench")(_bench.bench)
 app.command("serve")(_serve.serve)
 app.command("app")(_app.page)
 app.command("up")(_up.up)

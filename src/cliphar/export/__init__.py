@@ -4,13 +4,17 @@ from cliphar.export._clip import export_clip_text
 from cliphar.export._export import Added, export_bundle
 from cliphar.export._float import float_graph
 from cliphar.export._image import compress_weights, export_image_tower
+from cliphar.export._open_clip import OPEN_CLIP_NAMES, open_clip_bundle, pull_open_clip
+from cliphar.export._photos import Proof, read_proof
 from cliphar.export._targets import TARGETS
 from cliphar.export._teacher import export_teacher_graph
 from cliphar.export._text import export_text_tower, quantize_sentence_encoder
 
 __all__ = [
+    "OPEN_CLIP_NAMES",
     "TARGETS",
     "Added",
+    "Proof",
     "compress_weights",
     "export_bundle",
     "export_clip_text",
@@ -18,5 +22,8 @@ __all__ = [
     "export_teacher_graph",
     "export_text_tower",
     "float_graph",
+    "open_clip_bundle",
+    "pull_open_clip",
     "quantize_sentence_encoder",
+    "read_proof",
 ]

@@ -12,13 +12,12 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from cliphar.export._torch_onnx import export
-from cliphar.models import ImageTower, OpenClipImage
 
 __all__ = ["compress_weights", "export_image_tower"]
 
 
 class _FromPixels(nn.Module):
-    def __init__(self, tower: ImageTower | OpenClipImage) -> None:
+    def __init__(self, tower: nn.Module) -> None:
         super().__init__()
         self.tower = tower
 
@@ -27,8 +26,11 @@ class _FromPixels(nn.Module):
         return embeddings
 
 
-def export_image_tower(tower: ImageTower | OpenClipImage, size: int) -> onnx.ModelProto:
-    """``images`` uint8 RGB [N,size,size,3] -> ``embeddings`` float32 [N,D], unit length; batch norms folded."""
+def export_image_tower(tower: nn.Module, size: int) -> onnx.ModelProto:
+    """``images`` uint8 RGB [N,size,size,3] -> ``embeddings`` float32 [N,D], unit length; batch norms folded.
+
+    ``tower`` takes float [N,3,size,size] with values in 0..255, as :class:`ImageTower` and open_clip's encoders do.
+    """
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     example = torch.zeros(2, size, size, 3, dtype=torch.uint8)

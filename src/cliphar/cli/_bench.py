@@ -1,0 +1,91 @@
+"""cliphar bench: how fast each runtime of a model is here."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cliphar.errors import UsageError
+
+__all__ = ["bench"]
+
+_COLUMNS = ("runtime", "threads", "batch", "images/s", "p50 ms", "p95", "p99", "x pytorch", "of peak", "from JPEG")
+_MORE = ("load s", "memory MiB", "file MiB", "accuracy")
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1 or max(numbers) > 256:
+        raise UsageError(f"{option} {text!r} is not numbers from 1 to 256 with commas, as in 1,8")
+    return numbers
+
+
+def bench(
+    model: Annotated[str, typer.Argument(help="A model's name or a bundle's directory.")] = "mini",
+    runtime: Annotated[
+        str | None, typer.Option(help="Which, with commas.", show_default="all of the bundle, and pytorch")
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "1,8",
+    threads: Annotated[
+        str | None, typer.Option(help="CPU threads, with commas.", show_default="what the container allows")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="For each runtime and batch.")] = 2.0,
+    data: Annotated[Path | None, typer.Option(help="Photos in LABEL/PHOTO, to measure accuracy too.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture of accuracy and speed.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Measure throughput, latency, memory and accuracy of each runtime, in turns, beside plain PyTorch."""
+    from cliphar.bundle import find_bundle
+
+    try:
+        from cliphar.bench import plot_bench, run_bench
+    except ImportError as error:
+        raise UsageError("the benchmark needs torch and onnx; run: pip install 'cliphar[train]'") from error
+    result = run_bench(
+        find_bundle(model),
+        runtimes=[name.strip() for name in runtime.split(",")] if runtime else (),
+        batches=_numbers(batch, "--batch"),
+        threads=_numbers(threads, "--threads") if threads else (),
+        seconds=seconds,
+        data=data,
+        say=lambda line: print(line, file=sys.stderr),
+    )
+    for reason in result.skipped.values():
+        print(f"cliphar: {reason}", file=sys.stderr)
+    if plot is not None:
+        plot_bench(result, plot)
+    if as_json:
+        print(json.dumps(result.to_dict()))
+        return
+    peaks = ", ".join(f"{peak:g} GFLOP/s with {count} threads" for count, peak in result.peak_gflops.items())
+    print(f"{result.model}: {result.gflop:g} GFLOP a photo; matrix products at {peaks or 'an unknown peak'}")
+    rows = [(*_COLUMNS, *_MORE)] + [
+        (
+            row.runtime,
+            str(row.threads),
+            str(row.batch),
+            f"{row.images_per_s:.1f}",
+            f"{row.p50_ms:.1f}",
+            f"{row.p95_ms:.1f}",
+            f"{row.p99_ms:.1f}",
+            "" if row.speedup is None else f"{row.speedup:.2f}",
+            "" if row.peak_share is None else f"{row.peak_share:.0%}",
+            f"{row.bytes_images_per_s:.1f}",
+            f"{row.load_s:.2f}",
+            f"{row.memory_mib:.0f}",
+            f"{row.file_mib:.1f}",
+            "" if row.accuracy is None else f"{row.accuracy:.3f}",
+        )
+        for row in result.rows
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for line in rows:
+        cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
+        print("  ".join([line[0].ljust(widths[0]), *cells[1:]]))

@@ -1,0 +1,140 @@
+"""A bundle of one of open_clip's models: fetched, exported, proved, put into the store."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import save
+
+from cliphar.bundle import (
+    Bundle,
+    BundleInfo,
+    Calibration,
+    ImageSpec,
+    Provenance,
+    Source,
+    TextSpec,
+    read_bundle,
+    store,
+    write_bundle,
+)
+from cliphar.errors import BundleError, UsageError
+from cliphar.export._clip_tokenizer import clip_tokenizer
+from cliphar.export._image import export_image_tower
+from cliphar.export._torch_onnx import export
+from cliphar.models import OpenClipEncoder, open_clip_encoder
+from cliphar.runtime import OnnxRuntime
+
+__all__ = ["OPEN_CLIP_NAMES", "open_clip_bundle", "pull_open_clip"]
+
+# our name -> open_clip's architecture and tag
+OPEN_CLIP_NAMES = {
+    "clip-vit-b32": ("ViT-B-32-quickgelu", "openai"),
+    "mobileclip2-s0": ("MobileCLIP2-S0", "dfndr2b"),
+}
+_PREFIX = "open_clip:"
+_TEMPLATES = ("{}", "a photo of {}", "a photo of a person {}", "a photo of people {}")
+
+
+def pull_open_clip(name: str, source: str | None = None, *, say: Callable[[str], None] = lambda _: None) -> Bundle:
+    """Put a bundle of an open_clip model into the store; one that is there and whole is left as it is.
+
+    Args:
+        name: one of ``OPEN_CLIP_NAMES``, or ``open_clip:ARCHITECTURE/TAG``.
+        source: a checkpoint's file, or a folder with open_clip_config.json and weights; None asks the hub.
+        say: told what is going on.
+
+    Raises:
+        UsageError: open_clip has no such model, or no tag was given.
+        BundleError: the weights cannot be had, do not fit, or an export differs from the model.
+    """
+    if name in OPEN_CLIP_NAMES:
+        architecture, tag = OPEN_CLIP_NAMES[name]
+    else:
+        architecture, _, tag = name.removeprefix(_PREFIX).partition("/")
+        if not tag and source is None:
+            raise UsageError(f"'{name}' names no weights; write {_PREFIX}{architecture}/TAG or give a file")
+    stored = re.sub(r"[^A-Za-z0-9._-]", "-", name.removeprefix(_PREFIX))
+    target = store() / stored
+    if target.is_dir():
+        try:
+            return read_bundle(target)
+        except BundleError:
+            say(f"{target} is damaged or older; making it again")
+    if source is None:
+        say(f"asking the hub for {architecture} {tag}")
+        encoder = open_clip_encoder(architecture, tag)
+    elif Path(source).is_dir():
+        encoder = open_clip_encoder(f"local-dir:{source}")
+    elif Path(source).is_file():
+        encoder = open_clip_encoder(architecture, source)
+    else:
+        raise BundleError(f"cannot pull '{name}': {source} is neither a file nor a folder; check the path")
+    say("exporting both towers")
+    return open_clip_bundle(encoder, target, name=stored, weights=tag or "a local file")
+
+
+def open_clip_bundle(encoder: OpenClipEncoder, target: Path, *, name: str, weights: str) -> Bundle:
+    """Export both towers, prove them against torch, and write a bundle without labels of its own.
+
+    Nothing is calibrated, as no photos are at hand: scores are a softmax at the model's own scale, a prediction set
+    holds every label, and no answer is ``unknown``.
+    """
+    size, length = encoder.size, encoder.context_length
+    example = torch.zeros(2, length, dtype=torch.long)
+    text = export(encoder.text, example, "ids", "embeddings", {0: torch.export.Dim("texts")})
+    unfitted = Calibration(logit_scale=encoder.logit_scale, conformal=((0.9, 1.0),), unknown_below=-1.0, photos=1)
+    info = BundleInfo(
+        name=name,
+        description=f"open_clip's {encoder.name}, weights {weights}. Not calibrated; any labels in plain words.",
+        labels=(),
+        embedding_dim=encoder.embedding_dim,
+        image=ImageSpec(size=size, max_aspect=4.0 if encoder.squash else 1.0),
+        text=TextSpec(templates=_TEMPLATES, context_length=length),
+        known=unfitted,
+        open=unfitted,
+        sources=(Source(name=f"open_clip {encoder.name}, {weights}", role="both towers", licence="see its publisher"),),
+        limits=("not calibrated: prediction sets hold every label, and nothing is answered unknown",),
+        provenance=Provenance(
+            recipe={"kind": "open_clip", "model": encoder.name.rsplit(":", 1)[0], "weights": weights},
+            data_sha256="none",
+            git_revision="none",
+            seed=0,
+            versions={package: metadata.version(package) for package in ("torch", "open_clip_torch", "onnx")},
+            hardware="none",
+            created=datetime.now(UTC).strftime("%Y-%m-%d"),
+        ),
+    )
+    files: dict[str, Path | bytes] = {
+        "image.onnx": export_image_tower(encoder.image, size).SerializeToString(),
+        "text.onnx": text.SerializeToString(),
+        "tokenizer.json": clip_tokenizer(encoder),
+        "head.safetensors": save({"class_vectors": np.zeros((0, encoder.embedding_dim), np.float32)}),
+    }
+    with tempfile.TemporaryDirectory() as work:
+        _prove(encoder, write_bundle(Path(work) / "bundle", info, files))
+    return write_bundle(target, info, files, overwrite=True)
+
+
+def _prove(encoder: OpenClipEncoder, bundle: Bundle) -> None:
+    from tokenizers import Tokenizer
+
+    runtime = OnnxRuntime(bundle, provider="cpu")
+    images = np.random.default_rng(0).integers(0, 256, (3, encoder.size, encoder.size, 3), dtype=np.uint8)
+    texts = ["a person riding a bike", "cooking"]
+    tokenizer = Tokenizer.from_file(str(bundle.file("tokenizer.json")))
+    ids = torch.tensor([encoding.ids for encoding in tokenizer.encode_batch(texts)])
+    with torch.inference_mode():
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+        expected = encoder.image(pixels).numpy(), encoder.text(ids).numpy()
+    answers = runtime.encode_images(images), runtime.encode_text(texts)
+    off = max(float(np.abs(ours - theirs).max()) for ours, theirs in zip(answers, expected, strict=True))
+    if not off < 1e-3:
+        raise BundleError(f"the export of '{encoder.name}' differs from torch by {off:.2g}; use another version")

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("onnx")
+
+from cliphar.bench import Bench, count_flops, plot_bench, run_bench
+from cliphar.bundle import find_bundle, packaged
+from cliphar.errors import UsageError
+from cliphar.export import float_graph
+
+
+@pytest.fixture(scope="module")
+def result() -> Bench:
+    return run_bench(find_bundle(packaged("mini")), batches=(1, 2), threads=(1,), seconds=0.2)
+
+
+def test_every_runtime_at_every_batch(result: Bench) -> None:
+    assert {(row.runtime, row.batch) for row in result.rows} == {(n, b) for n in ("pytorch", "onnx") for b in (1, 2)}
+    assert result.skipped == {}
+    for row in result.rows:
+        assert row.images_per_s > 0
+        assert row.bytes_images_per_s > 0
+        assert 0 < row.p50_ms <= row.p95_ms <= row.p99_ms
+        assert row.memory_mib > 20
+        assert row.peak_share is not None
+        assert row.peak_share > 0
+    assert [row.speedup for row in result.rows if row.runtime == "pytorch"] == [1.0, 1.0]
+
+
+def test_serving_alone_is_what_a_runtimes_memory_is_of(result: Bench) -> None:
+    memory = {row.runtime: row.memory_mib for row in result.rows}
+    assert memory["onnx"] < memory["pytorch"]
+
+
+def test_the_work_of_a_photo() -> None:
+    # EfficientNet-Lite1 is published with 631 M multiply-adds at 240 pixels
+    flops = count_flops(float_graph(find_bundle(packaged("mini"))), 192)
+    assert flops == pytest.approx(2 * 631e6 * (192 / 240) ** 2, rel=0.1)
+
+
+def test_a_picture(result: Bench, tmp_path: Path) -> None:
+    plot_bench(result, tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UsageError, match="cannot write"):
+        plot_bench(result, tmp_path / "bench.nonsense")
+
+
+def test_a_runtime_that_the_bundle_lacks() -> None:
+    with pytest.raises(UsageError, match="has no runtime 'abacus'"):
+        run_bench(find_bundle(packaged("mini")), runtimes=["abacus"])
+
+
+def test_the_command(clean_env: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "cliphar", "bench", "mini", "--runtime", "onnx", "--batch", "1"]
+    done = subprocess.run(
+        [*command, "--seconds", "0.1", "--json"],
+        capture_output=True,
+        text=True,
+        env=clean_env,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [row["runtime"] for row in json.loads(done.stdout)["rows"]] == ["onnx"]
+    wrong = subprocess.run(
+        [*command[:-1], "none"], capture_output=True, text=True, env=clean_env, timeout=120, check=False
+    )
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("cliphar: --batch 'none' is not numbers")
