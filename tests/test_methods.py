@@ -184,6 +184,29 @@ def test_clips_own_towers_are_both_trained(recipe: Callable[..., Path], clip_bas
     assert len(load(bundle.path).predict([np.zeros((32, 32, 3), np.uint8)], ["a new word", "jumping"])) == 1
 
 
+def test_clips_are_trained_on(recipe: Callable[..., Path], clip_base: Path, tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    random = np.random.default_rng(0)
+    for label, colour in (("waving", (220, 30, 30)), ("falling", (30, 30, 220))):
+        (tmp_path / "clips" / label).mkdir(parents=True)
+        for i in range(6):
+            scene = Image.fromarray(random.integers(0, 255, (6, 8, 3), np.uint8)).resize((64, 48))
+            with av.open(str(tmp_path / "clips" / label / f"{i}.mp4"), "w") as file:
+                stream = file.add_stream("mpeg4", rate=5)
+                stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+                for k in range(5):
+                    ImageDraw.Draw(scene).rectangle((k, 5, k + 30, 40), fill=colour)
+                    file.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(scene), format="rgb24")))
+                file.mux(stream.encode())
+    data = {"source": str(tmp_path / "clips"), "val": 0.3, "test": 0.3, "cache": str(tmp_path / "cache")}
+    loop = {"epochs": 1, "batch_size": 4, "size": 32}
+    sections = {"base": str(clip_base), "frames": 3, "data": data, "wise": {"shares": [1.0]}}
+    bundle = run(recipe("temporal", train=loop, **sections))
+    assert bundle.info.labels == ("falling", "waving")
+    assert bundle.info.metrics["known"].n == 4
+    assert changed_weights(clip_base, bundle)
+
+
 # --- stopping, being killed, and going on
 
 _WORKER = """

@@ -95,8 +95,10 @@ class Job:
 
     def features(self, part: int) -> NDArray[np.float32]:
         """Embeddings of the part's labelled photos by the starting model, float32 [N,D], unit length; kept on disk."""
-        key = f"{self.photos.sha256} {self.bundle.info.files['image.onnx'].sha256} {self.rows(part).tobytes().hex()}"
-        file = self.recipe.data.cache / f"features-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
+        frames = self.recipe.frames if isinstance(self.recipe, TemporalRecipe) else 1
+        model = self.bundle.info.files["image.onnx"].sha256
+        digest = hashlib.sha256(f"{self.photos.sha256} {frames} {model}".encode() + self.rows(part).tobytes())
+        file = self.recipe.data.cache / f"features-{digest.hexdigest()[:16]}.npy"
         if file.is_file():
             return np.asarray(np.load(file), np.float32)
         self.around.log(f"embedding {len(self.rows(part))} photos")
