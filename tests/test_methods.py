@@ -184,6 +184,31 @@ def test_clips_own_towers_are_both_trained(recipe: Callable[..., Path], clip_bas
     assert len(load(bundle.path).predict([np.zeros((32, 32, 3), np.uint8)], ["a new word", "jumping"])) == 1
 
 
+def test_any_model_of_open_clip_can_be_the_base(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    open_clip = import_open_clip()
+    config = {
+        "embed_dim": 32,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+        "text_cfg": {"width": 64, "heads": 1, "layers": 1},
+    }
+    (tmp_path / "cliphar-test.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "cliphar-test.json")
+    torch.manual_seed(1)
+    weights = tmp_path / "weights.pt"
+    torch.save(open_clip.create_model("cliphar-test").state_dict(), weights)
+    sections = {"base": f"open_clip:cliphar-test/{weights}", "train": {"epochs": 1, "size": 32, "freeze": ["image.*"]}}
+    said: list[str] = []
+    bundle = run(recipe("full", wise={"shares": [1.0]}, **sections), log=said.append)
+    assert sum(line.startswith("making a bundle") for line in said) == 1
+    end = load_file(bundle.file("weights.safetensors"))
+    start = torch.load(weights, weights_only=True)
+    changed = {name for name, tensor in start.items() if not torch.equal(tensor, end[f"model.{name}"])}
+    assert changed
+    assert not [name for name in changed if name.startswith("visual.")]
+    with pytest.raises(UsageError, match="names no weights"):
+        run(recipe("full", base="open_clip:cliphar-test"))
+
+
 def test_clips_are_trained_on(recipe: Callable[..., Path], clip_base: Path, tmp_path: Path) -> None:
     av = pytest.importorskip("av")
     random = np.random.default_rng(0)

@@ -12,12 +12,13 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from cliphar.bundle import Bundle, find_bundle
+from cliphar.bundle import Bundle
 from cliphar.data import PhotoSet, load_photos, open_source, split_grouped
 from cliphar.errors import DataError
 from cliphar.labels import prompts
 from cliphar.recognizer import Recognizer
 from cliphar.runtime import OnnxRuntime
+from cliphar.training._base import find_base
 from cliphar.training._loop import StepReport
 from cliphar.training._method_recipe import MethodRecipe, TemporalRecipe
 from cliphar.training._ranks import OneProcess, Ranks
@@ -150,7 +151,7 @@ def open_job(recipe: MethodRecipe, around: Surroundings) -> Job:
         BundleError, DataError: the model or the photos cannot be read.
         DataError: fewer than two labels, or a part that would be empty.
     """
-    bundle = find_bundle(recipe.base)
+    bundle = find_base(recipe.base, recipe.data.cache, around.log)
     spec = bundle.info.image
     photos = load_photos(
         open_source(recipe.data.source),

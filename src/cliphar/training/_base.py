@@ -1,0 +1,44 @@
+"""The bundle that training starts from: any that is here, or one of open_clip's models, fetched with its weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from cliphar.bundle import Bundle, find_bundle, read_bundle, write_bundle
+from cliphar.errors import BundleError, UsageError
+from cliphar.export import OPEN_CLIP_NAMES, open_clip_bundle
+from cliphar.models import WEIGHTS_FILE, open_clip_encoder, open_clip_towers, save_weights
+
+__all__ = ["find_base"]
+
+_PREFIX = "open_clip:"
+
+
+def find_base(base: str, cache: Path, log: Callable[[str], None]) -> Bundle:
+    """A bundle by name or path; ``open_clip:ARCHITECTURE/WEIGHTS``, where WEIGHTS is one of open_clip's tags or a
+    file's absolute path after another slash, is made once and kept in ``cache``.
+
+    Raises:
+        BundleError: no such bundle, or the weights cannot be had.
+        UsageError: open_clip has no such model, or no weights are named.
+    """
+    if base in OPEN_CLIP_NAMES:
+        base = _PREFIX + "/".join(OPEN_CLIP_NAMES[base])
+    if not base.startswith(_PREFIX):
+        return find_bundle(base)
+    architecture, _, weights = base.removeprefix(_PREFIX).partition("/")
+    if not weights:
+        raise UsageError(f"base '{base}' names no weights; write {base}/TAG or {base}//path/to/weights")
+    name = re.sub(r"[^A-Za-z0-9._]+", "-", f"{architecture}-{weights}")[-64:].strip("-.")
+    target = cache / "bases" / name
+    try:
+        return read_bundle(target)
+    except BundleError:
+        log(f"making a bundle of open_clip's {architecture} with weights {weights}")
+    encoder = open_clip_encoder(architecture, weights)
+    bundle = open_clip_bundle(encoder, target, name=name, weights=Path(weights).name)
+    files: dict[str, Path | bytes] = {file: bundle.file(file) for file in bundle.info.files}
+    files[WEIGHTS_FILE] = save_weights(open_clip_towers(encoder))
+    return write_bundle(target, bundle.info, files, overwrite=True)
