@@ -18,7 +18,7 @@ pytest.importorskip("torch")
 
 from cliphar.bundle import Bundle, find_bundle, list_models, packaged, read_bundle  # noqa: E402
 from cliphar.errors import DataError, UsageError  # noqa: E402
-from cliphar.export import TARGETS, Added, export_bundle, float_graph  # noqa: E402
+from cliphar.export import TARGETS, Added, export_bundle, float_graph, write_layout  # noqa: E402
 from cliphar.recognizer import load  # noqa: E402
 from cliphar.runtime import OnnxRuntime, choose_runtime, load_runtime  # noqa: E402
 
@@ -170,6 +170,46 @@ def test_unknown_targets_and_too_few_photos(tmp_path: Path, samples: Path) -> No
     with pytest.raises(DataError, match="holds 3 readable photos; give at least 16"):
         export_bundle(mini, ["onnx-fp32"], photos=samples, out=tmp_path / "out")
     assert {"onnx-int8", "openvino-int8"} <= set(TARGETS)
+
+
+def test_tensorrt_says_what_it_needs_or_is_proved(tmp_path: Path) -> None:
+    bundle, (outcome,) = export_bundle(find_bundle(packaged("mini")), ["tensorrt"], out=tmp_path / "out")
+    if "tensorrt" in bundle.runtimes:
+        assert outcome.parity["cosine_mean"] > 0.999
+    else:
+        assert outcome.failed is not None
+        assert "TensorRT" in outcome.failed
+        pytest.skip("needs a GPU with TensorRT: " + outcome.failed)
+
+
+# --- model servers
+
+
+def test_tritons_repository(tmp_path: Path) -> None:
+    write_layout(find_bundle(packaged("mini")), "triton", tmp_path / "repository")
+    folder = tmp_path / "repository" / "mini"
+    assert (folder / "1" / "model.onnx").read_bytes() == (packaged("mini") / "image.onnx").read_bytes()
+    config = (folder / "config.pbtxt").read_text()
+    assert 'backend: "onnxruntime"' in config
+    assert "max_batch_size: 64" in config
+    assert "dims: [ 192, 192, 3 ]" in config
+    assert config.count("[") == config.count("]")
+    with pytest.raises(UsageError, match="exists; give another place"):
+        write_layout(find_bundle(packaged("mini")), "triton", tmp_path / "repository")
+
+
+@pytest.mark.skipif(not OPENVINO, reason="needs openvino")
+def test_kserves_storage(exported: tuple[Bundle, list[Added]], tmp_path: Path) -> None:
+    import yaml
+
+    write_layout(exported[0], "kserve", tmp_path / "storage", runtime="openvino-int8")
+    version = tmp_path / "storage" / "models" / "mini" / "1"
+    assert {file.name for file in version.iterdir()} == {"model.xml", "model.bin"}
+    service = yaml.safe_load((tmp_path / "storage" / "inference-service.yaml").read_text())
+    assert service["spec"]["predictor"]["model"]["protocolVersion"] == "v2"
+    with pytest.raises(UsageError, match="is not one that Triton serves"):
+        write_layout(exported[0], "kserve", tmp_path / "other", runtime="abacus")
+    assert not (tmp_path / "other").exists()
 
 
 # --- parts

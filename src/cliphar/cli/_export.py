@@ -20,7 +20,8 @@ def export(
         str,
         typer.Option(
             "--to",
-            help="onnx-fp32, -fp16, -w8, -int8, openvino, openvino-bf16, -int8; several with commas.",
+            help="onnx-fp32, -fp16, -w8, -int8, openvino, openvino-bf16, -int8, tensorrt, tensorrt-int8, with commas; "
+            "or triton or kserve.",
         ),
     ],
     out: Annotated[
@@ -30,6 +31,7 @@ def export(
         Path | None,
         typer.Option(help="Photos, in LABEL/PHOTO to measure accuracy too.", show_default="the package's three"),
     ] = None,
+    runtime: Annotated[str, typer.Option(help="For triton and kserve: which runtime to lay out.")] = "onnx",
     max_loss: Annotated[
         float, typer.Option(min=0, max=1, help="How much top-1 accuracy an 8-bit runtime may lose.")
     ] = 0.005,
@@ -40,9 +42,14 @@ def export(
 
     targets = [name.strip() for name in to.split(",") if name.strip()]
     try:
-        from cliphar.export import export_bundle
+        from cliphar.export import LAYOUTS, export_bundle, write_layout
     except ImportError as error:
         raise UsageError("exporting needs torch and onnx; run: pip install 'cliphar[train]'") from error
+    if set(targets) & set(LAYOUTS):
+        if len(targets) > 1 or out is None:
+            raise UsageError(f"--to {to}: a server's layout is written alone, with --out DIR")
+        print(f"{targets[0]}: {write_layout(find_bundle(model), targets[0], out, runtime=runtime)}")
+        return
     bundle, outcomes = export_bundle(
         find_bundle(model),
         targets,

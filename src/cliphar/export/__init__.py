@@ -4,6 +4,7 @@ from cliphar.export._clip import export_clip_text
 from cliphar.export._export import Added, export_bundle
 from cliphar.export._float import float_graph
 from cliphar.export._image import compress_weights, export_image_tower
+from cliphar.export._layouts import LAYOUTS, write_layout
 from cliphar.export._open_clip import OPEN_CLIP_NAMES, open_clip_bundle, pull_open_clip
 from cliphar.export._photos import Proof, read_proof
 from cliphar.export._targets import TARGETS
@@ -11,6 +12,7 @@ from cliphar.export._teacher import export_teacher_graph
 from cliphar.export._text import export_text_tower, quantize_sentence_encoder
 
 __all__ = [
+    "LAYOUTS",
     "OPEN_CLIP_NAMES",
     "TARGETS",
     "Added",
@@ -26,4 +28,5 @@ __all__ = [
     "pull_open_clip",
     "quantize_sentence_encoder",
     "read_proof",
+    "write_layout",
 ]

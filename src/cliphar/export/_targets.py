@@ -10,9 +10,11 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from cliphar.bundle import store
 from cliphar.errors import UsageError
 from cliphar.export._image import compress_weights
 from cliphar.export._quantize import quantize_within
+from cliphar.export._tensorrt import build_engine
 
 __all__ = ["TARGETS", "Material", "Target"]
 
@@ -45,22 +47,28 @@ def _onnx_fp32(material: Material) -> Files:
     return {"image.fp32.onnx": material.model.SerializeToString()}
 
 
-def _onnx_fp16(material: Material) -> Files:
+def _half(model: onnx.ModelProto) -> onnx.ModelProto:
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     copy = onnx.ModelProto()
-    copy.CopyFrom(material.model)
+    copy.CopyFrom(model)
     # pixels are scaled, and lengths taken, in float32: 255 squared is above what half precision holds
     blocked = ["ReduceL2", "LpNormalization", "Pow", "ReduceMean", "Softmax", "LayerNormalization"]
-    half = convert_float_to_float16(copy, keep_io_types=True, disable_shape_infer=True, op_block_list=blocked)
-    return {"image.fp16.onnx": half.SerializeToString()}
+    half: onnx.ModelProto = convert_float_to_float16(
+        copy, keep_io_types=True, disable_shape_infer=True, op_block_list=blocked
+    )
+    return half
+
+
+def _onnx_fp16(material: Material) -> Files:
+    return {"image.fp16.onnx": _half(material.model).SerializeToString()}
 
 
 def _onnx_w8(material: Material) -> Files:
     return {"image.w8.onnx": compress_weights(material.model).SerializeToString()}
 
 
-def quantized(material: Material) -> onnx.ModelProto:
+def _quantized(material: Material) -> onnx.ModelProto:
     """The 8-bit graph, made once for all targets that are made from it."""
     if "int8" not in material.quantized:
         model, kept = quantize_within(material.model, material.calibration, material.judge)
@@ -71,7 +79,7 @@ def quantized(material: Material) -> onnx.ModelProto:
 
 
 def _onnx_int8(material: Material) -> Files:
-    return {"image.int8.onnx": quantized(material).SerializeToString()}
+    return {"image.int8.onnx": _quantized(material).SerializeToString()}
 
 
 def _openvino(model: onnx.ModelProto, name: str, work: Path, *, half: bool = False) -> Files:
@@ -88,6 +96,10 @@ def _openvino(model: onnx.ModelProto, name: str, work: Path, *, half: bool = Fal
     }
 
 
+def _tensorrt(model: onnx.ModelProto, name: str) -> Files:
+    return {f"image.{name}.plan": build_engine(model, store() / "tensorrt.timings")}
+
+
 TARGETS: dict[str, Target] = {
     "onnx-fp32": Target("fp32", _onnx_fp32, "ONNX, float32 throughout, constants folded"),
     "onnx-fp16": Target("fp16", _onnx_fp16, "ONNX, half precision: half the size; for GPUs"),
@@ -98,6 +110,8 @@ TARGETS: dict[str, Target] = {
         "bf16", lambda m: _openvino(m.model, "bf16", m.work, half=True), "OpenVINO, bfloat16 where the CPU has it"
     ),
     "openvino-int8": Target(
-        "int8", lambda m: _openvino(quantized(m), "int8", m.work), "OpenVINO, static 8-bit arithmetic"
+        "int8", lambda m: _openvino(_quantized(m), "int8", m.work), "OpenVINO, static 8-bit arithmetic"
     ),
+    "tensorrt": Target("fp16", lambda m: _tensorrt(_half(m.model), "fp16"), "TensorRT, half precision, for this GPU"),
+    "tensorrt-int8": Target("int8", lambda m: _tensorrt(_quantized(m), "int8"), "TensorRT, 8 bits, for this GPU"),
 }

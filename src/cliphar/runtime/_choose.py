@@ -23,12 +23,11 @@ from cliphar.runtime._cpu import cpu_quota
 from cliphar.runtime._onnx import OnnxRuntime
 from cliphar.runtime._openvino import OpenVinoRuntime
 from cliphar.runtime._tensorrt import TensorRtRuntime
-from cliphar.runtime._torch import TorchRuntime
 
 __all__ = ["RuntimeChoice", "choose_runtime", "load_runtime"]
 
 _LOG = logging.getLogger("cliphar.runtime")
-_ENGINES = {".onnx": "onnxruntime", ".xml": "openvino", ".plan": "tensorrt"}  # torch is for C++: never by itself
+_ENGINES = {".onnx": "onnxruntime", ".xml": "openvino", ".plan": "tensorrt"}
 _BATCH = 8
 _ROUNDS = 3
 
@@ -77,9 +76,7 @@ def load_runtime(
         raise UsageError(f"runtime '{chosen}' takes no provider; leave it out, or choose an onnx runtime")
     if suffix == ".xml":
         return OpenVinoRuntime(bundle, file=file, threads=threads)
-    if suffix == ".plan":
-        return TensorRtRuntime(bundle, file=file, threads=threads)
-    return TorchRuntime(bundle, file=file, threads=threads)
+    return TensorRtRuntime(bundle, file=file, threads=threads)
 
 
 def choose_runtime(bundle: Bundle, threads: int | None = None) -> RuntimeChoice:
