@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor, nn  # noqa: E402
 
 from cliphar.data import PhotoSet  # noqa: E402
 from cliphar.errors import UsageError  # noqa: E402
+from cliphar.models import ImageTower  # noqa: E402
 from cliphar.training import load_recipe  # noqa: E402
 from cliphar.training._augment import random_frames  # noqa: E402
 from cliphar.training._batches import Batch, Batches, TrainItems  # noqa: E402
@@ -130,6 +132,28 @@ def test_each_setting_changes_what_is_learned(items: TrainItems, tmp_path: Path,
 
 def test_fp16_and_the_contrastive_loss_train(items: TrainItems, tmp_path: Path) -> None:
     assert torch.isfinite(trained(items, tmp_path, contrastive=1.0, precision="fp16")).all()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+@pytest.mark.filterwarnings("ignore::UserWarning")  # the compiler looks at gradients of what is no leaf
+def test_a_compiled_run_learns_the_same(items: TrainItems, tmp_path: Path) -> None:
+    plain, compiled = trained(items, tmp_path / "a", epochs=1), trained(items, tmp_path / "b", epochs=1, compile=True)
+    assert torch.allclose(plain, compiled, atol=1e-4)
+
+
+def test_activations_computed_again_give_the_same_gradients() -> None:
+    torch.manual_seed(0)
+    tower = ImageTower("lite0", 8).train()
+    for module in tower.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    images, gradients = torch.rand(2, 3, 32, 32) * 255, []
+    for again in (False, True):
+        tower.backbone.recompute = again
+        tower.zero_grad()
+        tower(images).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in tower.parameters() if p.grad is not None]))
+    assert torch.allclose(*gradients, atol=1e-5)
 
 
 def test_patience_ends_a_run_and_the_best_epoch_is_kept(items: TrainItems, tmp_path: Path) -> None:
