@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cliphar.cli._options import Coverage, Labels, LabelsFile, Model, Provider, Threads, chosen_labels
+from cliphar.cli._options import Coverage, Labels, LabelsFile, Model, Provider, Runtime, Threads, chosen_labels
 from cliphar.errors import DataError, MediaError, UsageError
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def evaluate(
     ] = None,
     coverage: Coverage = 0.9,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    runtime: Runtime = None,
     provider: Provider = None,
     threads: Threads = None,
 ) -> None:
@@ -52,7 +53,7 @@ def evaluate(
     for path in report or ():
         _check_report(path)
     listed, chosen = _read(data, chosen_labels(labels, labels_file))
-    recognizer = load(model, provider=provider, threads=threads)
+    recognizer = load(model, runtime=runtime, provider=provider, threads=threads)
     other = None if against is None else load(against, provider=provider, threads=threads)
     new, new_labels = ([], ()) if novel is None else _read(novel, None)
     trained = sorted(set(new_labels) & set(recognizer.labels))

@@ -9,7 +9,7 @@ import typer
 
 from cliphar.errors import UsageError
 
-__all__ = ["Coverage", "Labels", "LabelsFile", "Model", "Provider", "Threads", "chosen_labels"]
+__all__ = ["Coverage", "Labels", "LabelsFile", "Model", "Provider", "Runtime", "Threads", "chosen_labels"]
 
 Model = Annotated[
     str | None,
@@ -25,6 +25,10 @@ Coverage = Annotated[
 Provider = Annotated[
     str | None,
     typer.Option(envvar="CLIPHAR_PROVIDER", help="cpu, cuda, tensorrt or openvino.", show_default="the best present"),
+]
+Runtime = Annotated[
+    str | None,
+    typer.Option(envvar="CLIPHAR_RUNTIME", help="onnx, or what 'cliphar export' added.", show_default="the fastest"),
 ]
 Threads = Annotated[
     int | None,

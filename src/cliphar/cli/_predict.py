@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from cliphar.cli._options import Coverage, Labels, LabelsFile, Model, Provider, Threads, chosen_labels
+from cliphar.cli._options import Coverage, Labels, LabelsFile, Model, Provider, Runtime, Threads, chosen_labels
 from cliphar.errors import MediaError, UsageError
 
 __all__ = ["predict"]
@@ -31,6 +31,7 @@ def predict(
     ray: Annotated[
         bool, typer.Option("--ray", help="On a Ray cluster; photos may be in .tar shards, --out is a folder.")
     ] = False,
+    runtime: Runtime = None,
     provider: Provider = None,
     threads: Threads = None,
 ) -> None:
@@ -45,10 +46,12 @@ def predict(
 
         if out is None or out.suffix or as_json:
             raise UsageError("--ray writes Parquet files: give --out FOLDER, and no --json")
+        if runtime is not None:
+            raise UsageError("--ray has each worker take its fastest runtime; leave out --runtime")
         predict_on_ray(files, out, model=model, provider=provider, labels=chosen, top_k=top_k, coverage=coverage)
         return
     with Writer(out) as writer:
-        recognizer = load(model, provider=provider, threads=threads)
+        recognizer = load(model, runtime=runtime, provider=provider, threads=threads)
         failed = 0
         answers = recognizer.stream((path for path in files), chosen, top_k=top_k, coverage=coverage)
         with progress(len(files), quiet=as_json) as advance:
