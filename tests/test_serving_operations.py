@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -18,7 +19,7 @@ import pytest
 from cliphar.bundle import packaged
 from cliphar.client import AsyncClient, Client
 from cliphar.recognizer import Prediction
-from serving_process import serving
+from serving_process import problem, serving
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +144,39 @@ def test_callers_that_hang_up_harm_nobody(api: str, photos: list[Path]) -> None:
         time.sleep(0.05)
     with Client(api) as client:
         assert isinstance(client.predict(photos[:1])[0], Prediction)
+
+
+class _Collector(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        self.server.received.append((self.path, self.rfile.read(int(self.headers["content-length"]))))  # type: ignore[attr-defined]
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_traces_go_where_the_variables_say(env: dict[str, str], photos: list[Path]) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Collector) as collector:
+        collector.received = []  # type: ignore[attr-defined]
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        told = {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.server_address[1]}",
+            "OTEL_BSP_SCHEDULE_DELAY": "100",
+        }
+        with serving(env | told) as (url, _), Client(url) as client:
+            client.predict(photos[:1])
+            end = time.monotonic() + 20
+            while not collector.received and time.monotonic() < end:  # type: ignore[attr-defined]
+                time.sleep(0.05)
+        path, spans = collector.received[0]  # type: ignore[attr-defined]
+        collector.shutdown()
+    assert path == "/v1/traces"
+    assert b"POST /v1/predict" in spans
+    assert b"cliphar" in spans
+
+
+def test_where_nothing_can_be_written(env: dict[str, str], photos: list[Path]) -> None:
+    with serving(env | {"CLIPHAR_STATE": "/proc/nowhere"}) as (url, _), Client(url, retry_s=0) as client:
+        assert isinstance(client.predict(photos[:1])[0], Prediction)
+        assert "CLIPHAR_STATE" in problem(httpx.put(f"{url}/v1/labels/mine", json=["a"]), 500)

@@ -62,12 +62,22 @@ class State:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """What is read, changed and written here is not written by another thread or worker meanwhile."""
-        self._make_room()
-        with self._lock, (self._vocabularies.parent / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            self.refresh()
-            yield
+        """What is read, changed and written here is not written by another thread or worker meanwhile.
+
+        Raises:
+            ClipharError: nothing can be written there.
+        """
+        directory = self._vocabularies.parent
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with self._lock, (directory / ".lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                self.refresh()
+                yield
+        except OSError as error:
+            raise ClipharError(
+                f"cannot keep this: the state directory cannot be written to ({error.strerror}); set CLIPHAR_STATE"
+            ) from error
 
     @property
     def vocabularies(self) -> dict[str, tuple[str, ...]]:
@@ -115,14 +125,6 @@ class State:
             with suppress(FileNotFoundError):
                 Path(partial).unlink()
         self._changed(self._vocabularies)
-
-    def _make_room(self) -> None:
-        try:
-            self._vocabularies.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ClipharError(
-                f"cannot keep this: the state directory cannot be written to ({error.strerror}); set CLIPHAR_STATE"
-            ) from error
 
 
 def _stamp(path: Path) -> int:

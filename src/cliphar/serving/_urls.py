@@ -12,7 +12,21 @@ import httpx
 from cliphar.serving._problems import ProblemError
 from cliphar.serving._settings import Settings
 
-__all__ = ["fetch_image"]
+__all__ = ["fetch_image", "is_public"]
+
+_TIMEOUT_S = 10.0
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the public internet; the IPv4 address inside an IPv6 one is looked at too."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
+        if ip in ipaddress.ip_network("64:ff9b::/96"):  # NAT64 (RFC 6052)
+            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if inner is not None:
+            return is_public(str(inner))
+    return ip.is_global and not ip.is_multicast
 
 
 async def fetch_image(url: str, settings: Settings) -> bytes:
@@ -26,34 +40,44 @@ async def fetch_image(url: str, settings: Settings) -> bytes:
     """
     if not settings.image_urls:
         raise ProblemError(403, "images by address are switched off here; send the image itself")
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError as error:
+        raise ProblemError(422, "image_url is not an address") from error
+    if parts.scheme not in ("http", "https") or not host or parts.username is not None:
         raise ProblemError(422, "image_url must be a plain http or https address")
     try:
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        found = await asyncio.get_running_loop().getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
-    except (OSError, ValueError) as error:
-        raise ProblemError(422, f"cannot find {parts.hostname}") from error
-    address = str(found[0][4][0])
-    if not all(ipaddress.ip_address(str(one[4][0])).is_global for one in found):
-        raise ProblemError(403, f"{parts.hostname} is not a public address")
-    target = httpx.URL(url).copy_with(host=address)
-    host = parts.hostname if parts.port is None else f"{parts.hostname}:{parts.port}"
-    limit = settings.max_body_mb * 2**20
+        async with asyncio.timeout(_TIMEOUT_S):
+            return await _get(url, host, port, parts.netloc, settings.max_body_mb)
+    except TimeoutError as error:
+        raise ProblemError(422, f"{host} did not give the image within {_TIMEOUT_S:g} s") from error
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ProblemError(422, f"cannot get the image from {host}: {type(error).__name__}") from error
+
+
+async def _get(url: str, host: str, port: int, netloc: str, limit_mb: int) -> bytes:
     try:
-        async with (
-            httpx.AsyncClient(timeout=10, trust_env=False, follow_redirects=False) as client,
-            client.stream(
-                "GET", target, headers={"Host": host}, extensions={"sni_hostname": parts.hostname}
-            ) as response,
-        ):
-            if response.status_code != 200:
-                raise ProblemError(422, f"{parts.hostname} answered {response.status_code}, not an image")
-            content = bytearray()
-            async for chunk in response.aiter_bytes():
-                content += chunk
-                if len(content) > limit:
-                    raise ProblemError(413, f"the image has over {settings.max_body_mb} MB")
-    except httpx.HTTPError as error:
-        raise ProblemError(422, f"cannot get the image from {parts.hostname}: {type(error).__name__}") from error
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, ValueError) as error:
+        raise ProblemError(422, f"cannot find {host}") from error
+    if not all(is_public(str(one[4][0])) for one in found):
+        raise ProblemError(403, f"{host} is not a public address")
+    target = httpx.URL(url).copy_with(host=str(found[0][4][0]))
+    async with (
+        httpx.AsyncClient(timeout=_TIMEOUT_S, trust_env=False, follow_redirects=False) as client,
+        client.stream(
+            "GET",
+            target,
+            headers={"Host": netloc, "Accept-Encoding": "identity"},
+            extensions={"sni_hostname": host},
+        ) as response,
+    ):
+        if response.status_code != 200:
+            raise ProblemError(422, f"{host} answered {response.status_code}, not an image")
+        content = bytearray()
+        async for chunk in response.aiter_raw():
+            content += chunk
+            if len(content) > limit_mb * 2**20:
+                raise ProblemError(413, f"the image has over {limit_mb} MB")
     return bytes(content)

@@ -1,0 +1,87 @@
+"""Images by address: what is fetched, and what is not."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from cliphar.serving import Settings, _urls
+from cliphar.serving._problems import ProblemError
+from cliphar.serving._urls import fetch_image, is_public
+
+PRIVATE = [
+    "127.0.0.1", "10.1.2.3", "192.168.0.1", "172.16.0.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1",  # noqa: S104
+    "::1", "fe80::1%eth0", "fc00::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::1",
+    "ff0e::1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("address", PRIVATE)
+def test_private_addresses(address: str) -> None:
+    assert not is_public(address)
+
+
+@pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8"])
+def test_public_addresses(address: str) -> None:
+    assert is_public(address)
+
+
+class _Site(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        if self.path == "/moved":
+            self.send_response(302)
+            self.send_header("Location", "/photo")
+            self.end_headers()
+            return
+        body = bytes(2 * 2**20) if self.path == "/large" else b"photo of " + self.headers["Host"].encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Site) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"localhost:{server.server_address[1]}"
+        server.shutdown()
+
+
+def fetch(url: str, **changes: object) -> bytes:
+    settings = Settings.model_validate({"image_urls": True, "max_body_mb": 1} | changes)
+    return asyncio.run(fetch_image(url, settings))
+
+
+def test_what_is_refused(site: str) -> None:
+    for url, status in (
+        (f"http://{site}/photo", 403),
+        ("http://[::1]/photo", 403),
+        ("http://2130706433/photo", 403),  # 127.0.0.1 as one number
+        ("ftp://example.org/photo", 422),
+        ("http://me:secret@example.org/photo", 422),
+        ("http://[nonsense/photo", 422),
+        ("http://example.org:99999/photo", 422),
+        ("file:///etc/passwd", 422),
+    ):
+        with pytest.raises(ProblemError) as refused:
+            fetch(url)
+        assert refused.value.status == status, url
+    with pytest.raises(ProblemError, match="switched off"):
+        fetch(f"http://{site}/photo", image_urls=False)
+
+
+def test_what_is_fetched(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_urls, "is_public", lambda address: True)  # there is no public address to ask here
+    assert fetch(f"http://{site}/photo") == b"photo of " + site.encode()
+    with pytest.raises(ProblemError, match="answered 302"):
+        fetch(f"http://{site}/moved")
+    with pytest.raises(ProblemError, match="over 1 MB"):
+        fetch(f"http://{site}/large")
