@@ -21,7 +21,9 @@ def serving(env: dict[str, str], *arguments: str) -> Iterator[tuple[str, subproc
         assert process.stderr is not None
         first = process.stderr.readline()
         try:
-            assert '"ready"' in first, first + process.stderr.read()
+            if '"ready"' not in first:
+                process.kill()
+                raise AssertionError(first + process.stderr.read())
             threading.Thread(target=process.stderr.read, daemon=True).start()  # a full pipe would stop it
             yield json.loads(first)["address"], process
         finally:

@@ -7,6 +7,8 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -14,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from cliphar.bundle import packaged
@@ -180,3 +183,45 @@ def test_where_nothing_can_be_written(env: dict[str, str], photos: list[Path]) -
     with serving(env | {"CLIPHAR_STATE": "/proc/nowhere"}) as (url, _), Client(url, retry_s=0) as client:
         assert isinstance(client.predict(photos[:1])[0], Prediction)
         assert "CLIPHAR_STATE" in problem(httpx.put(f"{url}/v1/labels/mine", json=["a"]), 500)
+
+
+def test_workers_agree_and_one_that_dies_is_replaced(env: dict[str, str], photos: list[Path], tmp_path: Path) -> None:
+    own = env | {"CLIPHAR_STATE": str(tmp_path)}
+    with serving(own, "--workers", "2") as (url, supervisor):
+
+        def pids() -> set[int]:
+            return {
+                child.pid for child in psutil.Process(supervisor.pid).children() if "spawn_main" in str(child.cmdline())
+            }
+
+        def ask() -> list[str]:
+            return httpx.get(f"{url}/v1/labels", timeout=30).json().get("mine", [])  # a new connection each time
+
+        time.sleep(3)  # the second one is on its way
+        assert len(pids()) == 2
+        assert httpx.put(f"{url}/v1/labels/mine", json=["mowing"], timeout=30).status_code == 200
+        assert all(ask() == ["mowing"] for _ in range(10))
+        metrics = httpx.get(f"{url}/metrics").text
+        assert "cliphar_model_info" in metrics
+        asked = [line for line in metrics.splitlines() if "cliphar_requests_total" in line and '"/v1/labels"' in line]
+        assert sum(float(line.split()[-1]) for line in asked) == 10
+        time.sleep(3)  # for one that ends sooner was not able to start
+        dead = pids().pop()
+        os.kill(dead, signal.SIGKILL)
+        end = time.monotonic() + 20
+        while dead in pids() or len(pids()) < 2:
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        with Client(url) as client:
+            for _ in range(5):
+                assert isinstance(client.predict(photos[:1])[0], Prediction)
+        supervisor.send_signal(signal.SIGTERM)
+        assert supervisor.wait(30) == 0
+
+
+def test_workers_that_cannot_start_say_why_once_each(env: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "cliphar", "serve", "--port", "0", "--workers", "2", "--model", "no-such"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "no model 'no-such'" in done.stderr
+    assert "Traceback" not in done.stderr

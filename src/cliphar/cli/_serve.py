@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -20,6 +23,9 @@ def serve(
     port: Annotated[int, typer.Option(envvar="CLIPHAR_PORT", min=0, max=65535, help="Port.")] = 8000,
     provider: Provider = None,
     threads: Threads = None,
+    workers: Annotated[
+        int, typer.Option(envvar="CLIPHAR_WORKERS", min=1, max=64, help="Processes, each with the model.")
+    ] = 1,
     state: Annotated[
         Path | None, typer.Option(envvar="CLIPHAR_STATE", help="Where vocabularies and taught actions are kept.")
     ] = None,
@@ -57,24 +63,28 @@ def serve(
     """Answer over HTTP: photos in, actions out; /docs describes it."""
     if find_spec("fastapi") is None or find_spec("structlog") is None:
         raise UsageError("the API needs FastAPI and others; run: pip install 'cliphar[serve]'")
-    from cliphar.serving import Settings, run
+    with tempfile.TemporaryDirectory(prefix="cliphar-metrics-") if workers > 1 else nullcontext() as shared:
+        if shared:
+            # read when prometheus-client is imported: the workers' counts are added up there
+            os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", shared)
+        from cliphar.serving import Settings, run
 
-    given = {"state": state} if state else {}
-    settings = Settings(
-        model=model,
-        provider=provider,
-        threads=threads,
-        queue_size=queue_size,
-        max_batch=max_batch,
-        deadline_s=deadline,
-        max_body_mb=max_body,
-        max_images=max_images,
-        max_pixels=max_pixels,
-        max_labels=max_labels,
-        api_keys=api_keys,
-        rate_per_minute=rate,
-        cors_origins=tuple(origin.strip() for origin in (cors or "").split(",") if origin.strip()),
-        image_urls=image_urls,
-        **given,
-    )
-    run(settings, host, port, drain)
+        given = {"state": state} if state else {}
+        settings = Settings(
+            model=model,
+            provider=provider,
+            threads=threads,
+            queue_size=queue_size,
+            max_batch=max_batch,
+            deadline_s=deadline,
+            max_body_mb=max_body,
+            max_images=max_images,
+            max_pixels=max_pixels,
+            max_labels=max_labels,
+            api_keys=api_keys,
+            rate_per_minute=rate,
+            cors_origins=tuple(origin.strip() for origin in (cors or "").split(",") if origin.strip()),
+            image_urls=image_urls,
+            **given,
+        )
+        run(settings, host, port, drain, workers)

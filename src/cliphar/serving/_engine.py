@@ -27,7 +27,7 @@ __all__ = ["Engine", "Observer"]
 Square = NDArray[np.uint8]
 Embedding = NDArray[np.float32]
 Observer = Callable[[str, float], None]
-"""Told (stage, seconds) of ``queue``, ``decode`` and ``model``, and (``batch``, photos)."""
+"""Told (stage, seconds) of ``queue``, ``decode`` and ``model``, (``batch``, photos), and (``pending``, change)."""
 
 
 @dataclass
@@ -130,6 +130,7 @@ class Engine:
             work = _Work(content, key, asyncio.get_running_loop().create_future(), time.perf_counter())
             self._shared[key] = work
             self.pending += 1
+            self._observe("pending", 1)
             work.waiters = 1
             self._to_decode.add(caller, work)
             self._decode_next()
@@ -141,6 +142,7 @@ class Engine:
         work.waiters -= 1
         if not work.waiters and self._shared.pop(work.key, None) is not None:
             self.pending -= 1
+            self._observe("pending", -1)
 
     def _decode_next(self) -> None:
         while self._decoding < self._decoders and (taken := self._to_decode.take()) is not None:

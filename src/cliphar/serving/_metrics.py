@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
+import os
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
 
 from cliphar._version import __version__
 from cliphar.recognizer import Recognizer
@@ -41,25 +43,45 @@ class Metrics:
             buckets=(1, 2, 4, 8, 16, 32, 64, 128),
             registry=self.registry,
         )
-        self._pending = Gauge("cliphar_queue_images", "Photos that wait or are worked on.", registry=self.registry)
-        self._size = Gauge("cliphar_queue_size", "Photos that may wait.", registry=self.registry)
-        self._model = Info("cliphar_model", "The model that answers.", registry=self.registry)
+        self._pending = Gauge(
+            "cliphar_queue_images",
+            "Photos that wait or are worked on.",
+            registry=self.registry,
+            multiprocess_mode="livesum",
+        )
+        self._size = Gauge(
+            "cliphar_queue_size", "Photos that may wait.", registry=self.registry, multiprocess_mode="livesum"
+        )
+        self._model = Gauge(
+            "cliphar_model_info",
+            "The model that answers.",
+            ["name", "runtime", "version"],
+            registry=self.registry,
+            multiprocess_mode="livemax",
+        )
+        self._shown: tuple[str, ...] = ()
 
     def watch(self, engine: Engine, recognizer: Recognizer) -> None:
-        """Show the queue's state and what model answers."""
-        self._pending.set_function(lambda: engine.pending)
+        """Show what model answers, and the length of its queue."""
         self._size.set(engine.queue_size)
-        self._model.info(
-            {"name": recognizer.bundle.info.name, "runtime": recognizer.runtime.name, "version": __version__}
-        )
+        if self._shown:
+            self._model.labels(*self._shown).set(0)
+        self._shown = (recognizer.bundle.info.name, recognizer.runtime.name, __version__)
+        self._model.labels(*self._shown).set(1)
 
     def observe(self, stage: str, value: float) -> None:
         """See :data:`cliphar.serving._engine.Observer`."""
         if stage == "batch":
             self.batch.observe(value)
+        elif stage == "pending":
+            self._pending.inc(value)
         else:
             self.stages.labels(stage).observe(value)
 
     def render(self) -> bytes:
-        """The text format."""
-        return generate_latest(self.registry)
+        """The text format; of all workers together where there are several."""
+        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+            return generate_latest(self.registry)
+        together = CollectorRegistry()
+        multiprocess.MultiProcessCollector(together)  # type: ignore[no-untyped-call]
+        return generate_latest(together)

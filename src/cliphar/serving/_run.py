@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import sys
@@ -13,17 +14,27 @@ import uvicorn
 from fastapi import FastAPI
 
 from cliphar.errors import ClipharError, UsageError
+from cliphar.runtime import cpu_quota
 from cliphar.serving._app import create_app
 from cliphar.serving._service import Service
 from cliphar.serving._settings import Settings
+from cliphar.serving._workers import supervise
 
 __all__ = ["run"]
 
 _LAST_CALL_S = 0.5
 
 
-def run(settings: Settings, host: str, port: int, drain_s: int) -> None:
+def run(settings: Settings, host: str, port: int, drain_s: int, workers: int = 1) -> None:
     """Serve until SIGTERM or SIGINT, then answer what has come in, for at most ``drain_s`` seconds.
+
+    Args:
+        settings: of each worker.
+        host: address to listen on.
+        port: 0 takes a free one.
+        drain_s: after it, what is not answered is dropped.
+        workers: processes that share the socket, and the cores unless ``settings.threads`` says otherwise. For more
+            than one, PROMETHEUS_MULTIPROC_DIR must name an empty directory before this package is imported.
 
     Raises:
         UsageError: the address cannot be listened on.
@@ -31,6 +42,27 @@ def run(settings: Settings, host: str, port: int, drain_s: int) -> None:
     """
     _set_up_logs()
     listener = _listen(host, port)
+    if workers == 1:
+        _serve(settings, listener, drain_s)
+        return
+    share: dict[str, int | None] = {
+        "threads": settings.threads or max(1, cpu_quota() // workers),
+        "queue_size": max(1, settings.queue_size // workers),
+        "rate_per_minute": settings.rate_per_minute and max(1, settings.rate_per_minute // workers),
+    }
+    supervise(_worker, (settings.model_copy(update=share), listener, drain_s), workers)
+
+
+def _worker(settings: Settings, listener: socket.socket, drain_s: int) -> None:
+    _set_up_logs()
+    try:
+        _serve(settings, listener, drain_s)
+    except ClipharError as error:
+        print(f"cliphar: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _serve(settings: Settings, listener: socket.socket, drain_s: int) -> None:
     service = Service.start(settings)
     log = structlog.get_logger()
     app = create_app(service)
@@ -40,11 +72,14 @@ def run(settings: Settings, host: str, port: int, drain_s: int) -> None:
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=drain_s,
+        timeout_keep_alive=75,  # longer than proxies keep theirs, so that they close first
         ws_max_size=settings.max_body_mb * 2**20,
     )
     server = _Server(config, app)
     name, runtime = service.recognizer.bundle.info.name, service.recognizer.runtime.name
-    log.info("ready", address=f"http://{host}:{listener.getsockname()[1]}", model=name, runtime=runtime)
+    host, port = listener.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
+    log.info("ready", address=f"http://{host}:{port}", model=name, runtime=runtime, pid=os.getpid())
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises it again when all is answered: that is no failure
         signal.signal(number, lambda _number, _frame: None)
     server.run(sockets=[listener])
