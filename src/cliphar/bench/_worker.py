@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,7 +87,7 @@ def serve(pipe: Connection, path: Path, name: str, threads: int) -> None:
         return
     images = np.random.default_rng(0).integers(0, 256, (256, side, side, 3), dtype=np.uint8)
     pipe.send({"load_s": load_s})
-    while (request := pipe.recv()) is not None:
+    while (request := _next(pipe)) is not None:
         match request:
             case "tensors", batch, seconds:
                 pipe.send(_times(runtime, images[:batch], seconds))
@@ -98,6 +99,13 @@ def serve(pipe: Connection, path: Path, name: str, threads: int) -> None:
                 pipe.send(runtime.peak() if isinstance(runtime, _Eager) else None)
             case ("memory",):
                 pipe.send(_peak_memory())
+
+
+def _next(pipe: Connection) -> Any:
+    try:
+        return pipe.recv()
+    except EOFError:  # whoever asked is gone
+        return None
 
 
 def _peak_memory() -> float:
