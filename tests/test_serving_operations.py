@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -190,9 +191,12 @@ def test_workers_agree_and_one_that_dies_is_replaced(env: dict[str, str], photos
     with serving(own, "--workers", "2") as (url, supervisor):
 
         def pids() -> set[int]:
-            return {
-                child.pid for child in psutil.Process(supervisor.pid).children() if "spawn_main" in str(child.cmdline())
-            }
+            found = set()
+            for child in psutil.Process(supervisor.pid).children():
+                with suppress(psutil.Error):  # one that has just ended
+                    if "spawn_main" in str(child.cmdline()):
+                        found.add(child.pid)
+            return found
 
         def ask() -> list[str]:
             return httpx.get(f"{url}/v1/labels", timeout=30).json().get("mine", [])  # a new connection each time

@@ -18,7 +18,7 @@ from cliphar.errors import ClipharError
 
 __all__ = ["supervise"]
 
-# one that ends sooner was not able to start, and would not be the next time
+# one that ends sooner, or by an error of its own, was not able to start and would not be the next time
 _START_S = 5.0
 
 
@@ -61,7 +61,7 @@ def supervise(target: Callable[..., None], arguments: tuple[Any, ...], count: in
             multiprocess.mark_process_dead(process.pid)  # type: ignore[no-untyped-call]
             if stopping:
                 continue
-            if time.monotonic() - since < _START_S:
+            if process.exitcode == 1 or time.monotonic() - since < _START_S:
                 stopping = failed = True
                 tell(signal.SIGTERM)
             else:
