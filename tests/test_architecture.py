@@ -17,6 +17,7 @@ ROOMS = (
     "media",
     "runtime",
     "recognizer",
+    "timeline",
     "data",
     "models",
     "evaluation",

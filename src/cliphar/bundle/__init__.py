@@ -12,6 +12,7 @@ from cliphar.bundle._schema import (
     Provenance,
     Source,
     TextSpec,
+    VideoSpec,
 )
 from cliphar.bundle._store import DEFAULT_MODEL, StoredModel, find_bundle, list_models, packaged, store
 
@@ -30,6 +31,7 @@ __all__ = [
     "Source",
     "StoredModel",
     "TextSpec",
+    "VideoSpec",
     "fetch_teacher",
     "find_bundle",
     "list_models",

@@ -17,6 +17,7 @@ __all__ = [
     "Provenance",
     "Source",
     "TextSpec",
+    "VideoSpec",
 ]
 
 SCHEMA_VERSION = 1
@@ -53,6 +54,17 @@ class TextSpec(_Model):
             if template.count("{}") != 1:
                 raise ValueError(f"template {template!r} must hold {{}} exactly once")
         return templates
+
+
+class VideoSpec(_Model):
+    """How a video is looked at: ``fps`` frames a second, and the mean of ``window_s`` seconds of them is scored.
+
+    A model trained on single photos has no window (0); one whose class vectors were trained on the mean embedding of
+    clips names the length of those.
+    """
+
+    fps: float = Field(default=4.0, ge=0.01, le=60)
+    window_s: float = Field(default=0.0, ge=0, le=60)
 
 
 class Calibration(_Model):
@@ -132,6 +144,7 @@ class BundleInfo(_Model):
     embedding_dim: int = Field(ge=1)
     image: ImageSpec
     text: TextSpec
+    video: VideoSpec = VideoSpec()
     known: Calibration
     open: Calibration
     metrics: dict[str, Metrics] = {}

@@ -1,0 +1,184 @@
+"""cliphar video: a video in, a timeline of actions out."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cliphar.cli._options import Coverage, Labels, LabelsFile, Model, Provider, Threads, chosen_labels
+from cliphar.errors import MediaError, UsageError
+
+if TYPE_CHECKING:
+    from cliphar.recognizer import Recognizer
+    from cliphar.timeline import Timeline
+
+__all__ = ["video"]
+
+_OUT = (".csv", ".jsonl", ".mp4", ".png", ".vtt")
+_WIDTH = 60
+
+
+def video(
+    paths: Annotated[list[str], typer.Argument(help="Videos, folders of videos, or patterns such as 'cam/*.mp4'.")],
+    labels: Labels = None,
+    labels_file: LabelsFile = None,
+    model: Model = None,
+    coverage: Coverage = 0.9,
+    multi_label: Annotated[bool, typer.Option("--multi-label", help="Several actions may be done at once.")] = False,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames looked at a second.", show_default="what the model names")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a video.")] = False,
+    out: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Also write .csv, .jsonl, .vtt (subtitles), .mp4 (annotated) or .png (contact sheet), for one video; "
+            "may be given several times.",
+        ),
+    ] = None,
+    provider: Provider = None,
+    threads: Threads = None,
+) -> None:
+    """Say what is done when in videos."""
+    from cliphar.cli._output import printable
+    from cliphar.cli._predict import expand
+    from cliphar.media import is_video_name
+    from cliphar.recognizer import load
+
+    chosen = chosen_labels(labels, labels_file)
+    files = list(expand(paths, is_video_name, "videos"))
+    targets = list(out or ())
+    _check(targets, len(files))
+    recognizer = load(model, provider=provider, threads=threads)
+    failed = False
+    for path in files:
+        shown = printable(path)
+        try:
+            timeline = _read(recognizer, path, chosen, coverage, multi_label, fps)
+        except MediaError as error:
+            failed = True
+            text = " ".join(printable(str(error)).split())
+            print(f"cliphar: {text if shown in text else f'{shown}: {text}'}", file=sys.stderr)
+            continue
+        if timeline.warning:
+            failed = True
+            print(f"cliphar: {shown}: {timeline.warning}", file=sys.stderr)
+        if as_json:
+            print(json.dumps({"path": shown} | timeline.to_dict(), ensure_ascii=False), flush=True)
+        else:
+            _show(shown, timeline)
+        for target in targets:
+            _write(target, path, timeline)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _read(
+    recognizer: Recognizer,
+    path: str,
+    labels: tuple[str, ...] | None,
+    coverage: float,
+    multi_label: bool,
+    fps: float | None,
+) -> Timeline:
+    from cliphar.timeline import Progress, Timeline, stream_video
+
+    items = stream_video(recognizer, path, labels, coverage=coverage, multi_label=multi_label, fps=fps)
+    with _progress(path) as advance:
+        for item in items:
+            if isinstance(item, Timeline):
+                return item
+            if isinstance(item, Progress):
+                advance(item.time_s, item.duration_s)
+    raise AssertionError("a stream ends with its timeline")
+
+
+@contextmanager
+def _progress(path: str) -> Iterator[Callable[[float, float | None], None]]:
+    if not sys.stderr.isatty():
+        yield lambda _time_s, _duration_s: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f} s"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(path, total=None)
+        yield lambda time_s, duration_s: bar.update(task, completed=time_s, total=duration_s)
+
+
+def _show(path: str, timeline: Timeline) -> None:
+    """A coloured bar and a table on a terminal; in a pipe, a tab-separated line a segment."""
+    if not sys.stdout.isatty():
+        for one in timeline.segments:
+            print(f"{path}\t{one.start_s:.3f}\t{one.end_s:.3f}\t{one.label}\t{one.score:.4f}", flush=True)
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    console.print(Text(f"{path}  {timeline.duration_s:.1f} s", style="bold"))
+    names = sorted({one.label for one in timeline.segments} - {"unknown"})
+    palette = ("green", "cyan", "magenta", "yellow", "blue", "red")
+    colours = {name: palette[at % len(palette)] for at, name in enumerate(names)} | {"unknown": "bright_black"}
+    bar = Text("  ")
+    for at in range(_WIDTH):
+        time_s = (at + 0.5) / _WIDTH * timeline.duration_s
+        now = next((one for one in timeline.segments if one.start_s <= time_s < one.end_s), None)
+        bar.append("█" if now else " ", style=colours[now.label] if now else "")
+    console.print(bar)
+    for one in timeline.segments:
+        line = Text(f"  {one.start_s:8.1f} {one.end_s:8.1f} s  ")
+        line.append(one.label, style=colours[one.label])
+        line.append(f"  {one.score:.0%}")
+        console.print(line)
+
+
+def _check(targets: list[Path], videos: int) -> None:
+    if targets and videos > 1:
+        raise UsageError(f"--out is for one video, and there are {videos}; run them one by one, or use --json")
+    for target in targets:
+        if target.suffix not in _OUT:
+            raise UsageError(f"cannot write {target}: its name must end in {', '.join(_OUT)}")
+        if target.is_dir() or not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
+            raise UsageError(f"cannot write {target}: it is a folder, or its folder cannot be written to")
+
+
+def _write(target: Path, path: str, timeline: Timeline) -> None:
+    from cliphar.timeline import annotate, contact_sheet, to_csv, to_webvtt
+
+    if target.suffix == ".mp4":
+        if target.exists() and target.samefile(path):
+            raise UsageError(f"cannot write {target}: it is the video itself; give another name")
+        annotate(path, timeline.segments, target)
+        return
+    handle, partial = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
+    os.close(handle)
+    part = Path(partial)
+    try:
+        match target.suffix:
+            case ".png":
+                contact_sheet(path, timeline.segments).save(part)
+            case ".csv":
+                part.write_text(to_csv(timeline.segments), encoding="utf-8")
+            case ".vtt":
+                part.write_text(to_webvtt(timeline.segments), encoding="utf-8")
+            case _:
+                rows = [json.dumps(one.to_dict(), ensure_ascii=False) + "\n" for one in timeline.segments]
+                part.write_text("".join(rows), encoding="utf-8")
+        umask = os.umask(0)
+        os.umask(umask)
+        part.chmod(0o666 & ~umask)
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,295 @@
+"""Decode video: any container and codec that ffmpeg reads, sampled on an even grid of times."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from cliphar.errors import MediaError, UsageError
+
+if TYPE_CHECKING:
+    import av
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
+
+__all__ = ["VIDEO_SUFFIXES", "Frame", "VideoInfo", "VideoLike", "VideoReader", "is_video_name", "require_av"]
+
+VideoLike: TypeAlias = str | os.PathLike[str] | bytes | BinaryIO
+
+VIDEO_SUFFIXES = frozenset(
+    {".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts"}
+    | {".webm", ".wmv"}
+)
+MAX_SIDE = 16_384
+_LUMA = (32, 32)  # width, height of the thumbnail that changes are measured on
+# formats that name other files or addresses: a clip from a stranger must not make us open those
+_PLAYLISTS = {"concat", "dash", "hls", "imf", "lavfi", "rtp", "rtsp", "sap", "sdp", "tty", "webm_dash_manifest"}
+_WORTH = 4  # frames not decoded that are worth a jump
+_TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
+
+
+def is_video_name(name: str) -> bool:
+    """Whether a file's name has the suffix of a usual video format; others are read too when named."""
+    return os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES  # noqa: PTH122 - as is_image_name
+
+
+def require_av() -> None:
+    """UsageError, with the command that mends it, unless PyAV is installed."""
+    try:
+        import av
+    except ImportError as error:
+        raise UsageError("video needs PyAV; run: pip install 'cliphar[video]'") from error
+    av.logging.set_level(av.logging.PANIC)  # what matters is raised; the rest would be lines on standard error
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video says of itself: ``duration_s`` and ``fps`` are None where it does not say."""
+
+    width: int
+    height: int
+    duration_s: float | None
+    fps: float | None
+
+
+class Frame:
+    """A decoded frame. Nothing is converted before it is asked for, and then only at the size asked for."""
+
+    def __init__(self, raw: av.VideoFrame, pixel_aspect: float = 1.0) -> None:
+        self._raw = raw
+        self._pixel_aspect = pixel_aspect
+
+    @cached_property
+    def luma(self) -> NDArray[np.uint8]:
+        """The brightness of the whole frame as it lies in the file, averaged down to uint8 [32,32]."""
+        small = self._raw.reformat(*_LUMA, format="gray", interpolation="AREA")
+        return np.asarray(small.to_ndarray(), np.uint8)
+
+    def image(self, min_side: int = 0) -> Image.Image:
+        """Upright RGB with square pixels; ``min_side`` above 0 allows it smaller, down to that short side."""
+        width, height = max(1, round(self._raw.width * self._pixel_aspect)), self._raw.height
+        if min_side:
+            scale = min(1.0, min_side / min(width, height))
+            width, height = max(1, round(width * scale)), max(1, round(height * scale))
+        rgb = self._raw.reformat(width, height, format="rgb24", interpolation="BICUBIC").to_ndarray()
+        image = Image.fromarray(rgb)
+        turn = _TURNS.get(round(self._raw.rotation / 90) * 90 % 360)
+        return image if turn is None else image.transpose(turn)
+
+
+class VideoReader:
+    """Reads a video; a context manager.
+
+    Damage does not raise once a frame was read: what can be read is given, and ``problems`` says what could not.
+
+    Args:
+        source: a path, encoded bytes or a binary file. Playlists, which name other files, are refused.
+
+    Raises:
+        MediaError: it cannot be opened, or there is no picture in it.
+        UsageError: PyAV is not installed.
+    """
+
+    def __init__(self, source: VideoLike) -> None:
+        require_av()
+        self.name = _name(source)
+        self.problems: list[str] = []
+        self.end_s = 0.0
+        self._container = _open(source, self.name)
+        try:
+            self._stream = _video_stream(self._container, self.name)
+            self.info = self._read_info()
+        except BaseException:
+            self._container.close()
+            raise
+
+    def __enter__(self) -> VideoReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._container.close()
+
+    @property
+    def warning(self) -> str | None:
+        """The problems met so far in one line, or None."""
+        return "; ".join(self.problems) or None
+
+    def _read_info(self) -> VideoInfo:
+        stream, container = self._stream, self._container
+        width, height = stream.codec_context.width, stream.codec_context.height
+        if max(width, height) > MAX_SIDE:
+            raise MediaError(f"{self.name} is too large: {width:,} x {height:,}; sides up to {MAX_SIDE:,} are read")
+        duration = None
+        if stream.duration and stream.time_base:
+            duration = float(stream.duration * stream.time_base)
+        elif container.duration:
+            duration = container.duration / 1_000_000
+        rate = stream.average_rate or stream.guessed_rate
+        return VideoInfo(width, height, duration, float(rate) if rate else None)
+
+    def frames(self) -> Iterator[tuple[float, Frame]]:
+        """Every frame with its time in seconds from the start, ascending; MediaError if there is none."""
+        yield from self._decode(None)
+
+    def sample(self, fps: float) -> Iterator[tuple[float, Frame]]:
+        """The frame that is seen at 0, 1/fps, 2/fps ... seconds, whatever the video's own rate.
+
+        Frames that no other is predicted from are left out where the video has three times as many as asked for, and
+        whole groups of frames are jumped over where an index says that none of them is needed.
+
+        Raises:
+            MediaError: not one frame can be read.
+        """
+        step, number = 1 / fps, 0
+        shown: Frame | None = None
+        for time_s, frame in self._decode(fps):
+            # up to where this frame begins, the one before is seen; the first is seen from the start
+            while shown is not None and number * step < time_s - 1e-6:
+                yield number * step, shown
+                number += 1
+                self._wanted_s = number * step
+            shown = frame
+        while shown is not None and (number == 0 or number * step < self.end_s - 1e-6):
+            yield number * step, shown
+            number += 1
+
+    def _decode(self, fps: float | None) -> Iterator[tuple[float, Frame]]:
+        import av
+
+        stream, context = self._stream, self._stream.codec_context
+        stream.thread_type = "AUTO"
+        sparse = fps is not None and self.info.fps is not None and self.info.fps >= 3 * fps
+        context.skip_frame = "NONREF" if sparse else "DEFAULT"
+        frame_s = 1 / self.info.fps if self.info.fps else 0.04
+        pixel_aspect = float(stream.sample_aspect_ratio or 1)
+        self._wanted_s, self._jumped = 0.0, False
+        last, shift, seen = 0.0, 0.0, 0
+        for packet in self._packets(jump=fps is not None):
+            try:
+                decoded = packet.decode()
+            except av.error.FFmpegError as error:
+                self._skipped(last, error)
+                continue
+            for raw in decoded:
+                if not isinstance(raw, av.VideoFrame):
+                    continue
+                time_s = self._time(raw, last, frame_s) + shift
+                if self._jumped and time_s <= last:  # a jump may land a little before where it was aimed
+                    continue
+                self._jumped = False
+                if seen and time_s < last - 1:  # clips joined end to end start their clocks anew
+                    shift += last + frame_s - time_s
+                    time_s = last + frame_s
+                time_s = max(time_s, last)
+                if sparse and fps and seen and time_s - last > 1 / fps:  # too few are left: take them all
+                    context.skip_frame = "DEFAULT"
+                if raw.is_corrupt:
+                    self._skipped(time_s, None)
+                last, seen = time_s, seen + 1
+                self.end_s = time_s + frame_s
+                yield time_s, Frame(raw, pixel_aspect)
+        if not seen:
+            reason = self.problems[0] if self.problems else "no picture can be decoded"
+            raise MediaError(f"{self.name} is damaged: {reason}")
+        declared = self.info.duration_s
+        if declared and self.end_s + 1 + 0.05 * declared < declared:
+            self.problems.append(f"stops at {self.end_s:.1f} s of {declared:.1f} s: cut short or damaged")
+
+    def _time(self, raw: av.VideoFrame, last: float, frame_s: float) -> float:
+        if raw.pts is None or raw.time_base is None:
+            return last + frame_s
+        start = self._stream.start_time or 0
+        return float((raw.pts - start) * raw.time_base)
+
+    def _packets(self, jump: bool) -> Iterator[av.Packet[Any]]:
+        import av
+
+        stream, unit = self._stream, self._stream.time_base
+        index = stream.index_entries if jump and unit and self._container.duration else None
+        position, failures = -(2**62), 0
+        while True:
+            try:
+                for packet in self._container.demux(stream):
+                    failures = 0
+                    yield packet
+                    if packet.dts is None or not index or not unit:
+                        continue
+                    position = max(position, packet.dts)
+                    wanted = int(self._wanted_s / unit) + (stream.start_time or 0)
+                    key = index[max(0, index.search_timestamp(wanted))].timestamp  # the last key frame before it
+                    if key > position + _WORTH * (packet.duration or 1):
+                        self._container.seek(key, stream=stream)
+                        position, self._jumped = key, True
+                return
+            except av.error.EOFError:
+                return
+            except av.error.FFmpegError as error:
+                failures += 1
+                self._skipped(self.end_s, error)
+                if failures >= 5:
+                    return
+
+    def _skipped(self, time_s: float, error: Exception | None) -> None:
+        reason = f" ({_reason(error)})" if error else ""
+        if not any(problem.startswith("damaged") for problem in self.problems):
+            self.problems.append(f"damaged at {time_s:.1f} s{reason}: what could be read was")
+
+
+def _name(source: VideoLike) -> str:
+    if isinstance(source, str | os.PathLike):
+        return os.fspath(source)
+    return "the video"
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error).splitlines()[0]
+
+
+def _open(source: VideoLike, name: str) -> InputContainer:
+    import av
+
+    if isinstance(source, str | os.PathLike):
+        path = Path(source)
+        if not path.exists():
+            raise MediaError(f"{path} does not exist")
+        if path.is_dir():
+            raise MediaError(f"{path} is a directory, not a video")
+        if path.is_file() and path.stat().st_size == 0:
+            raise MediaError(f"{path} is empty (0 bytes)")
+        # a name such as "concat:a|b" or "http:x" is a file's name here, never a protocol
+        opened: Any = f"file:{path}"
+    else:
+        opened = io.BytesIO(source) if isinstance(source, bytes) else source
+    allowed = ",".join(sorted(name for name in av.formats_available if not _PLAYLISTS & set(name.split(","))))
+    options = {"format_whitelist": allowed, "protocol_whitelist": "file"}
+    try:
+        container: InputContainer = av.open(opened, "r", metadata_errors="replace", options=options)
+        return container
+    except PermissionError as error:
+        raise MediaError(f"{name} cannot be read: permission denied") from error
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise MediaError(f"{name} is not a video that can be read: {_reason(error)}") from error
+
+
+def _video_stream(container: InputContainer, name: str) -> VideoStream:
+    from av.stream import Disposition
+
+    if container.format.name.endswith("_pipe") or container.format.name == "image2":
+        raise MediaError(f"{name} is a photo, not a video; run 'cliphar predict' on it")
+    # the picture on the sleeve of a song is a video stream too, of one frame
+    pictures = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    if not pictures:
+        raise MediaError(f"{name} has no picture in it; give a file with a video stream")
+    return pictures[0]

@@ -1,0 +1,109 @@
+"""Steady answers while a camera runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from cliphar.labels import UNKNOWN
+from cliphar.media import ImageLike, decode_image
+from cliphar.recognizer import Prediction, Recognizer, to_predictions
+from cliphar.timeline._changes import Changes
+from cliphar.timeline._tracker import Tracker, choose
+from cliphar.timeline._types import Segment
+
+__all__ = ["Live", "LiveAnswer"]
+
+
+@dataclass(frozen=True)
+class LiveAnswer:
+    """What is done now, steadied by the moments before.
+
+    ``prediction`` is scored over the last second or so of what is done now; its label is the smoothed one. ``since_s``
+    is when it began. ``closed`` are the segments that this frame decided; they come late and are sure.
+    """
+
+    time_s: float
+    since_s: float
+    prediction: Prediction
+    closed: tuple[Segment, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form: the prediction with ``time_s`` and ``since_s``."""
+        times = {"time_s": round(self.time_s, 3), "since_s": round(self.since_s, 3)}
+        return times | self.prediction.to_dict()
+
+
+class Live:
+    """Takes the frames of one camera in the order of time. Not for several threads at once.
+
+    Frames may come at any rate and be left out at will: hand over the newest one whenever there is time for it.
+
+    Args:
+        recognizer: the model; it may be shared.
+        labels: any actions in plain words; None takes the recogniser's own.
+        coverage: how often a prediction set should hold the true label, between 0 and 1.
+        top_k: how many labels an answer's ``top`` holds at most.
+
+    Raises:
+        UsageError: bad labels or coverage.
+    """
+
+    def __init__(
+        self, recognizer: Recognizer, labels: Iterable[str] | None = None, *, coverage: float = 0.9, top_k: int = 5
+    ) -> None:
+        self._recognizer = recognizer
+        self._choice = choose(recognizer, labels, coverage, False, None)
+        self._top_k = top_k
+        self._changes, self._tracker = Changes(), Tracker(self._choice)
+        self._vector: NDArray[np.float32] | None = None
+        self._first_s: float | None = None
+        self._last_s = self._since_s = 0.0
+
+    @property
+    def fps(self) -> float:
+        """The frames a second that the bundle asks for; more make answers no better."""
+        return self._choice.fps
+
+    def push(self, frame: ImageLike, time_s: float) -> LiveAnswer:
+        """Answer for a frame: uint8 RGB [H,W,3], or anything that is a photo, at ``time_s`` seconds on any clock.
+
+        Raises:
+            MediaError: it is not a picture that can be read; the next frame may be.
+        """
+        image = decode_image(frame, min_side=self._recognizer.bundle.info.image.size)
+        if self._first_s is None:
+            self._first_s = time_s
+        time_s = max(time_s - self._first_s, self._last_s)
+        self._last_s = time_s
+        luma = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.BOX))
+        fresh, check, cut = self._changes.look(luma, time_s)
+        if fresh or self._vector is None:
+            new = self._recognizer.runtime.encode_images(self._recognizer.prepare(image)[None])[0]
+            if check and self._vector is not None:
+                self._changes.checked(self._vector, new)
+            self._vector = new
+        before = self._tracker.current
+        closed = self._tracker.push(time_s, self._vector, cut)
+        if self._tracker.current != before:
+            self._since_s = time_s
+        return LiveAnswer(time_s, self._since_s, self._answer(), tuple(closed))
+
+    def close(self) -> tuple[Segment, ...]:
+        """The last segments; nothing may be pushed after."""
+        return tuple(self._tracker.flush(self._last_s))
+
+    def _answer(self) -> Prediction:
+        choice, state = self._choice, self._tracker.current
+        (answer,) = to_predictions(
+            self._tracker.recent[None], choice.labels, choice.calibration, len(choice.labels), choice.coverage
+        )
+        label = UNKNOWN if state == len(choice.labels) else choice.labels[state]
+        score = answer.score if label == UNKNOWN else dict(answer.top)[label]
+        members = answer.set if label in (UNKNOWN, *answer.set) else (*answer.set, label)
+        return Prediction(label, score, members, answer.top[: self._top_k], answer.evidence)
