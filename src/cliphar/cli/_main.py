@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from cliphar._version import __version__
-from cliphar.cli import _app, _bench, _data, _doctor, _eval, _export, _model, _predict, _serve, _train, _up
+from cliphar.cli import _app, _bench, _data, _doctor, _eval, _export, _model, _predict, _serve, _train, _up, _video
 from cliphar.errors import ClipharError, UsageError
 
 __all__ = ["main"]
@@ -39,6 +39,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("predict")(_predict.predict)
+app.command("video")(_video.video)
 app.command("eval")(_eval.evaluate)
 app.command("train")(_train.train)
 app.command("export")(_export.export)

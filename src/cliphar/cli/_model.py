@@ -43,7 +43,7 @@ def show(
 
     bundle = find_bundle(model, verify=False)
     if as_json:
-        print(json.dumps(json.loads(bundle.info.model_dump_json()), ensure_ascii=False))
+        print(json.dumps(json.loads(bundle.info.model_dump_json(exclude_unset=True)), ensure_ascii=False))
     elif sys.stdout.isatty():
         from rich.console import Console
         from rich.markdown import Markdown

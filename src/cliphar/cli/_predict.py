@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -71,14 +71,15 @@ def predict(
         raise typer.Exit(1)
 
 
-def expand(paths: list[str]) -> Iterator[str]:
-    """Files, the images inside folders (sorted, also in subfolders), and the matches of patterns, in order.
+def expand(paths: list[str], is_wanted: Callable[[str], bool] | None = None, what: str = "images") -> Iterator[str]:
+    """Files, those inside folders that are wanted (sorted, also in subfolders), and the matches of patterns, in order.
 
-    A path that does not exist is kept, so that it is reported with the others; a folder or a pattern without any
-    image is a UsageError.
+    Images are wanted unless told otherwise. A path that does not exist is kept, so that it is reported with the
+    others; a folder or a pattern without any is a UsageError.
     """
     from cliphar.media import is_image_name
 
+    wanted = is_wanted or is_image_name
     for given in paths:
         path = Path(given)
         try:
@@ -86,9 +87,9 @@ def expand(paths: list[str]) -> Iterator[str]:
         except OSError:  # such as a name too long; decoding it says why
             there, is_folder = True, False
         if is_folder:
-            inside = sorted(str(p) for p in path.rglob("*") if p.is_file() and is_image_name(p.name))
+            inside = sorted(str(p) for p in path.rglob("*") if p.is_file() and wanted(p.name))
             if not inside:
-                raise UsageError(f"no images in folder {given}")
+                raise UsageError(f"no {what} in folder {given}")
             yield from inside
         elif not there and glob.has_magic(given):
             matches = sorted(glob.glob(given, recursive=True))  # noqa: PTH207 - patterns may be absolute

@@ -18,7 +18,7 @@ from cliphar.timeline._viterbi import Viterbi
 
 __all__ = ["Choice", "Tracker", "choose"]
 
-# fitted on videos composed from validation photos: benchmarks/video.py --tune
+# chosen by judgement: docs/video.md
 EVIDENCE = 4.0  # what a second of frames weighs, in frames seen independently of each other
 CHANGE = 6.0  # what a change of action costs within a shot, in nats
 CHANGE_AT_CUT = 1.0  # and at a cut

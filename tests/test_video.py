@@ -1,0 +1,274 @@
+"""Video, with real files made by PyAV: decoding, timelines, what is written, and the command."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from cliphar.bundle import BundleInfo, write_bundle
+from cliphar.errors import MediaError, UsageError
+from cliphar.media import VideoReader
+from cliphar.recognizer import Recognizer
+from cliphar.timeline import (
+    Live,
+    Progress,
+    Segment,
+    Timeline,
+    annotate,
+    contact_sheet,
+    recognize_video,
+    stream_video,
+    to_csv,
+    to_webvtt,
+)
+from cliphar.timeline._viterbi import Viterbi
+
+RED, GREEN, BLUE = (220, 20, 20), (20, 220, 20), (20, 20, 220)
+
+
+def film(
+    path: Path,
+    colours: Sequence[tuple[int, int, int]],
+    *,
+    seconds: float = 2.0,
+    fps: int = 10,
+    codec: str = "mpeg4",
+    turn: int = 0,
+    times: Sequence[float] | None = None,
+    size: tuple[int, int] = (64, 48),
+) -> Path:
+    """A video that shows each colour for some seconds, or at the times given."""
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=fps)
+        stream.width, stream.height = size
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        if turn:
+            stream.set_display_rotation(turn)
+        stream.codec_context.time_base = Fraction(1, 1000)
+        each = round(seconds * fps)
+        shown = [colour for colour in colours for _ in range(each)] if times is None else list(colours)
+        for at, colour in enumerate(shown):
+            frame = av.VideoFrame.from_ndarray(np.full((size[1], size[0], 3), colour, np.uint8), format="rgb24")
+            frame.pts = round(1000 * (at / fps if times is None else times[at]))
+            frame.time_base = Fraction(1, 1000)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    return path
+
+
+def labels_of(timeline: Timeline) -> list[str]:
+    return [segment.label for segment in timeline.segments]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec"), [("mp4", "libx264"), ("avi", "mpeg4"), ("mkv", "mjpeg"), ("webm", "libvpx"), ("ts", "libx264")]
+)
+def test_any_container_becomes_a_timeline(tmp_path: Path, fake: Recognizer, suffix: str, codec: str) -> None:
+    path = film(tmp_path / f"clip.{suffix}", [RED, GREEN, BLUE, GREEN], codec=codec, fps=25)
+    timeline = recognize_video(fake, path)
+    assert labels_of(timeline) == ["red", "green", "blue", "green"]
+    assert timeline.warning is None
+    assert timeline.duration_s == pytest.approx(8, abs=0.1)
+    starts = [segment.start_s for segment in timeline.segments]
+    assert starts == pytest.approx([0, 2, 4, 6], abs=0.26)
+    for before, after in zip(timeline.segments, timeline.segments[1:], strict=False):
+        assert before.end_s == after.start_s
+    assert all(segment.label in segment.set for segment in timeline.segments)
+
+
+def test_bytes_and_open_files_are_read_too(tmp_path: Path, fake: Recognizer) -> None:
+    path = film(tmp_path / "clip.mp4", [RED, BLUE])
+    expected = recognize_video(fake, path).segments
+    assert recognize_video(fake, path.read_bytes()).segments == expected
+    with path.open("rb") as file:
+        assert recognize_video(fake, file).segments == expected
+
+
+def test_the_frame_seen_at_each_time_is_sampled_whatever_the_rate(tmp_path: Path) -> None:
+    path = film(tmp_path / "slides.mkv", [RED, GREEN, BLUE, BLUE], times=[0, 0.9, 5.1, 6.2], codec="mjpeg")
+    with VideoReader(path) as reader:
+        seen = [(time_s, int(np.argmax(np.asarray(frame.image())[5, 5]))) for time_s, frame in reader.sample(2)]
+    assert [time_s for time_s, _ in seen] == [k / 2 for k in range(len(seen))]
+    assert [colour for _, colour in seen][:11] == [0, 0] + [1] * 9
+    assert {colour for _, colour in seen[11:]} == {2}
+
+
+def test_slow_sampling_jumps_and_finds_the_same_frames(tmp_path: Path) -> None:
+    path = film(tmp_path / "long.mp4", [RED, GREEN, BLUE] * 4, seconds=5)
+    with VideoReader(path) as reader:
+        seen = [(time_s, int(np.argmax(np.asarray(frame.image())[5, 5]))) for time_s, frame in reader.sample(0.2)]
+    assert seen == [(5.0 * k, k % 3) for k in range(12)]
+
+
+def test_a_turned_video_is_set_upright(tmp_path: Path) -> None:
+    with VideoReader(film(tmp_path / "turned.mp4", [RED], turn=90)) as reader:
+        _, frame = next(reader.frames())
+        assert frame.image().size == (48, 64)
+
+
+@pytest.mark.parametrize("suffix", ["avi", "ts", "mkv"])
+def test_of_a_file_cut_short_what_is_there_is_answered_and_the_rest_is_said(
+    tmp_path: Path, fake: Recognizer, suffix: str
+) -> None:
+    codec = "mpeg4" if suffix == "ts" else "mjpeg"  # large frames: half of the bytes is half of the time
+    path = film(tmp_path / f"whole.{suffix}", [RED, GREEN, BLUE, RED], seconds=4, size=(320, 240), codec=codec)
+    whole = path.read_bytes()
+    timeline = recognize_video(fake, whole[: len(whole) // 2])
+    assert labels_of(timeline)[0] == "red"
+    assert 2 < timeline.duration_s < 15
+    if suffix == "mkv":  # the others do not say how long they were
+        assert timeline.warning is not None
+
+
+def test_what_is_no_video_is_one_line(tmp_path: Path, photos: list[Path]) -> None:
+    playlist = tmp_path / "list.m3u8"
+    playlist.write_text("#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n")
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "noise.mp4").write_bytes(bytes(range(256)) * 40)
+    for bad in (playlist, tmp_path / "empty.mp4", tmp_path / "noise.mp4", tmp_path / "none.mp4", tmp_path, photos[0]):
+        with pytest.raises(MediaError) as caught:
+            VideoReader(bad)
+        assert "\n" not in str(caught.value)
+
+
+def test_what_stands_still_is_not_computed_again(tmp_path: Path, fake: Recognizer) -> None:
+    timeline = recognize_video(fake, film(tmp_path / "still.mp4", [RED], seconds=20))
+    assert timeline.frames == 80
+    assert timeline.embedded <= 11  # a check every two seconds
+    assert timeline.reuse_error == pytest.approx(0, abs=1e-4)
+
+
+def test_a_stream_gives_progress_then_segments_then_the_timeline(tmp_path: Path, fake: Recognizer) -> None:
+    path = film(tmp_path / "clip.mp4", [RED, GREEN, BLUE], seconds=8)
+    items = list(stream_video(fake, path))
+    assert isinstance(items[-1], Timeline)
+    assert items[-1].segments == tuple(item for item in items if isinstance(item, Segment))
+    first = next(at for at, item in enumerate(items) if isinstance(item, Segment))
+    assert any(isinstance(item, Progress) for item in items[first:])  # it did not wait for the end
+
+
+def test_a_flicker_is_smoothed_away() -> None:
+    viterbi = Viterbi(2, max_lag=100)
+    right, wrong = np.log([0.8, 0.2]), np.log([0.3, 0.7])
+    decided = [state for gain in [right] * 5 + [wrong] + [right] * 5 for state in viterbi.push(gain, 3.0)]
+    assert decided + viterbi.flush() == [0] * 11
+
+
+def test_a_decision_is_never_put_off_for_ever() -> None:
+    viterbi = Viterbi(3, max_lag=10)
+    undecided = np.zeros(3)
+    assert sum(len(viterbi.push(undecided, 1.0)) for _ in range(100)) >= 90
+
+
+def test_several_actions_at_once_overlap(
+    tmp_path: Path, make_info: Callable[..., BundleInfo], head: bytes, fake: Recognizer
+) -> None:
+    path = film(tmp_path / "clip.mp4", [(200, 200, 0), GREEN], seconds=3)
+    timeline = recognize_video(fake, path, multi_label=True)
+    assert {"red", "green"} <= set(labels_of(timeline))
+    red = next(segment for segment in timeline.segments if segment.label == "red")
+    assert red.end_s == pytest.approx(3, abs=0.6)
+
+
+def test_a_bundle_names_its_rate_and_its_window(
+    tmp_path: Path, make_info: Callable[..., BundleInfo], head: bytes, fake: Recognizer
+) -> None:
+    info = make_info(video={"fps": 2, "window_s": 1.5})
+    slow = Recognizer(write_bundle(tmp_path / "slow", info, {"head.safetensors": head}), fake.runtime)
+    timeline = recognize_video(slow, film(tmp_path / "clip.mp4", [RED, GREEN], seconds=3))
+    assert timeline.frames == 12
+    assert labels_of(timeline) == ["red", "green"]
+
+
+def test_live_answers_are_steady_and_close_their_segments(fake: Recognizer) -> None:
+    live = Live(fake)
+    closed: list[Segment] = []
+    answers = []
+    for k in range(24):
+        colour = RED if k < 12 else GREEN
+        answer = live.push(np.full((48, 64, 3), colour, np.uint8), 100 + k / 4)
+        answers.append(answer.prediction.label)
+        closed += answer.closed
+    closed += live.close()
+    assert answers[:12] == ["red"] * 12
+    assert answers[14:] == ["green"] * 10
+    assert [segment.label for segment in closed] == ["red", "green"]
+
+
+def test_bad_requests_are_refused_at_the_call(tmp_path: Path, fake: Recognizer) -> None:
+    path = film(tmp_path / "clip.mp4", [RED])
+    for wrong in ({"fps": 0}, {"coverage": 1.0}, {"labels": []}):
+        with pytest.raises(UsageError):
+            stream_video(fake, path, **wrong)  # type: ignore[arg-type]
+
+
+def test_text_outputs() -> None:
+    segments = [Segment(0, 3661.5, "a <b> & c", 0.5, ("a <b> & c", "d")), Segment(3661.5, 3662, "unknown", 0.25, ())]
+    rows = list(csv.DictReader(io.StringIO(to_csv(segments))))
+    assert rows[0] == {
+        "start_s": "0", "end_s": "3661.5", "label": "a <b> & c", "score": "0.5", "set": "a <b> & c; d"
+    }  # fmt: skip
+    assert "00:00:00.000 --> 01:01:01.500\na &lt;b&gt; &amp; c 50%\n" in to_webvtt(segments)
+
+
+def test_pictures(tmp_path: Path, fake: Recognizer) -> None:
+    path = film(tmp_path / "clip.avi", [RED, GREEN], size=(320, 240))
+    segments = recognize_video(fake, path).segments
+    sheet = np.asarray(contact_sheet(path, segments))
+    assert sheet.shape[2] == 3
+    annotate(path, segments, tmp_path / "out.mp4")
+    assert not list(tmp_path.glob(".*"))
+    with VideoReader(tmp_path / "out.mp4") as reader:
+        frames = [np.asarray(frame.image()) for _, frame in reader.frames()]
+    assert len(frames) == 40
+    assert abs(frames[5][120, 160].astype(int) - RED).max() < 30
+    bar = frames[5][-3].astype(int)
+    assert np.abs(bar[60] - bar[250]).max() > 40  # two segments, two colours
+
+
+@pytest.mark.slow
+def test_two_hours_take_no_more_memory_than_minutes(tmp_path: Path, fake: Recognizer) -> None:
+    path = film(tmp_path / "long.mkv", [RED, GREEN, BLUE] * 8, seconds=300, fps=1)
+    recognize_video(fake, film(tmp_path / "short.mkv", [RED, GREEN], seconds=30, fps=1))  # what is allocated once
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    timeline = recognize_video(fake, path)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert timeline.duration_s == pytest.approx(7200, abs=2)
+    assert len(timeline.segments) == 24
+    assert grown < 32 * 1024  # KiB
+
+
+def test_the_command(tmp_path: Path, clean_env: dict[str, str]) -> None:
+    good = film(tmp_path / "clip.mp4", [RED, BLUE], size=(320, 240))
+    (tmp_path / "bad.mp4").write_bytes(b"nothing")
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "cliphar", "video", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=clean_env, timeout=120, check=False)
+
+    outs = [str(tmp_path / f"out{suffix}") for suffix in (".csv", ".jsonl", ".vtt", ".png", ".mp4")]
+    done = run(str(good), "--json", "--labels", "cooking, sleeping", *(word for out in outs for word in ("-o", out)))
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert {"path", "duration_s", "segments"} <= set(answer)
+    assert answer["duration_s"] == pytest.approx(4, abs=0.2)
+    assert {"start_s", "end_s", "label", "score", "set"} == set(answer["segments"][0])
+    assert all(Path(out).stat().st_size for out in outs)
+
+    mixed = run(str(tmp_path / "bad.mp4"), str(good))
+    assert mixed.returncode == 1
+    assert len(mixed.stderr.splitlines()) == 1
+    assert mixed.stdout.startswith(f"{good}\t0.000\t")
+
+    assert run(str(good), "--out", "x.txt").returncode == 2
