@@ -1,4 +1,7 @@
-"""Fill a virtual environment with what an image needs, and nothing else: environment.py PYTHON TARGET VARIANT."""
+"""Fill a virtual environment with what an image needs, and nothing else.
+
+environment.py PYTHON TARGET VARIANT installs; environment.py --list TARGET prints what would be.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +30,12 @@ def requirements(project: dict, wanted: dict, target: str, variant: str) -> list
 
 def main() -> None:
     """Install, then leave out what is not needed, strip and compile."""
-    python, target, variant = sys.argv[1:]
     project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
     wanted = tomllib.loads((HERE / "environment.toml").read_text())
+    if sys.argv[1] == "--list":
+        print(*requirements(project, wanted, sys.argv[2], "cpu"), sep="\n")
+        return
+    python, target, variant = sys.argv[1:]
     pip = [str(Path(sys.executable).with_name("pip")), "--python", python]
     options = ["--quiet", "--no-compile", "--only-binary", ":all:", "--constraint", "constraints.txt"]
     subprocess.run([*pip, "install", *options, *requirements(project, wanted, target, variant)], check=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import subprocess
 import tempfile
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -30,6 +29,7 @@ from cliphar.evaluation import (
 from cliphar.recognizer import BACKGROUND_FILE, TAUGHT_FILE, Prediction, Recognizer, fit_background, to_predictions
 from cliphar.runtime import OnnxRuntime
 from cliphar.training._job import TEST, TRAIN, VAL, Job, Outcome, embed_rows, text_vectors
+from cliphar.training._revision import code_revision
 
 __all__ = ["package", "versions"]
 
@@ -140,7 +140,6 @@ def versions(*names: str) -> dict[str, str]:
 
 
 def _provenance(job: Job) -> Provenance:
-    revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     settings: dict[str, Any] = job.recipe.model_dump(mode="json", exclude={"output": True, "data": {"cache"}})
     settings["base"] = job.bundle.info.name  # where it lay on the machine that trained is nobody's business
     settings["base_image_sha256"] = job.bundle.info.files["image.onnx"].sha256
@@ -153,7 +152,7 @@ def _provenance(job: Job) -> Provenance:
     return Provenance(
         recipe=settings,
         data_sha256=job.photos.sha256,
-        git_revision=revision or "unknown",
+        git_revision=code_revision(),
         seed=job.recipe.seed,
         versions=versions("torch", "onnx", "onnxruntime", "numpy", "tokenizers", "pillow"),
         hardware=hardware,

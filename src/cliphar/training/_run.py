@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -41,6 +40,7 @@ from cliphar.training._distill import DistillData, distill, embed
 from cliphar.training._fetch import fetch_imagenet, fetch_sentence_encoder
 from cliphar.training._head import train_head
 from cliphar.training._recipe import MiniRecipe, SpaceRecipe
+from cliphar.training._revision import code_revision
 from cliphar.training._sources import LIMITS, MINI_SOURCES, SPACE_SOURCES
 from cliphar.training._teacher import TEACHER_SIZE, teacher_embeddings, teacher_weights
 from cliphar.training._text import Sentences, build_sentences, train_projection
@@ -235,7 +235,6 @@ def _finish(
 
 
 def _provenance(recipe: SpaceRecipe | MiniRecipe, corpus: Corpus) -> Provenance:
-    revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     settings: dict[str, Any] = recipe.model_dump(mode="json")
     for section, key in (("data", "root"), ("data", "cache"), ("teacher", "weights")):
         settings[section].pop(key)  # where things lay on the machine that trained is nobody's business
@@ -244,7 +243,7 @@ def _provenance(recipe: SpaceRecipe | MiniRecipe, corpus: Corpus) -> Provenance:
     return Provenance(
         recipe=settings,
         data_sha256=corpus.sha256,
-        git_revision=revision or "unknown",
+        git_revision=code_revision(),
         seed=recipe.seed,
         versions={name: metadata.version(name) for name in ("torch", "onnx", "onnxruntime", "numpy", "tokenizers")},
         hardware=f"{platform.machine()}, {torch.get_num_threads()} CPU cores",
