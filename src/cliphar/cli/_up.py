@@ -15,7 +15,6 @@ from typing import Annotated
 
 import typer
 
-from cliphar.bundle import packaged
 from cliphar.cli._options import Model
 from cliphar.errors import ClipharError
 
@@ -59,6 +58,8 @@ def up(
 
 
 def _sample() -> str:
+    from cliphar.bundle import packaged
+
     return shlex.quote(str(packaged("samples") / "photographer.jpg"))
 
 
