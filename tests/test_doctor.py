@@ -1,0 +1,51 @@
+"""What cliphar doctor finds, on this machine and on made-up ones."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cliphar.cli import _doctor
+
+
+def run(**environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cliphar", "doctor"]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+
+
+def test_a_taken_port_and_too_many_threads_are_told_with_what_mends_them() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = run(CLIPHAR_PORT=str(port), CLIPHAR_THREADS="4096")
+    assert done.returncode == 1
+    assert (
+        f"port {port}: Address already in use\n     -> if it is not cliphar's: export CLIPHAR_PORT=PORT" in done.stdout
+    )
+    assert "CLIPHAR_THREADS=4096 is more than" in done.stdout
+    assert "-> unset CLIPHAR_THREADS" in done.stdout
+
+
+def test_a_port_that_is_none_is_told() -> None:
+    done = run(CLIPHAR_PORT="http")
+    assert done.returncode == 1
+    assert "CLIPHAR_PORT=http is no port" in done.stdout
+
+
+def test_the_gpu_s_first_missing_thing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert _doctor._gpu(["cpu"], tmp_path)[0] is None
+    (tmp_path / "nvidia-smi").touch(0o755)
+    assert _doctor._gpu(["cpu"], tmp_path)[0] is False
+    (tmp_path / "nvidia0").touch()
+    assert "CPU's build" in _doctor._gpu(["cpu"], tmp_path)[1]
+    assert _doctor._gpu(["cuda", "cpu"], tmp_path)[0] is True
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert _doctor._gpu(["cuda", "cpu"], tmp_path)[2] == "unset CUDA_VISIBLE_DEVICES"
