@@ -20,7 +20,7 @@ import yaml
 from numpy.typing import NDArray
 
 from cliphar.training import Surroundings, load_recipe
-from cliphar.training._job import TEST, TRAIN, Job, embed_rows, open_job
+from cliphar.training._job import TEST, TRAIN, VAL, Job, open_job
 from cliphar.training._methods import METHODS
 from cliphar.training._package import package
 
@@ -40,7 +40,7 @@ class _Embedded(Job):
 
 def _recipe(method: str, source: Path, work: Path) -> Any:
     tree: dict[str, Any] = {"method": method, "name": "bench", "output": str(work / method)}
-    tree["data"] = {"source": str(source), "cache": str(work / "cache")}
+    tree["data"] = {"source": str(source)}
     if method == "full":
         frozen = ["image.backbone._conv_stem.*", "image.backbone._bn0.*", "image.backbone._blocks.[0-6].*"]
         tree["train"] = {"epochs": 4, "batch_size": 32, "size": 160, "freeze": frozen}
@@ -72,7 +72,9 @@ def measure(source: Path, full_shots: list[int]) -> tuple[dict[str, dict[int, fl
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         opened = open_job(_recipe("zero-shot", source, work), Surroundings(log=log))
-        whole = embed_rows(opened.base, opened.photos, np.arange(len(opened.photos)))
+        whole = np.zeros((len(opened.photos), opened.bundle.info.embedding_dim), np.float32)
+        for part in (TRAIN, VAL, TEST) if full_shots else (TRAIN, TEST):
+            whole[opened.rows(part)] = opened.features(part)
         job = _Embedded(**vars(opened), whole=whole)
         found: dict[str, dict[int, float]] = {method: {} for method in METHOD_NAMES}
         for shots in (*SHOTS, 0):
