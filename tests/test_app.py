@@ -13,12 +13,19 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from streamlit.testing.v1 import AppTest
 
+from cliphar.bundle import packaged
+from cliphar.client import Client
+from cliphar.errors import MediaError, UsageError
 from cliphar.labels import clean_labels, vocabularies
+from cliphar.recognizer import Prediction, load
+from cliphar.ui._backend import Photo
+from cliphar.ui._remote import RemoteBackend
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "src" / "cliphar" / "ui" / "_app.py"
@@ -182,6 +189,48 @@ def test_the_camera_is_answered_live(page: Page) -> None:
     expect(page.get_by_text("From frame to answer")).to_be_visible(timeout=30_000)
     frame.get_by_role("button", name="Stop").click()
     expect(page.get_by_text("Press Start")).to_be_visible()
+
+
+def test_a_service_answers_where_there_is_one(
+    photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = free_port()
+    environment = {k: v for k, v in os.environ.items() if k != "MODEL_PATH" and not k.startswith("CLIPHAR_")}
+    environment |= {"PYTHONPATH": str(ROOT / "src"), "CLIPHAR_STATE": str(tmp_path)}
+    service = subprocess.Popen([sys.executable, "-m", "cliphar", "serve", "--port", str(port)], env=environment)
+    try:
+        with Client(f"http://127.0.0.1:{port}", retry_s=60) as client:
+            client.model()
+        monkeypatch.setenv("CLIPHAR_API_URL", f"http://127.0.0.1:{port}")
+        script = AppTest.from_file(str(SCRIPT), default_timeout=60).run()
+        assert not script.exception
+        assert f"at http://127.0.0.1:{port}" in script.caption[-1].value
+        backend = RemoteBackend(f"http://127.0.0.1:{port}")
+        shown = [Photo(photo.name, photo.read_bytes(), photo.name, b"") for photo in photos]
+        labels = ["taking a photo", "smiling for a portrait"]
+        expected = load(packaged("mini")).predict([photo.data for photo in shown], labels)
+        found = backend.answer([*shown, Photo("bad", b"bad", "bad", b"")], labels, 0.9)
+        assert [one.label for one in found if isinstance(one, Prediction)] == [one.label for one in expected]
+        assert isinstance(found[-1], MediaError)
+        frame = np.asarray(Image.open(photos[-1]).convert("RGB"))
+        watch = backend.watch(labels)
+        assert watch(frame).top[0].label in labels
+        watch.close()
+        backend.teach("saluting", shown)
+        backend.discard()
+        assert backend.taught == {}
+        backend.teach("saluting", shown)
+        backend.keep()
+        assert backend.taught == {"saluting": len(shown)}
+        with pytest.raises(UsageError, match="forget it first"):
+            backend.teach("saluting", shown)
+        backend.forget("saluting")
+        assert "saluting" not in backend.labels
+        backend.close()
+        script.session_state["backend"].close()
+    finally:
+        service.terminate()
+        service.wait(30)
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ def app() -> None:
     try:
         where = backend().where
         page.run()
-        st.caption(f"Answers by {where}. Photos stay in this session and are gone when it ends.")
+        st.caption(f"Answers by {where}. Photos are kept for this session only.")
     except ClipharError as error:
         st.error(f"{error}.", icon=":material/error:")
 

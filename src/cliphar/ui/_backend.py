@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from cliphar.errors import MediaError
 from cliphar.recognizer import Lesson, Prediction
 
-__all__ = ["Backend", "Photo"]
+__all__ = ["Backend", "Photo", "Watch"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,18 @@ class Photo:
     data: bytes
     digest: str
     thumbnail: bytes
+
+
+class Watch(Protocol):
+    """Answers one camera's frames, uint8 RGB [H,W,3], steadily; from one thread."""
+
+    def __call__(self, frame: NDArray[np.uint8]) -> Prediction:
+        """The answer at this frame."""
+        ...
+
+    def close(self) -> None:
+        """The camera has stopped; it may start again."""
+        ...
 
 
 class Backend(Protocol):
@@ -47,8 +59,8 @@ class Backend(Protocol):
         """One answer a photo, with every label in ``top``; a photo that is refused gets its error."""
         ...
 
-    def watch(self, labels: Sequence[str]) -> Callable[[NDArray[np.uint8]], Prediction]:
-        """What answers a camera's frames, uint8 RGB [H,W,3], steadily; for one camera and one thread."""
+    def watch(self, labels: Sequence[str]) -> Watch:
+        """What answers a camera's frames."""
         ...
 
     def teach(self, name: str, photos: Sequence[Photo]) -> Lesson:

@@ -7,7 +7,6 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from cliphar.recognizer import Prediction
+from cliphar.ui._backend import Watch
 
 if TYPE_CHECKING:
     import av
@@ -29,11 +29,11 @@ class Camera:
     """Answers the newest frame it is given and draws the answer on it; frames that come meanwhile are dropped.
 
     Args:
-        see: from a frame, uint8 RGB [H,W,3], to the answer at this moment.
+        watch: answers the frames.
     """
 
-    def __init__(self, see: Callable[[NDArray[np.uint8]], Prediction]) -> None:
-        self._see = see
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
         self._lock = threading.Lock()
         self._times: deque[tuple[float, float]] = deque(maxlen=300)  # when a frame was done, and how long it took
 
@@ -43,11 +43,15 @@ class Camera:
 
         started = time.monotonic()
         pixels = frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
-        drawn = _draw(pixels, self._see(pixels))
+        drawn = _draw(pixels, self._watch(pixels))
         done = time.monotonic()
         with self._lock:
             self._times.append((done, done - started))
         return av.VideoFrame.from_ndarray(drawn, format="rgb24")
+
+    def ended(self) -> None:
+        """The camera was stopped."""
+        self._watch.close()
 
     def speed(self) -> tuple[float, float] | None:
         """Frames a second and the median milliseconds from a frame to its answer, of the last seconds; or None."""

@@ -52,6 +52,7 @@ def _stream(camera: Camera) -> bool:
         rtc_configuration={"iceServers": servers},  # none unless asked for: no stranger learns who looks at this page
         media_stream_constraints={"video": {"width": {"ideal": 640}, "height": {"ideal": 480}}, "audio": False},
         video_frame_callback=camera.recv,
+        on_video_ended=camera.ended,
         async_processing=True,
         video_html_attrs={"autoPlay": True, "controls": False, "muted": True, "style": {"width": "100%"}},
         translations={"start": "Start", "stop": "Stop", "select_device": "Choose a camera"},

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,12 +14,13 @@ from numpy.typing import NDArray
 from cliphar.errors import MediaError
 from cliphar.labels import vocabularies
 from cliphar.recognizer import Lesson, Prediction, Recognizer, load
-from cliphar.ui._backend import Photo
+from cliphar.ui._backend import Photo, Watch
 
 __all__ = ["LocalBackend"]
 
 _KEPT_EMBEDDINGS = 1000
 _TOP = 1000
+_HALF_LIFE_S = 0.5
 
 
 @functools.lru_cache(maxsize=2)
@@ -78,10 +80,9 @@ class LocalBackend:
             self._embeddings.popitem(last=False)
         return found
 
-    def watch(self, labels: Sequence[str]) -> Callable[[NDArray[np.uint8]], Prediction]:
-        """Each frame by itself."""
-        recognizer, chosen = self._recognizer, tuple(labels)
-        return lambda frame: recognizer.predict(frame, chosen)
+    def watch(self, labels: Sequence[str]) -> Watch:
+        """In this process."""
+        return _LocalWatch(self._recognizer, tuple(labels))
 
     def teach(self, name: str, photos: Sequence[Photo]) -> Lesson:
         """Taught to a copy, which takes the place of the session's recogniser if it is kept."""
@@ -102,3 +103,26 @@ class LocalBackend:
     def forget(self, name: str) -> None:
         """In this session."""
         self._recognizer.forget(name)
+
+
+class _LocalWatch:
+    """Scores a mean of embeddings of which half is forgotten every half second, as the service's stream does."""
+
+    def __init__(self, recognizer: Recognizer, labels: tuple[str, ...]) -> None:
+        self._recognizer, self._labels = recognizer, labels
+        self._mean: NDArray[np.float32] | None = None
+        self._seen_at = 0.0
+
+    def __call__(self, frame: NDArray[np.uint8]) -> Prediction:
+        """The answer at this frame."""
+        embedding = self._recognizer.runtime.encode_images(self._recognizer.prepare(frame)[None])[0]
+        now = time.monotonic()
+        if self._mean is not None:
+            kept = 0.5 ** ((now - self._seen_at) / _HALF_LIFE_S)
+            embedding = kept * self._mean + (1 - kept) * embedding
+        self._mean, self._seen_at = embedding, now
+        return self._recognizer.score((embedding / np.linalg.norm(embedding))[None], self._labels)[0]
+
+    def close(self) -> None:
+        """Begin anew."""
+        self._mean = None

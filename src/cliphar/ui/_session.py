@@ -15,6 +15,7 @@ from cliphar.labels import clean_labels, glossary, vocabularies
 from cliphar.media import decode_image
 from cliphar.ui._backend import Backend, Photo
 from cliphar.ui._local import LocalBackend
+from cliphar.ui._remote import RemoteBackend
 
 __all__ = [
     "MAX_PHOTOS",
@@ -35,9 +36,10 @@ _OWN = "Your own"
 
 
 def backend() -> Backend:
-    """This session's backend; BundleError if there is no such model."""
+    """This session's backend; a ClipharError if there is no such model or no service answers."""
     if "backend" not in st.session_state:
-        st.session_state.backend = LocalBackend(os.environ.get("MODEL_PATH"))
+        url = os.environ.get("CLIPHAR_API_URL")
+        st.session_state.backend = RemoteBackend(url) if url else LocalBackend(os.environ.get("MODEL_PATH") or None)
     found: Backend = st.session_state.backend
     return found
 

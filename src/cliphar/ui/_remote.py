@@ -1,0 +1,154 @@
+"""A service that answers over HTTP."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+from urllib.parse import urlencode
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from websockets.sync.client import ClientConnection, connect
+
+from cliphar.client import Client
+from cliphar.errors import ClipharError, MediaError, UsageError
+from cliphar.recognizer import Lesson, Prediction, Score
+from cliphar.ui._backend import Photo, Watch
+
+__all__ = ["RemoteBackend"]
+
+_TOP = 1000
+_FRESH_S = 5.0
+_CALL_PHOTOS, _CALL_BYTES = 16, 48 * 2**20
+
+
+class RemoteBackend:
+    """A :class:`Backend` that asks ``cliphar serve``; what is taught is known to all who ask the same service."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url.rstrip("/")
+        self._key = os.environ.get("CLIPHAR_API_KEY") or None
+        self._client = Client(self._url, api_key=self._key)
+        self._trial: str | None = None
+        self._told: dict[str, Any] = {}
+        self._told_at = -_FRESH_S
+        self._model()
+
+    def close(self) -> None:
+        """Let the connections go."""
+        self._client.close()
+
+    def _model(self) -> dict[str, Any]:
+        if time.monotonic() - self._told_at > _FRESH_S:
+            self._told, self._told_at = self._client.model(), time.monotonic()
+        return self._told
+
+    @property
+    def where(self) -> str:
+        """The model and the address."""
+        return f"{self._model()['name']} at {self._url}"
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Trained, then taught."""
+        return tuple(self._model()["labels"])
+
+    @property
+    def taught(self) -> dict[str, int]:
+        """Taught to the service and kept."""
+        taught: dict[str, int] = self._model()["taught"]
+        return {name: photos for name, photos in taught.items() if name != self._trial}
+
+    def answer(self, photos: Sequence[Photo], labels: Sequence[str], coverage: float) -> list[Prediction | MediaError]:
+        """In calls of a size that services take."""
+        found: list[Prediction | MediaError] = []
+        for part in _parts(photos):
+            try:
+                found += self._client.predict([one.data for one in part], labels, top_k=_TOP, coverage=coverage)
+            except UsageError as error:
+                if len(part) > 1:
+                    raise
+                found.append(MediaError(str(error)))
+        return found
+
+    def watch(self, labels: Sequence[str]) -> Watch:
+        """Over a WebSocket, whose answers the service smooths."""
+        return _Watch(self._url, self._key, labels)
+
+    def teach(self, name: str, photos: Sequence[Photo]) -> Lesson:
+        """The service knows it at once; to discard it is to have the service forget it."""
+        if self._trial:
+            self.discard()
+        if name in self.taught:
+            raise UsageError(f"'{name}' was taught already; forget it first, or choose another name")
+        told = self._client.teach(name, [photo.data for photo in photos])
+        self._trial, self._told_at = told["name"], -_FRESH_S
+        return Lesson(
+            told["name"],
+            told["photos"],
+            tuple(MediaError(reason) for reason in told["refused"]),
+            told["recall"],
+            tuple(Score(other["label"], other["score"]) for other in told["confused_with"]),
+        )
+
+    def keep(self) -> None:
+        """It is known already."""
+        self._trial = None
+
+    def discard(self) -> None:
+        """The service forgets it."""
+        if self._trial:
+            trial, self._trial = self._trial, None
+            self.forget(trial)
+
+    def forget(self, name: str) -> None:
+        """For all who ask this service."""
+        self._client.forget(name)
+        self._told_at = -_FRESH_S
+
+
+def _parts(photos: Sequence[Photo]) -> Iterator[list[Photo]]:
+    part: list[Photo] = []
+    for photo in photos:
+        if part and (len(part) == _CALL_PHOTOS or sum(len(one.data) for one in part) + len(photo.data) > _CALL_BYTES):
+            yield part
+            part = []
+        part.append(photo)
+    if part:
+        yield part
+
+
+class _Watch:
+    """One camera's connection: a frame out, its answer in, in turns."""
+
+    def __init__(self, url: str, key: str | None, labels: Sequence[str]) -> None:
+        # the comma at the end makes a single word a list, not a vocabulary's name
+        self._url = f"ws{url.removeprefix('http')}/v1/stream?{urlencode({'labels': ','.join([*labels, ''])})}"
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+
+        self._open = ExitStack()
+        self._socket: ClientConnection | None = None
+
+    def close(self) -> None:
+        """Hang up; the next frame connects anew."""
+        self._socket = None
+        self._open.close()
+
+    def __call__(self, frame: NDArray[np.uint8]) -> Prediction:
+        """The answer for a frame."""
+        if self._socket is None:
+            self._socket = self._open.enter_context(connect(self._url, additional_headers=self._headers))
+        buffer = io.BytesIO()
+        Image.fromarray(frame).save(buffer, "JPEG", quality=90)
+        self._socket.send(buffer.getvalue())
+        told = json.loads(self._socket.recv())
+        if "error" in told:
+            raise ClipharError(told["error"])
+        top = tuple(Score(one["label"], one["score"]) for one in told["top"])
+        return Prediction(told["label"], told["score"], tuple(told["set"]), top, told["evidence"])
