@@ -19,7 +19,7 @@ def live_page() -> None:
     with left:
         labels = choose_actions()
         st.caption(
-            "The picture goes from your browser to this page's machine and nowhere else. "
+            "The picture goes from your browser to this page, and from there to the model only. "
             "Browsers give the camera only to pages on localhost or https."
         )
     with right:
