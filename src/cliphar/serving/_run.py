@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+from types import FrameType
 
 import structlog
 import uvicorn
@@ -80,8 +81,9 @@ def _serve(settings: Settings, listener: socket.socket, drain_s: int) -> None:
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
     log.info("ready", address=f"http://{host}:{port}", model=name, runtime=runtime, pid=os.getpid())
-    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises it again when all is answered: that is no failure
-        signal.signal(number, lambda _number, _frame: None)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # one that comes before uvicorn listens to it; and uvicorn raises it again when all is answered: no failure
+        signal.signal(number, server.stop)
     server.run(sockets=[listener])
     app.state.service.engine.close()
     log.info("stopped")
@@ -94,6 +96,10 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._app = app
         self._reload: asyncio.Task[None] | None = None
+
+    def stop(self, _number: int, _frame: FrameType | None) -> None:
+        """Stop as soon as may be."""
+        self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._on_hangup)

@@ -36,6 +36,8 @@ def supervise(target: Callable[..., None], arguments: tuple[Any, ...], count: in
         process = context.Process(target=target, args=arguments)
         process.start()
         workers[process.sentinel] = (process, time.monotonic())
+        if stopping:  # since it was told to start
+            tell(signal.SIGTERM)
 
     def tell(number: int) -> None:
         for process, _ in workers.values():
