@@ -69,7 +69,7 @@ def doctor() -> None:
     say(
         writable or None,
         f"models are stored in {home}" + ("" if writable else f" (not writable by uid {os.getuid()})"),
-        "" if writable else "set CLIPHAR_HOME to a folder that is",
+        "" if writable else "set CLIPHAR_HOME to a folder that is, or: docker run -v cliphar-models:/models ...",
     )
     if bad:
         raise typer.Exit(1)
