@@ -18,9 +18,11 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
+from cliphar.bundle import packaged
 from cliphar.client import AsyncClient, Client
 from cliphar.errors import MediaError, UsageError
 from cliphar.recognizer import Prediction, Recognizer
@@ -384,3 +386,47 @@ def test_a_stream_is_refused(api: str) -> None:
     assert refused.value.response.status_code == 403
     with connect(f"{address}?labels=unknown") as camera:
         assert "cannot be a label" in json.loads(camera.recv(20))["error"]
+
+
+# --- video
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    av = pytest.importorskip("av")
+    target = tmp_path_factory.mktemp("clip") / "clip.mp4"
+    with av.open(str(target), "w") as file:
+        stream = file.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 320, 240, "yuv420p"
+        for name in ("cat", "photographer"):
+            frame = av.VideoFrame.from_image(Image.open(packaged("samples") / f"{name}.jpg").resize((320, 240)))
+            for _ in range(30):
+                file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    return target.read_bytes()
+
+
+def test_a_clip_is_answered_in_lines(api: str, clip: bytes) -> None:
+    ways: list[dict[str, Any]] = [
+        {"files": {"video": clip}},
+        {"content": clip, "headers": {"content-type": "video/mp4"}},
+    ]
+    timelines = []
+    for way in ways:
+        answer = httpx.post(f"{api}/v1/video", params={"labels": "being a cat, taking a photo"}, **way, timeout=60)
+        assert (answer.status_code, answer.headers["content-type"]) == (200, "application/x-ndjson")
+        lines = [json.loads(line) for line in answer.text.splitlines()]
+        assert "progress" in lines[0]
+        timelines.append(lines[-1]["timeline"])
+        assert [line["segment"] for line in lines if "segment" in line] == timelines[-1]["segments"]
+    assert timelines[0] == timelines[1]
+    assert timelines[0]["duration_s"] == pytest.approx(6, abs=0.3)
+
+
+def test_what_is_no_clip_is_refused(api: str, clip: bytes) -> None:
+    kind = {"content-type": "video/mp4"}
+    assert problem(httpx.post(f"{api}/v1/video", content=b"no clip", headers=kind), 422)
+    assert problem(httpx.post(f"{api}/v1/video", content=b"", headers=kind), 422)
+    assert problem(httpx.post(f"{api}/v1/video", files={"other": clip}), 422)
+    assert problem(httpx.post(f"{api}/v1/video", json={}), 415)
+    assert problem(httpx.post(f"{api}/v1/video", content=clip, headers=kind, params={"fps": 0}), 422)

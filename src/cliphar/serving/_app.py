@@ -10,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from cliphar._version import __version__
 from cliphar.errors import UsageError
-from cliphar.serving import _legacy, _routes, _stream, _v2
+from cliphar.serving import _legacy, _routes, _stream, _v2, _video
 from cliphar.serving._keys import Keys
 from cliphar.serving._middleware import Around
 from cliphar.serving._problems import ProblemError, add_problem_handlers
@@ -53,6 +53,7 @@ def create_app(service: Service) -> FastAPI:
         return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
     app.include_router(_routes.router)
+    app.include_router(_video.router)
     app.include_router(_stream.router)
     app.include_router(_v2.router)
     app.include_router(_legacy.router)

@@ -1,0 +1,107 @@
+"""POST /v1/video: a clip in, its segments out as JSON lines while it is read."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from collections.abc import AsyncIterator, Generator
+from typing import Annotated, Any, BinaryIO
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import StreamingResponse
+from starlette.concurrency import iterate_in_threadpool
+from starlette.datastructures import UploadFile
+
+from cliphar.errors import MediaError
+from cliphar.serving._problems import PROBLEM_RESPONSES, ProblemError
+from cliphar.serving._service import TheService
+from cliphar.timeline import Progress, Segment, Timeline, stream_video
+
+__all__ = ["router"]
+
+router = APIRouter(prefix="/v1", responses=PROBLEM_RESPONSES)
+_AT_ONCE = 2  # a clip keeps a core busy for long; more at a time would only make all of them late, and photos too
+_places = asyncio.Semaphore(_AT_ONCE)
+_Items = Generator[Progress | Segment | Timeline, None, None]
+
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["video"],
+                    "properties": {"video": {"type": "string", "format": "binary"}},
+                }
+            },
+            "video/*": {"schema": {"type": "string", "format": "binary"}},
+        },
+    }
+}
+
+
+@router.post("/video", openapi_extra=_BODY, response_class=StreamingResponse)
+async def video(
+    request: Request,
+    service: TheService,
+    labels: Annotated[str | None, Query(description="Words with commas between, or a vocabulary's name.")] = None,
+    coverage: Annotated[float, Query(gt=0, lt=1)] = 0.9,
+    multi_label: bool = False,
+    fps: Annotated[float | None, Query(ge=0.01, le=60)] = None,
+) -> StreamingResponse:
+    """What is done when: a clip as ``video`` of a form or as a raw ``video/*`` body; the rest in the query.
+
+    Lines are ``{"progress": {"time_s", "duration_s"}}``, ``{"segment": {...}}`` as soon as it is decided, and at last
+    ``{"timeline": {...}}``, or ``{"error": ...}`` if not one frame can be read.
+    """
+    await service.refresh()
+    chosen = service.labels(labels)
+    source = await _clip(request)
+    if _places.locked():
+        raise ProblemError(503, f"{_AT_ONCE} videos are being read; try again later", retry_after_s=5)
+    items = await asyncio.to_thread(
+        stream_video,
+        service.recognizer,
+        source,
+        chosen,
+        coverage=coverage,
+        multi_label=multi_label,
+        fps=fps,
+    )
+    return StreamingResponse(_lines(items), media_type="application/x-ndjson")
+
+
+async def _clip(request: Request) -> BinaryIO:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        form = await request.form(max_files=1, max_fields=10)  # closed with the request
+        part = form.get("video")
+        if not isinstance(part, UploadFile):
+            raise ProblemError(422, "the form has no video; send it as 'video'")
+        return part.file
+    if kind.startswith("video/") or kind == "application/octet-stream":
+        return io.BytesIO(await request.body())
+    raise ProblemError(415, "send multipart/form-data with video, or a raw video/* body")
+
+
+async def _lines(items: _Items) -> AsyncIterator[str]:
+    async with _places:
+        try:
+            async for item in iterate_in_threadpool(items):
+                yield json.dumps(_line(item), ensure_ascii=False) + "\n"
+        except MediaError as error:
+            yield json.dumps({"error": str(error)}) + "\n"
+        finally:
+            await asyncio.to_thread(items.close)
+
+
+def _line(item: Progress | Segment | Timeline) -> dict[str, Any]:
+    match item:
+        case Segment():
+            return {"segment": item.to_dict()}
+        case Timeline():
+            return {"timeline": item.to_dict()}
+    declared = None if item.duration_s is None else round(item.duration_s, 3)
+    return {"progress": {"time_s": round(item.time_s, 3), "duration_s": declared}}
