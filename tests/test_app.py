@@ -174,8 +174,31 @@ def test_an_action_is_taught_kept_and_used(page: Page, photos: list[Path]) -> No
 def test_a_photo_is_taken_with_the_camera(page: Page) -> None:
     page.get_by_role("tab", name="Camera").click()
     page.get_by_text("Turn on the camera").click()
+    # Chromium's camera takes a moment, and a photo taken before its first picture is empty
+    page.wait_for_function("document.querySelector('[data-testid=stCameraInput] video')?.readyState >= 2")
     page.get_by_role("button", name="Take Photo").click()
     expect(page.get_by_role("img", name="the photo")).to_be_visible(timeout=15_000)
+
+
+def test_a_clip_has_a_timeline_that_can_be_clicked_and_taken_along(page: Page) -> None:
+    visit(page, "Video", "What happens when?")
+    page.get_by_role("button", name="Try the sample clip").click()
+    second = page.get_by_role("button", name=re.compile(r"^\d:.* to ")).nth(1)
+    expect(second).to_be_visible(timeout=60_000)
+    second.click()
+    page.wait_for_function("document.querySelector('video')?.currentTime > 1")
+    for button, start in (
+        ("Table (CSV)", b"start_s"),
+        ("Subtitles (WebVTT)", b"WEBVTT"),
+        ("Annotated video (MP4)", b""),
+    ):
+        with page.expect_download() as download:
+            page.get_by_role("button", name=button).click()
+        assert start in Path(download.value.path()).read_bytes()[:200]
+    page.locator("input[type=file]").set_input_files(
+        {"name": "no clip.mp4", "mimeType": "video/mp4", "buffer": b"no clip"}
+    )
+    expect(page.get_by_text(re.compile("no clip.mp4: .*not a video"))).to_be_visible()
 
 
 def test_the_camera_is_answered_live(page: Page) -> None:

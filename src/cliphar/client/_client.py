@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import random
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -152,6 +153,26 @@ class Client(_Calls):
     ) -> list[Answer]:
         """One answer a photo (encoded bytes or a path), or its MediaError; ``labels`` may name a vocabulary."""
         return self._answers(self._call("POST", "/v1/predict", **self._predict(photos, labels, top_k, coverage)))
+
+    def video(
+        self, clip: Photo, labels: Sequence[str] | None = None, *, coverage: float = 0.9
+    ) -> Iterator[dict[str, Any]]:
+        """A clip's lines while the service reads it: ``progress``, each ``segment``, at last the ``timeline``."""
+        content = clip if isinstance(clip, bytes) else _read(clip)
+        # a comma at the end makes a single word a list, not a vocabulary's name
+        query = {"coverage": coverage} | ({"labels": ",".join([*labels, ""])} if labels else {})
+        try:
+            with self._http.stream("POST", "/v1/video", params=query, files={"video": content}) as response:
+                if not response.is_success:
+                    response.read()
+                    self._checked(response)
+                for line in response.iter_lines():
+                    told: dict[str, Any] = json.loads(line)
+                    if "error" in told:
+                        raise MediaError(told["error"])
+                    yield told
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
 
     def model(self) -> dict[str, Any]:
         """The model that answers: name, labels, what was taught, metrics."""

@@ -12,6 +12,7 @@ from cliphar.ui._photo import photo_page
 from cliphar.ui._session import backend
 from cliphar.ui._show import STYLE
 from cliphar.ui._teach import teach_page
+from cliphar.ui._video import video_page
 
 __all__ = ["app"]
 
@@ -22,6 +23,7 @@ def app() -> None:
     st.html(STYLE)
     pages = [
         st.Page(photo_page, title="Photo", icon=":material/photo_camera:", url_path="photo", default=True),
+        st.Page(video_page, title="Video", icon=":material/movie:", url_path="video"),
         st.Page(live_page, title="Live", icon=":material/videocam:", url_path="live"),
         st.Page(teach_page, title="Teach", icon=":material/school:", url_path="teach"),
     ]

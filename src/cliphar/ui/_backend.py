@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from cliphar.errors import MediaError
 from cliphar.recognizer import Lesson, Prediction
+from cliphar.timeline import Progress, Segment, Timeline
 
 __all__ = ["Backend", "Photo", "Watch"]
 
@@ -57,6 +58,10 @@ class Backend(Protocol):
 
     def answer(self, photos: Sequence[Photo], labels: Sequence[str], coverage: float) -> list[Prediction | MediaError]:
         """One answer a photo, with every label in ``top``; a photo that is refused gets its error."""
+        ...
+
+    def video(self, clip: bytes, labels: Sequence[str], coverage: float) -> Iterator[Progress | Segment | Timeline]:
+        """A clip's segments as they are decided, how far it is in between, the whole at last."""
         ...
 
     def watch(self, labels: Sequence[str]) -> Watch:

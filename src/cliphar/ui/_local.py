@@ -6,7 +6,7 @@ import functools
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from cliphar.errors import MediaError
 from cliphar.labels import vocabularies
 from cliphar.recognizer import Lesson, Prediction, Recognizer, load
+from cliphar.timeline import Progress, Segment, Timeline, stream_video
 from cliphar.ui._backend import Photo, Watch
 
 __all__ = ["LocalBackend"]
@@ -79,6 +80,10 @@ class LocalBackend:
         while len(self._embeddings) > _KEPT_EMBEDDINGS:
             self._embeddings.popitem(last=False)
         return found
+
+    def video(self, clip: bytes, labels: Sequence[str], coverage: float) -> Iterator[Progress | Segment | Timeline]:
+        """Read in this process."""
+        return stream_video(self._recognizer, clip, labels, coverage=coverage)
 
     def watch(self, labels: Sequence[str]) -> Watch:
         """In this process."""

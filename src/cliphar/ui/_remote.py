@@ -19,6 +19,7 @@ from websockets.sync.client import ClientConnection, connect
 from cliphar.client import Client
 from cliphar.errors import ClipharError, MediaError, UsageError
 from cliphar.recognizer import Lesson, Prediction, Score
+from cliphar.timeline import Progress, Segment, Timeline
 from cliphar.ui._backend import Photo, Watch
 
 __all__ = ["RemoteBackend"]
@@ -77,6 +78,17 @@ class RemoteBackend:
                 found.append(MediaError(str(error)))
         return found
 
+    def video(self, clip: bytes, labels: Sequence[str], coverage: float) -> Iterator[Progress | Segment | Timeline]:
+        """Read by the service."""
+        for line in self._client.video(clip, labels, coverage=coverage):
+            if "progress" in line:
+                yield Progress(**line["progress"])
+            elif "segment" in line:
+                yield _segment(line["segment"])
+            else:
+                told = line["timeline"]
+                yield Timeline(**(told | {"segments": tuple(_segment(one) for one in told["segments"])}))
+
     def watch(self, labels: Sequence[str]) -> Watch:
         """Over a WebSocket, whose answers the service smooths."""
         return _Watch(self._url, self._key, labels)
@@ -111,6 +123,10 @@ class RemoteBackend:
         """For all who ask this service."""
         self._client.forget(name)
         self._told_at = -_FRESH_S
+
+
+def _segment(told: dict[str, Any]) -> Segment:
+    return Segment(**(told | {"set": tuple(told["set"])}))
 
 
 def _parts(photos: Sequence[Photo]) -> Iterator[list[Photo]]:

@@ -1,0 +1,181 @@
+"""The Video page: a clip in, what happens when, and a click to be there."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tempfile
+import time
+from html import escape
+from pathlib import Path
+
+import numpy as np
+import streamlit as st
+from PIL import Image
+
+from cliphar.errors import MediaError
+from cliphar.labels import UNKNOWN
+from cliphar.media import decode_image
+from cliphar.timeline import Progress, Segment, Timeline, annotate, contact_sheet, to_csv, to_webvtt
+from cliphar.ui._session import backend, choose_actions, choose_coverage, sample_photos
+
+__all__ = ["video_page"]
+
+_TYPES = ["mp4", "mov", "mkv", "webm", "avi", "m4v", "mpg", "mpeg", "ts", "3gp", "wmv", "ogv"]
+_MAX_MB = 60  # a service takes 64 MB in all
+_COLOURS = ("#12948c", "#e69f00", "#56b4e9", "#cc79a7", "#0072b2", "#d55e00", "#a3a500")
+
+
+def video_page() -> None:
+    """Draw the page."""
+    st.title("What happens when?")
+    left, right = st.columns([2, 3], gap="large")
+    with left:
+        upload = st.file_uploader("Drop a clip here, or choose one", type=_TYPES, max_upload_size=_MAX_MB, key="clip")
+        labels = choose_actions()
+        coverage = choose_coverage()
+    state = st.session_state
+    if upload is not None and state.get("clip_seen") != upload.file_id:
+        state.clip_seen, state.clip_file = upload.file_id, (upload.name, upload.getvalue())
+        state.clip_start = 0.0
+    with right:
+        if "clip_file" not in state:
+            st.info("Add a clip and its timeline appears here. Or try a sample:", icon=":material/movie:")
+            st.button("Try the sample clip", on_click=_take_sample)
+        elif not labels:
+            st.info("The list of actions is empty. Type at least one.", icon=":material/edit:")
+        else:
+            name, content = state.clip_file
+            try:
+                _show(name, content, _read(content, labels, coverage))
+            except MediaError as error:
+                st.error(f"{name}: {error}.", icon=":material/error:")
+
+
+def _take_sample() -> None:
+    st.session_state.clip_file, st.session_state.clip_start = ("sample.mp4", _sample_clip()), 0.0
+
+
+def _read(content: bytes, labels: tuple[str, ...], coverage: float) -> Timeline:
+    """The clip's timeline; kept for the session, so that a click does not read it again."""
+    known: dict[str, Timeline] = st.session_state.setdefault("timelines", {})
+    key = hashlib.sha256(repr((hashlib.sha256(content).hexdigest(), labels, coverage)).encode()).hexdigest()
+    if key in known:
+        return known[key]
+    bar = st.progress(0.0, "Reading the clip")
+    since = time.monotonic()
+    for item in backend().video(content, labels, coverage):
+        if isinstance(item, Timeline):
+            known[key] = item
+        elif isinstance(item, Progress) and item.duration_s:
+            share = min(1.0, item.time_s / item.duration_s)
+            left = (time.monotonic() - since) * (1 - share) / max(share, 0.01)
+            bar.progress(share, f"Reading the clip, about {left:.0f} s left")
+    bar.empty()
+    return known[key]
+
+
+def _show(name: str, content: bytes, found: Timeline) -> None:
+    start = st.session_state.get("clip_start", 0.0)
+    st.video(content, start_time=start, autoplay=start > 0, muted=start > 0)
+    if found.warning:
+        st.warning(f"{found.warning}.", icon=":material/info:")
+    colours = {label: _COLOURS[i % len(_COLOURS)] for i, label in enumerate(dict.fromkeys(_labels(found)))}
+    st.html(_bar(found, colours))
+    with st.container(border=True):
+        for i, segment in enumerate(found.segments):
+            share = f"{segment.score * 100:.0f} %"
+            st.button(
+                f"{_clock(segment.start_s)} to {_clock(segment.end_s)}: **{segment.label}**, {share}",
+                key=f"segment_{i}",
+                on_click=_jump,
+                args=(segment.start_s,),
+                type="tertiary",
+                icon=":material/play_arrow:",
+                help="The action is one of: " + ", ".join(segment.set),
+            )
+    st.image(_sheet(content, found.segments), caption="The middle of each segment", width="stretch")
+    stem = Path(name).stem
+    with st.container(horizontal=True):
+        st.download_button("Table (CSV)", to_csv(found.segments), f"{stem}.csv", "text/csv", on_click="ignore")
+        st.download_button(
+            "Subtitles (WebVTT)", to_webvtt(found.segments), f"{stem}.vtt", "text/vtt", on_click="ignore"
+        )
+        st.download_button(
+            "Annotated video (MP4)",
+            lambda: _annotated(content, found.segments),
+            f"{stem}-annotated.mp4",
+            "video/mp4",
+            on_click="ignore",
+        )
+
+
+def _labels(found: Timeline) -> list[str]:
+    return [segment.label for segment in found.segments if segment.label != UNKNOWN]
+
+
+def _jump(start_s: float) -> None:
+    st.session_state.clip_start = start_s
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{seconds % 60:04.1f}"
+
+
+def _bar(found: Timeline, colours: dict[str, str]) -> str:
+    """The timeline as one bar under the player; those who cannot see it have the list below."""
+    whole = max(found.duration_s, 0.001)
+    parts = "".join(
+        f"<div title='{escape(segment.label, quote=True)}' style='position:absolute;top:0;bottom:0;"
+        f"left:{segment.start_s / whole:.3%};width:{(segment.end_s - segment.start_s) / whole:.3%};"
+        f"background:{colours.get(segment.label, 'gray')}'></div>"
+        for segment in found.segments
+    )
+    keys = "".join(
+        f"<span style='margin-right:1rem;white-space:nowrap'><span style='color:{colour}'>&#9632;</span> "
+        f"{escape(label)}</span>"
+        for label, colour in colours.items()
+    )
+    return (
+        "<div class='cl-timeline' aria-hidden='true'><div style='position:relative;height:1.1rem;border-radius:.4rem;"
+        "overflow:hidden;background:color-mix(in srgb, currentColor 12%, transparent)'>"
+        f"{parts}</div><div style='font-size:.9rem;margin-top:.4rem'>{keys}</div></div>"
+    )
+
+
+@st.cache_data(max_entries=8, show_spinner=False)
+def _sheet(content: bytes, segments: tuple[Segment, ...]) -> bytes:
+    buffer = io.BytesIO()
+    contact_sheet(content, segments).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _annotated(content: bytes, segments: tuple[Segment, ...]) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "annotated.mp4"
+        annotate(content, segments, target)
+        return target.read_bytes()
+
+
+@st.cache_data(show_spinner=False)
+def _sample_clip() -> bytes:
+    """The sample photos, three seconds each, with a slow zoom."""
+    import av
+
+    buffer = io.BytesIO()
+    width, height, rate = 640, 360, 15
+    with av.open(buffer, "w", format="mp4") as file:
+        stream = file.add_stream("libx264", rate=rate)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for _, data in sample_photos():
+            photo = decode_image(data)
+            for k in range(3 * rate):
+                zoom = 1 - 0.15 * k / (3 * rate)
+                w = min(photo.width, photo.height * width / height) * zoom
+                h = w * height / width
+                x, y = (photo.width - w) / 2, (photo.height - h) / 4  # heads are in the upper half
+                box = (x, y, x + w, y + h)
+                picture = photo.resize((width, height), Image.Resampling.BILINEAR, box=box)
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(picture), format="rgb24")))
+        file.mux(stream.encode())
+    return buffer.getvalue()
