@@ -114,6 +114,7 @@ def main(kind: str, folder: Path, name: str, stop_after: int) -> None:
         (folder / f"{name}.json").write_text(json.dumps({"curve": curve, "worst": worst}), encoding="utf-8")
         save_file({key: value.contiguous() for key, value in objective.state_dict().items()}, folder / f"{name}.st")
     if ranks.world > 1:
+        dist.barrier()  # one that leaves while the other still talks to it may be aborted by gloo
         dist.destroy_process_group()
 
 

@@ -15,10 +15,10 @@ begun=$SECONDS
 ok() { passed=$((passed + 1)); echo "ok: $*"; }
 fail() { echo "FAILED: $*" >&2; echo "$passed passed, 1 failed"; exit 1; }
 clean() {
-  docker compose down -v --remove-orphans >/dev/null 2>&1 || true
+  docker compose --profile train down -v --remove-orphans >/dev/null 2>&1 || true
   docker rm -f -v "$id" >/dev/null 2>&1 || true
   docker volume rm -f "$id" >/dev/null 2>&1 || true
-  docker image rm -f "$image" "$id:app" "$id:changed" >/dev/null 2>&1 || true
+  docker image rm -f "$image" "$id:app" "$id:train" "$id:changed" >/dev/null 2>&1 || true
   rm -rf "$work"
 }
 trap clean EXIT
@@ -162,6 +162,43 @@ for pid in filter(str.isdigit, os.listdir('/proc')):
 for _ in $(seq 80); do [[ $(docker inspect -f '{{.State.Running}}' "$id") == false ]] && break; sleep 0.5; done
 [[ $(docker inspect -f '{{.State.Running}} {{.State.ExitCode}}' "$id") == "false 1" ]] || fail "the container outlives its API"
 ok "page and API in one container, as any user: if one dies, the container does"
+
+# training: its image, a run that is recorded, and its bundle served from a volume that both see
+photos=../shared/data/har15.tar
+if [[ -f $photos ]]; then
+  mkdir -p "$work/data" "$work/runs" && tar -xf "$photos" -C "$work/data" har15/cycling har15/sleeping har15/hugging
+  find "$work/data" -name '*.avif' | awk -F/ '{ if (n[$(NF - 1)]++ >= 40) print }' | xargs rm -f
+  chmod -R a+rX "$work/data" && chown 12345 "$work/runs"
+  export DATA=$work/data RUNS=$work/runs CLIPHAR_USER=12345:12345 MLFLOW_PORT=15000 CLIPHAR_WHEELS=${PIP_FIND_LINKS:-docker/wheels}
+  train() { docker compose --profile train run --rm --no-TTY "$@"; }
+  started=$SECONDS
+  docker compose --profile train build --quiet train >"$work/train.log" 2>&1 || { tail -30 "$work/train.log"; fail "the training image"; }
+  ok "the training image builds in $((SECONDS - started)) s and has $(($(docker image inspect -f '{{.Size}}' "$id:train") / 1000000)) MB"
+  docker compose --profile train up -d --wait mlflow >"$work/up" 2>&1 || { docker compose --profile train logs mlflow | tail; fail "mlflow"; }
+  train train train recipes/few-shot.yaml data.source=data/har15 name=shots output=runs/shots "track=[mlflow]" >"$work/out" 2>&1 || { cat "$work/out"; fail "training"; }
+  [[ $(stat -c %u "$work/runs/shots/bundle.json") == 12345 ]] || fail "what training wrote belongs to $(stat -c %u "$work/runs/shots")"
+  curl -fsS 'http://127.0.0.1:15000/api/2.0/mlflow/registered-models/search?max_results=5' | grep -q '"shots"' || fail "MLflow does not know the run"
+  ok "a training as uid 12345 is recorded by MLflow, and its files belong to that user"
+  train --name "$id" -d train train recipes/full.yaml data.source=data/har15 name=long output=runs/long train.epochs=50 "track=[]" >/dev/null 2>&1 || fail "starting a long training"
+  for _ in $(seq 180); do docker logs "$id" 2>&1 | grep -q 'step ' && break; sleep 1; done
+  docker stop -t 120 "$id" >/dev/null 2>&1
+  [[ -f $work/runs/long.checkpoint ]] || fail "a training that is stopped leaves no checkpoint"
+  train train train recipes/full.yaml data.source=data/har15 name=long output=runs/long train.epochs=50 "track=[]" --resume >"$work/out" 2>&1 &
+  for _ in $(seq 120); do grep -q 'resumed after step' "$work/out" && break; sleep 1; done
+  grep -q 'resumed after step' "$work/out" || { cat "$work/out"; fail "a training does not resume"; }
+  docker ps -q --filter "label=com.docker.compose.project=$id" --filter "label=com.docker.compose.service=train" | xargs -r docker rm -f >/dev/null
+  wait $! || true
+  ok "a training that was stopped goes on from its checkpoint"
+  train train export runs/shots --to onnx-fp32 >"$work/out" 2>&1 || { cat "$work/out"; fail "export"; }
+  docker run -d --name "$id" -e MODEL_PATH=/runs/shots -v "$work/runs:/runs:ro" -p 127.0.0.1:18000:8000 "$image" >/dev/null
+  for _ in $(seq 60); do curl -fsS http://127.0.0.1:18000/readyz >/dev/null 2>&1 && break; sleep 0.5; done
+  curl -fsS http://127.0.0.1:18000/v1/models | grep -q '"cycling"' || { docker logs "$id"; fail "serving the trained bundle"; }
+  docker rm -f "$id" >/dev/null
+  ok "the bundle that was trained and exported is served by the api image"
+  docker compose --profile train down -v >/dev/null 2>&1
+else
+  echo "skipped: the path from training to serving needs photos at $photos"
+fi
 
 echo "$passed passed, 0 failed"
 echo "$((SECONDS - begun)) s in all" >&2
