@@ -136,8 +136,8 @@ docker compose config -q || fail "compose file"
 started=$SECONDS
 docker compose up -d --wait >"$work/up" 2>&1 || { docker compose logs; fail "compose up: $(tail -5 "$work/up")"; }
 ok "docker compose up: both services are healthy after $((SECONDS - started)) s"
-curl -fsS -F images=@"$samples/cat.jpg" http://127.0.0.1:18000/v1/predict | grep -q '"label"' || fail "the API"
-curl -fsS http://127.0.0.1:18501/ | grep -q '<title>' || fail "the page"
+curl -fsS -F images=@"$samples/cat.jpg" http://127.0.0.1:18000/v1/predict | grep '"label"' >/dev/null || fail "the API"
+curl -fsS http://127.0.0.1:18501/ | grep '<title>' >/dev/null || fail "the page"
 ok "the API and the page answer on loopback"
 docker kill -s KILL "$(docker compose ps -q api)" >/dev/null
 docker start "$(docker compose ps -q -a api)" >/dev/null
@@ -161,6 +161,7 @@ for pid in filter(str.isdigit, os.listdir('/proc')):
     if 'serve' in line: os.kill(int(pid), signal.SIGKILL)" || fail "killing the API inside"
 for _ in $(seq 80); do [[ $(docker inspect -f '{{.State.Running}}' "$id") == false ]] && break; sleep 0.5; done
 [[ $(docker inspect -f '{{.State.Running}} {{.State.ExitCode}}' "$id") == "false 1" ]] || fail "the container outlives its API"
+docker rm -f -v "$id" >/dev/null
 ok "page and API in one container, as any user: if one dies, the container does"
 
 # training: its image, a run that is recorded, and its bundle served from a volume that both see
@@ -177,10 +178,10 @@ if [[ -f $photos ]]; then
   docker compose --profile train up -d --wait mlflow >"$work/up" 2>&1 || { docker compose --profile train logs mlflow | tail; fail "mlflow"; }
   train train train recipes/few-shot.yaml data.source=data/har15 name=shots output=runs/shots "track=[mlflow]" >"$work/out" 2>&1 || { cat "$work/out"; fail "training"; }
   [[ $(stat -c %u "$work/runs/shots/bundle.json") == 12345 ]] || fail "what training wrote belongs to $(stat -c %u "$work/runs/shots")"
-  curl -fsS 'http://127.0.0.1:15000/api/2.0/mlflow/registered-models/search?max_results=5' | grep -q '"shots"' || fail "MLflow does not know the run"
+  curl -fsS 'http://127.0.0.1:15000/api/2.0/mlflow/registered-models/search?max_results=5' | grep '"shots"' >/dev/null || fail "MLflow does not know the run"
   ok "a training as uid 12345 is recorded by MLflow, and its files belong to that user"
-  train --name "$id" -d train train recipes/full.yaml data.source=data/har15 name=long output=runs/long train.epochs=50 "track=[]" >/dev/null 2>&1 || fail "starting a long training"
-  for _ in $(seq 180); do docker logs "$id" 2>&1 | grep -q 'step ' && break; sleep 1; done
+  train --name "$id" -d train train recipes/full.yaml data.source=data/har15 name=long output=runs/long train.epochs=50 "track=[]" >"$work/out" 2>&1 || { cat "$work/out"; fail "starting a long training"; }
+  for _ in $(seq 180); do docker logs "$id" 2>&1 | grep 'step ' >/dev/null && break; sleep 1; done
   docker stop -t 120 "$id" >/dev/null 2>&1
   [[ -f $work/runs/long.checkpoint ]] || fail "a training that is stopped leaves no checkpoint"
   train train train recipes/full.yaml data.source=data/har15 name=long output=runs/long train.epochs=50 "track=[]" --resume >"$work/out" 2>&1 &
@@ -192,7 +193,7 @@ if [[ -f $photos ]]; then
   train train export runs/shots --to onnx-fp32 >"$work/out" 2>&1 || { cat "$work/out"; fail "export"; }
   docker run -d --name "$id" -e MODEL_PATH=/runs/shots -v "$work/runs:/runs:ro" -p 127.0.0.1:18000:8000 "$image" >/dev/null
   for _ in $(seq 60); do curl -fsS http://127.0.0.1:18000/readyz >/dev/null 2>&1 && break; sleep 0.5; done
-  curl -fsS http://127.0.0.1:18000/v1/models | grep -q '"cycling"' || { docker logs "$id"; fail "serving the trained bundle"; }
+  curl -fsS http://127.0.0.1:18000/v1/models | grep '"cycling"' >/dev/null || { docker logs "$id"; fail "serving the trained bundle"; }
   docker rm -f "$id" >/dev/null
   ok "the bundle that was trained and exported is served by the api image"
   docker compose --profile train down -v >/dev/null 2>&1
