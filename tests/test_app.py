@@ -26,17 +26,11 @@ from cliphar.labels import clean_labels, vocabularies
 from cliphar.recognizer import Prediction, load
 from cliphar.ui._backend import Photo
 from cliphar.ui._remote import RemoteBackend
+from serving_process import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "src" / "cliphar" / "ui" / "_app.py"
 CHROMIUM = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def start(*options: str) -> tuple[subprocess.Popen[str], str]:

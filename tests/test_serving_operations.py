@@ -23,7 +23,7 @@ import pytest
 from cliphar.bundle import packaged
 from cliphar.client import AsyncClient, Client
 from cliphar.recognizer import Prediction
-from serving_process import problem, serving
+from serving_process import free_port, problem, serving
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +31,6 @@ def env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if k != "MODEL_PATH" and not k.startswith(("CLIPHAR_", "OTEL_"))}
     source = str(Path(__file__).parents[1] / "src")
     return kept | {"CLIPHAR_STATE": str(tmp_path_factory.mktemp("state")), "PYTHONPATH": source}
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-        return port
 
 
 def test_a_restart_under_fire_loses_no_request(env: dict[str, str], photos: list[Path]) -> None:
