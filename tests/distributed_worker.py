@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from cliphar.training._batches import Batch, Batches, TrainItems
 from cliphar.training._contrast import ContrastObjective, Losses
-from cliphar.training._distributed import open_ranks
+from cliphar.training._distributed import leave_ranks, open_ranks
 from cliphar.training._gather import gather_rows
 from cliphar.training._loop import Run, StepReport, Stopped, fit
 from cliphar.training._method_recipe import LoopRecipe
@@ -113,9 +113,7 @@ def main(kind: str, folder: Path, name: str, stop_after: int) -> None:
     if ranks.rank == 0:
         (folder / f"{name}.json").write_text(json.dumps({"curve": curve, "worst": worst}), encoding="utf-8")
         save_file({key: value.contiguous() for key, value in objective.state_dict().items()}, folder / f"{name}.st")
-    if ranks.world > 1:
-        dist.barrier()  # one that leaves while the other still talks to it may be aborted by gloo
-        dist.destroy_process_group()
+    leave_ranks(0)
 
 
 if __name__ == "__main__":

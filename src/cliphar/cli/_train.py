@@ -29,7 +29,7 @@ def train(
     except ImportError as error:
         raise UsageError("training needs torch; run: pip install 'cliphar[train]'") from error
     from cliphar.cli._follow import following
-    from cliphar.training import Stopped, Surroundings, load_recipe
+    from cliphar.training import Stopped, Surroundings, leave_ranks, load_recipe
     from cliphar.training import train as run
 
     loaded = load_recipe(recipe, tuple(overrides or ()))
@@ -50,6 +50,8 @@ def train(
     except Stopped as stopped:
         if speaks:
             print(f"cliphar: {stopped}", file=sys.stderr)
+        leave_ranks(stopped.status)
         raise typer.Exit(stopped.status) from stopped
     if speaks:
         print(f"{bundle.info.name} is ready at {bundle.path}")
+    leave_ranks(0)

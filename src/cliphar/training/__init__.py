@@ -1,5 +1,6 @@
 """Recipes in, bundles out."""
 
+from cliphar.training._distributed import leave_ranks
 from cliphar.training._job import Surroundings
 from cliphar.training._loop import StepReport, Stopped
 from cliphar.training._method_recipe import MethodRecipe
@@ -18,6 +19,7 @@ __all__ = [
     "Stopped",
     "Surroundings",
     "Tracker",
+    "leave_ranks",
     "load_recipe",
     "train",
     "train_on_ray",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 from cliphar.training._gather import gather_rows
 from cliphar.training._ranks import OneProcess, Ranks
 
-__all__ = ["ManyProcesses", "open_ranks"]
+__all__ = ["ManyProcesses", "leave_ranks", "open_ranks"]
 
 _WHOLE = StateDictOptions(full_state_dict=True, ignore_frozen_params=True)
 _LOADED = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
@@ -114,3 +115,19 @@ def open_ranks(kind: str) -> Ranks:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group("nccl" if on_gpu else "gloo")
     return ManyProcesses(kind)
+
+
+def leave_ranks(status: int) -> None:
+    """End this process with exit ``status`` if it is one of several; alone, do nothing.
+
+    Torch's caches of a sharded model hold gloo's threads past ``destroy_process_group``. One that lets go of its last
+    tensor while the interpreter ends aborts the process, and with it a training that is done
+    (https://github.com/pytorch/pytorch/issues/190489), so the interpreter's end is left out.
+    """
+    if not dist.is_initialized():
+        return
+    dist.barrier()  # one that leaves while another still talks to it is aborted too
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
