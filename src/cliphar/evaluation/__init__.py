@@ -7,6 +7,7 @@ from cliphar.evaluation._fit import fit_calibration
 from cliphar.evaluation._metrics import Bin, Report, evaluate, expected_calibration_error, macro_f1, reliability
 from cliphar.evaluation._plots import confusion_svg, reliability_svg
 from cliphar.evaluation._report import Evaluation, write_report
+from cliphar.evaluation._timelines import Span, segment_f1, temporal_map
 
 __all__ = [
     "Analysis",
@@ -16,6 +17,7 @@ __all__ = [
     "Evaluation",
     "Mistake",
     "Report",
+    "Span",
     "analyse",
     "compare",
     "confident_mistakes",
@@ -29,5 +31,7 @@ __all__ = [
     "model_card",
     "reliability",
     "reliability_svg",
+    "segment_f1",
+    "temporal_map",
     "write_report",
 ]

@@ -1,0 +1,54 @@
+"""Metrics of timelines, on small ones worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from cliphar.evaluation import Span, segment_f1, temporal_map
+from cliphar.timeline import Segment
+
+
+def said(start_s: float, end_s: float, label: str, score: float = 0.9) -> Segment:
+    return Segment(start_s, end_s, label, score, (label,))
+
+
+def test_f1_counts_segments_that_overlap_enough() -> None:
+    truth = [[Span(0, 4, "running"), Span(4, 8, "eating")]]
+    found = [[said(0, 3, "running"), said(3, 4, "sitting"), said(6, 8, "eating")]]
+    # running overlaps by 3/4, eating by 2/4; sitting is wrong
+    f1 = segment_f1(truth, found, (0.25, 0.5, 0.75, 0.8))
+    assert f1 == pytest.approx({0.25: 4 / 5, 0.5: 4 / 5, 0.75: 2 / 5, 0.8: 0.0})
+
+
+def test_a_true_segment_is_found_once_however_often_it_is_said() -> None:
+    truth = [[Span(0, 10, "running")]]
+    assert segment_f1(truth, [[said(0, 4, "running"), said(4, 10, "running")]], (0.1,)) == {0.1: pytest.approx(2 / 3)}
+    # in the order of time the first reaches 0.1 and takes it; in that of scores the better one does
+    assert temporal_map(truth, [[said(0, 4, "running", 0.6), said(4, 10, "running", 0.8)]], (0.5,)) == {0.5: 1.0}
+
+
+def test_unknown_is_background() -> None:
+    truth = [[Span(0, 4, "unknown"), Span(4, 8, "eating")]]
+    assert segment_f1(truth, [[said(4, 8, "eating")]], (0.5,)) == {0.5: 1.0}
+    assert segment_f1(truth, [[said(0, 4, "unknown"), said(4, 8, "eating")]], (0.5,)) == {0.5: 1.0}
+    assert segment_f1(truth, [[said(0, 4, "running"), said(4, 8, "eating")]], (0.5,)) == {0.5: pytest.approx(2 / 3)}
+
+
+def test_average_precision_follows_the_scores_over_all_videos() -> None:
+    truth = [[Span(0, 4, "running")], [Span(0, 4, "running"), Span(5, 9, "eating")]]
+    found = [
+        [said(0, 4, "running", 0.5)],
+        [said(0, 4, "running", 0.9), said(4, 5, "running", 0.7), said(5, 9, "eating", 0.2)],
+    ]
+    # running: right, wrong, right: 1/2 at precision 1, 1/2 at precision 2/3; eating: 1
+    assert temporal_map(truth, found, (0.5,)) == {0.5: pytest.approx((5 / 6 + 1) / 2)}
+
+
+def test_what_cannot_be_compared_is_refused() -> None:
+    with pytest.raises(ValueError):
+        segment_f1([[]], [[], []])
+    with pytest.raises(ValueError):
+        temporal_map([[]], [[], []])
+    with pytest.raises(ValueError, match="no action"):
+        temporal_map([[Span(0, 1, "unknown")]], [[]])
+    assert segment_f1([[]], [[]], (0.5,)) == {0.5: 1.0}
