@@ -346,7 +346,7 @@ def test_a_deadline_and_a_failing_model() -> None:
 
 
 def test_a_stream_answers_about_the_newest_frame(api: str, mini: Recognizer, photos: list[Path]) -> None:
-    address = f"{api.replace('http', 'ws')}/v1/stream?labels=sleeping,taking%20a%20photo&half_life_s=0"
+    address = f"{api.replace('http', 'ws')}/v1/stream?labels=sleeping,taking%20a%20photo"
     content = photos[0].read_bytes()
     with connect(address) as camera:
         camera.send(content)
@@ -371,7 +371,7 @@ def test_a_stream_answers_about_the_newest_frame(api: str, mini: Recognizer, pho
 
 
 def test_a_stream_is_steady(api: str, photos: list[Path]) -> None:
-    with connect(f"{api.replace('http', 'ws')}/v1/stream?half_life_s=60") as camera:
+    with connect(f"{api.replace('http', 'ws')}/v1/stream") as camera:
         answers = []
         for photo in (photos[0], photos[1]):
             camera.send(photo.read_bytes())

@@ -7,13 +7,12 @@ import time
 from contextlib import suppress
 from typing import Annotated
 
-import numpy as np
 from fastapi import APIRouter, Query, WebSocket, WebSocketDisconnect
-from numpy.typing import NDArray
 
 from cliphar.errors import MediaError, UsageError
 from cliphar.serving._problems import ProblemError
 from cliphar.serving._service import Service
+from cliphar.timeline import Live
 
 __all__ = ["router"]
 
@@ -41,41 +40,21 @@ class _Newest:
         return self._frame
 
 
-class _Steady:
-    """An exponential mean of embeddings over time, of which half is forgotten every ``half_life_s`` seconds."""
-
-    def __init__(self, half_life_s: float) -> None:
-        self._half_life_s = half_life_s
-        self._mean: NDArray[np.float32] | None = None
-        self._at = 0.0
-
-    def add(self, embedding: NDArray[np.float32], at: float) -> NDArray[np.float32]:
-        """The mean with this one, float32 [D], unit length."""
-        if self._mean is None or self._half_life_s == 0:
-            self._mean = embedding
-        else:
-            kept = 0.5 ** ((at - self._at) / self._half_life_s)
-            self._mean = kept * self._mean + (1 - kept) * embedding
-        self._at = at
-        unit: NDArray[np.float32] = (self._mean / np.linalg.norm(self._mean)).astype(np.float32)
-        return unit
-
-
 @router.websocket("/stream")
 async def stream(
     websocket: WebSocket,
     labels: Annotated[str | None, Query()] = None,
     top_k: Annotated[int, Query(ge=1, le=1000)] = 5,
     coverage: Annotated[float, Query(gt=0, lt=1)] = 0.9,
-    half_life_s: Annotated[float, Query(ge=0, le=60)] = 0.5,
 ) -> None:
     """Binary messages, an encoded image each; for each that is answered a text message, JSON: ``frame`` (its number,
-    from 0), ``latency_ms``, and what /v1/predict answers, or ``error``."""
+    from 0), ``latency_ms``, and what a ``LiveAnswer`` holds with its ``evidence``, or ``error``."""
     service: Service = websocket.app.state.service
     await websocket.accept()
     try:
         await service.refresh()
         chosen = service.labels(labels)
+        live = await asyncio.to_thread(Live, service.recognizer, chosen, coverage=coverage, top_k=top_k)
     except (ProblemError, UsageError) as error:
         await websocket.send_json({"error": str(error)})
         await websocket.close(_POLICY)
@@ -83,17 +62,15 @@ async def stream(
     newest = _Newest()
 
     async def answer() -> None:
-        steady = _Steady(half_life_s)
         while True:
             number, frame, came = await newest.take()
             try:
                 (found,) = await service.embed([frame])
                 if isinstance(found, MediaError):
                     raise found
-                mean = steady.add(found, came)
-                (prediction,) = await asyncio.to_thread(service.score, mean[None], chosen, top_k, coverage)
-                said = prediction.to_dict() | {"evidence": round(prediction.evidence, 6)}
-            except (MediaError, UsageError, ProblemError) as error:
+                steady = await asyncio.to_thread(live.push_embedding, found, came)
+                said = steady.to_dict() | {"evidence": round(steady.prediction.evidence, 6)}
+            except (MediaError, ProblemError) as error:
                 said = {"error": str(error)}
             latency_ms = round(1e3 * (time.perf_counter() - came), 1)
             await websocket.send_json({"frame": number, "latency_ms": latency_ms} | said)

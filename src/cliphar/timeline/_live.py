@@ -22,7 +22,7 @@ __all__ = ["Live", "LiveAnswer"]
 
 @dataclass(frozen=True)
 class LiveAnswer:
-    """What is done now, steadied by the moments before.
+    """What is done now, steadied by the moments before; times are seconds since the first frame.
 
     ``prediction`` is scored over the last second or so of what is done now; its label is the smoothed one. ``since_s``
     is when it began. ``closed`` are the segments that this frame decided; they come late and are sure.
@@ -34,9 +34,9 @@ class LiveAnswer:
     closed: tuple[Segment, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form: the prediction with ``time_s`` and ``since_s``."""
+        """The JSON form: the prediction with ``time_s``, ``since_s`` and ``closed``."""
         times = {"time_s": round(self.time_s, 3), "since_s": round(self.since_s, 3)}
-        return times | self.prediction.to_dict()
+        return times | self.prediction.to_dict() | {"closed": [segment.to_dict() for segment in self.closed]}
 
 
 class Live:
@@ -77,10 +77,7 @@ class Live:
             MediaError: it is not a picture that can be read; the next frame may be.
         """
         image = decode_image(frame, min_side=self._recognizer.bundle.info.image.size)
-        if self._first_s is None:
-            self._first_s = time_s
-        time_s = max(time_s - self._first_s, self._last_s)
-        self._last_s = time_s
+        time_s = self._since_first(time_s)
         luma = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.BOX))
         fresh, check, cut = self._changes.look(luma, time_s)
         if fresh or self._vector is None:
@@ -88,8 +85,21 @@ class Live:
             if check and self._vector is not None:
                 self._changes.checked(self._vector, new)
             self._vector = new
+        return self._take(self._vector, time_s, cut)
+
+    def push_embedding(self, embedding: NDArray[np.float32], time_s: float) -> LiveAnswer:
+        """Answer for a frame that was embedded elsewhere: float32 [D], unit length. Cuts are not looked for."""
+        return self._take(embedding, self._since_first(time_s), False)
+
+    def _since_first(self, time_s: float) -> float:
+        if self._first_s is None:
+            self._first_s = time_s
+        return max(time_s - self._first_s, self._last_s)
+
+    def _take(self, embedding: NDArray[np.float32], time_s: float, cut: bool) -> LiveAnswer:
+        self._last_s = time_s
         before = self._tracker.current
-        closed = self._tracker.push(time_s, self._vector, cut)
+        closed = self._tracker.push(time_s, embedding, cut)
         if self._tracker.current != before:
             self._since_s = time_s
         return LiveAnswer(time_s, self._since_s, self._answer(), tuple(closed))
