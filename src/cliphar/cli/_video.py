@@ -27,7 +27,13 @@ _WIDTH = 60
 
 
 def video(
-    paths: Annotated[list[str], typer.Argument(help="Videos, folders of videos, or patterns such as 'cam/*.mp4'.")],
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            help="Videos, folders of videos, or patterns such as 'cam/*.mp4'; or one camera: rtsp://..., http://..., "
+            "/dev/video0 or camera:0, until Ctrl-C."
+        ),
+    ],
     labels: Labels = None,
     labels_file: LabelsFile = None,
     model: Model = None,
@@ -36,7 +42,7 @@ def video(
     fps: Annotated[
         float | None, typer.Option(help="Frames looked at a second.", show_default="what the model names")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a video.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a video, or a change.")] = False,
     out: Annotated[
         list[Path] | None,
         typer.Option(
@@ -49,13 +55,20 @@ def video(
     provider: Provider = None,
     threads: Threads = None,
 ) -> None:
-    """Say what is done when in videos."""
+    """Say what is done when in videos, or now before a camera."""
     from cliphar.cli._output import printable
     from cliphar.cli._predict import expand
-    from cliphar.media import is_video_name
+    from cliphar.media import is_camera, is_video_name
     from cliphar.recognizer import load
 
     chosen = chosen_labels(labels, labels_file)
+    if any(is_camera(path) for path in paths):
+        if len(paths) > 1 or out or multi_label:
+            raise UsageError("a camera is watched alone, without --out or --multi-label; --json keeps its segments")
+        from cliphar.cli._camera import watch
+
+        watch(load(model, provider=provider, threads=threads), paths[0], chosen, coverage, fps, as_json)
+        return
     files = list(expand(paths, is_video_name, "videos"))
     targets = list(out or ())
     _check(targets, len(files))

@@ -1,5 +1,6 @@
-"""Decode photos and video, and bring them to the square that a bundle's image graph takes."""
+"""Decode photos, video and cameras, and bring them to the square that a bundle's image graph takes."""
 
+from cliphar.media._camera import Camera, is_camera
 from cliphar.media._images import IMAGE_SUFFIXES, MAX_PIXELS, ImageLike, decode_image, is_image_name, to_square
 from cliphar.media._video import VIDEO_SUFFIXES, Frame, VideoInfo, VideoLike, VideoReader, is_video_name
 
@@ -7,12 +8,14 @@ __all__ = [
     "IMAGE_SUFFIXES",
     "MAX_PIXELS",
     "VIDEO_SUFFIXES",
+    "Camera",
     "Frame",
     "ImageLike",
     "VideoInfo",
     "VideoLike",
     "VideoReader",
     "decode_image",
+    "is_camera",
     "is_image_name",
     "is_video_name",
     "to_square",

@@ -22,7 +22,17 @@ if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.stream import VideoStream
 
-__all__ = ["VIDEO_SUFFIXES", "Frame", "VideoInfo", "VideoLike", "VideoReader", "is_video_name", "require_av"]
+__all__ = [
+    "VIDEO_SUFFIXES",
+    "Frame",
+    "VideoInfo",
+    "VideoLike",
+    "VideoReader",
+    "error_reason",
+    "is_video_name",
+    "require_av",
+    "video_stream",
+]
 
 VideoLike: TypeAlias = str | os.PathLike[str] | bytes | BinaryIO
 
@@ -107,7 +117,7 @@ class VideoReader:
         self.end_s = 0.0
         self._container = _open(source, self.name)
         try:
-            self._stream = _video_stream(self._container, self.name)
+            self._stream = video_stream(self._container, self.name)
             self.info = self._read_info()
         except BaseException:
             self._container.close()
@@ -242,7 +252,7 @@ class VideoReader:
                     return
 
     def _skipped(self, time_s: float, error: Exception | None) -> None:
-        reason = f" ({_reason(error)})" if error else ""
+        reason = f" ({error_reason(error)})" if error else ""
         if not any(problem.startswith("damaged") for problem in self.problems):
             self.problems.append(f"damaged at {time_s:.1f} s{reason}: what could be read was")
 
@@ -253,7 +263,8 @@ def _name(source: VideoLike) -> str:
     return "the video"
 
 
-def _reason(error: Exception) -> str:
+def error_reason(error: Exception) -> str:
+    """ffmpeg's words for an error, one line."""
     return str(getattr(error, "strerror", None) or error).splitlines()[0]
 
 
@@ -280,10 +291,11 @@ def _open(source: VideoLike, name: str) -> InputContainer:
     except PermissionError as error:
         raise MediaError(f"{name} cannot be read: permission denied") from error
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise MediaError(f"{name} is not a video that can be read: {_reason(error)}") from error
+        raise MediaError(f"{name} is not a video that can be read: {error_reason(error)}") from error
 
 
-def _video_stream(container: InputContainer, name: str) -> VideoStream:
+def video_stream(container: InputContainer, name: str) -> VideoStream:
+    """The moving picture in a container; MediaError if there is none."""
     from av.stream import Disposition
 
     if container.format.name.endswith("_pipe") or container.format.name == "image2":

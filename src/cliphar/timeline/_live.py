@@ -49,16 +49,23 @@ class Live:
         labels: any actions in plain words; None takes the recogniser's own.
         coverage: how often a prediction set should hold the true label, between 0 and 1.
         top_k: how many labels an answer's ``top`` holds at most.
+        fps: how many frames a second are looked at, 0.01 to 60; None takes what the bundle names.
 
     Raises:
-        UsageError: bad labels or coverage.
+        UsageError: bad labels or numbers.
     """
 
     def __init__(
-        self, recognizer: Recognizer, labels: Iterable[str] | None = None, *, coverage: float = 0.9, top_k: int = 5
+        self,
+        recognizer: Recognizer,
+        labels: Iterable[str] | None = None,
+        *,
+        coverage: float = 0.9,
+        top_k: int = 5,
+        fps: float | None = None,
     ) -> None:
         self._recognizer = recognizer
-        self._choice = choose(recognizer, labels, coverage, False, None)
+        self._choice = choose(recognizer, labels, coverage, False, fps)
         self._top_k = top_k
         self._changes, self._tracker = Changes(), Tracker(self._choice)
         self._vector: NDArray[np.float32] | None = None
@@ -67,7 +74,7 @@ class Live:
 
     @property
     def fps(self) -> float:
-        """The frames a second that the bundle asks for; more make answers no better."""
+        """The frames a second that are worth pushing; more make answers no better."""
         return self._choice.fps
 
     def push(self, frame: ImageLike, time_s: float) -> LiveAnswer:

@@ -1,0 +1,159 @@
+"""Cameras: on the network or plugged in. Always the newest frame, and connected anew when one is lost."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from cliphar.errors import MediaError
+from cliphar.media._video import Frame, error_reason, require_av, video_stream
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
+
+__all__ = ["Camera", "is_camera"]
+
+_SCHEMES = {"http", "https", "rtmp", "rtmps", "rtsp", "rtsps", "srt", "tcp", "udp"}
+_DEVICE = re.compile(r"camera:(\d+)|(/dev/video\d+)")
+_PROTOCOLS = "crypto,hls,http,httpproxy,https,rtmp,rtmps,rtp,rtsp,rtsps,srt,srtp,tcp,tls,udp"  # no files of ours
+_SILENCE_S = 10.0  # a camera that sends nothing for so long is lost
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 1.0, 30.0
+_BAD_PACKETS = 100  # in a row: it is not a matter of a lost packet any more
+
+
+def is_camera(name: str) -> bool:
+    """Whether a name is a camera: an address as ``rtsp://...``, or ``/dev/video0``, or ``camera:0`` for the same."""
+    scheme, found, _ = name.partition("://")
+    return bool((found and scheme.lower() in _SCHEMES) or _DEVICE.fullmatch(name))
+
+
+class Camera:
+    """A camera's newest frames; a context manager.
+
+    Frames are decoded on a thread as they come, and those that nobody took in time are dropped. A camera that is lost
+    is connected to again, after 1, 2, 4 ... at most 30 seconds, for as long as it takes.
+
+    Args:
+        address: what ``is_camera`` accepts. Over RTSP the frames come by TCP.
+        tell: called, from the thread, with a line when the camera is lost and when it is back.
+
+    Raises:
+        MediaError: it cannot be reached at first, or is no camera.
+        UsageError: PyAV is not installed.
+    """
+
+    def __init__(self, address: str, tell: Callable[[str], None] = lambda _line: None) -> None:
+        require_av()
+        self._address, self._tell = address, tell
+        self.name = _without_password(address)
+        self._newest: tuple[float, Frame] | None = None
+        self._came = threading.Condition()
+        self._closed = threading.Event()
+        opened = self._open()
+        # a daemon, as a read from a silent camera cannot be broken off
+        self._thread = threading.Thread(target=self._run, args=opened, name="camera", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Camera:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closed.set()
+        self._thread.join(1)
+
+    def frames(self, fps: float) -> Iterator[tuple[float, Frame]]:
+        """The newest frame and when it came, in seconds by ``time.monotonic``, at most ``fps`` times a second."""
+        while not self._closed.is_set():
+            with self._came:
+                while self._newest is None:
+                    if not self._thread.is_alive():
+                        raise MediaError(f"{self.name} can no longer be read")
+                    self._came.wait(1)
+                newest, self._newest = self._newest, None
+            began = time.monotonic()
+            yield newest
+            self._closed.wait(max(0.0, began + 1 / fps - time.monotonic()))
+
+    def _run(self, container: InputContainer, stream: VideoStream) -> None:
+        while not self._closed.is_set():
+            with container:
+                reason = self._read(container, stream)
+            wait_s = _FIRST_WAIT_S
+            if not self._closed.is_set():
+                self._tell(f"{self.name} was lost ({reason}); trying again until it is back")
+            while not self._closed.wait(wait_s):
+                try:
+                    container, stream = self._open()
+                except MediaError:
+                    wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+                    continue
+                self._tell(f"{self.name} is back")
+                break
+
+    def _read(self, container: InputContainer, stream: VideoStream) -> str:
+        """Take frames until the camera is lost, or this one is closed; why."""
+        import av
+
+        bad = 0
+        aspect = float(stream.sample_aspect_ratio or 1)
+        try:
+            for packet in container.demux(stream):
+                try:
+                    frames = packet.decode()
+                except av.error.InvalidDataError:  # what a lost packet leaves behind
+                    bad += 1
+                    if bad >= _BAD_PACKETS:
+                        return "what it sends cannot be decoded"
+                    continue
+                for frame in frames:
+                    bad = 0
+                    with self._came:
+                        self._newest = time.monotonic(), Frame(frame, aspect)
+                        self._came.notify()
+                if self._closed.is_set():
+                    return "closed"
+        except av.error.FFmpegError as error:
+            return error_reason(error)
+        return "it stopped sending"
+
+    def _open(self) -> tuple[InputContainer, VideoStream]:
+        import av
+
+        device = _DEVICE.fullmatch(self._address)
+        where, form, options = self._address, None, {"protocol_whitelist": _PROTOCOLS, "fflags": "nobuffer"}
+        if device:
+            where, form, options = device[2] or f"/dev/video{device[1]}", "v4l2", {}
+        elif where.lower().startswith("rtsp"):
+            options["rtsp_transport"] = "tcp"
+        try:
+            container = av.open(where, "r", format=form, options=options, timeout=_SILENCE_S)
+        except PermissionError as error:
+            raise MediaError(f"{self.name} cannot be opened: permission denied; join the group 'video'") from error
+        except (av.error.FFmpegError, OSError, ValueError) as error:
+            raise MediaError(
+                f"{self.name} cannot be reached: {error_reason(error)}; check it and its address"
+            ) from error
+        try:
+            stream = video_stream(container, self.name)
+            if container.duration:
+                raise MediaError(f"{self.name} is a recording, not a camera; download it and give its path")
+            # threads that work on a frame each would keep as many frames back
+            stream.thread_type = "SLICE"
+        except BaseException:
+            container.close()
+            raise
+        return container, stream
+
+
+def _without_password(address: str) -> str:
+    """The address as it may be shown: without the user and password in it."""
+    user, at, _ = urlsplit(address).netloc.rpartition("@")
+    return address.replace(user + at, "", 1) if at else address
