@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import tarfile
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,13 @@ def as_tar(folder: Path) -> str:
     return str(folder.parent / "set.tar")
 
 
+def as_zip(folder: Path) -> str:
+    with zipfile.ZipFile(folder.parent / "set.zip", "w") as archive:
+        for file in sorted(folder.rglob("*.jpg"), reverse=True):
+            archive.write(file, file.relative_to(folder.parent))
+    return str(folder.parent / "set.zip")
+
+
 def as_manifest(suffix: str) -> Callable[[Path], str]:
     def make(folder: Path) -> str:
         rows = [
@@ -104,7 +112,16 @@ def as_hub(folder: Path) -> str:
     return str(folder.parent / "saved")
 
 
-MAKERS = [as_folder, as_tar, as_manifest(".csv"), as_manifest(".jsonl"), as_manifest(".parquet"), as_shards, as_hub]
+MAKERS = [
+    as_folder,
+    as_tar,
+    as_zip,
+    as_manifest(".csv"),
+    as_manifest(".jsonl"),
+    as_manifest(".parquet"),
+    as_shards,
+    as_hub,
+]
 
 
 def photos_of(source: str, cache: Path, **changes: Any) -> PhotoSet:
@@ -112,7 +129,7 @@ def photos_of(source: str, cache: Path, **changes: Any) -> PhotoSet:
 
 
 @pytest.mark.filterwarnings("ignore")  # the hub's client brings its own
-@pytest.mark.parametrize("make", MAKERS, ids=["folder", "tar", "csv", "jsonl", "parquet", "shards", "hub"])
+@pytest.mark.parametrize("make", MAKERS, ids=["folder", "tar", "zip", "csv", "jsonl", "parquet", "shards", "hub"])
 def test_every_source_holds_the_same_photos(folder: Path, tmp_path: Path, make: Callable[[Path], str]) -> None:
     photos = photos_of(make(folder), tmp_path / "cache")
     assert Counter(photos.labels) == {"riding a bike": 3, "sleeping": 3}

@@ -2,7 +2,7 @@
 
 | source | what it is |
 |---|---|
-| a folder, or a tar of it | LABEL/FILE or SPLIT/LABEL/FILE, SPLIT being train, val (validation, valid) or test |
+| a folder, or a tar or zip of it | LABEL/FILE or SPLIT/LABEL/FILE, SPLIT being train, val (validation, valid) or test |
 | the same | with a captions.jsonl of {"file", "captions"} |
 | .csv, .jsonl, .parquet | a manifest: ``file``, and ``label``, ``captions`` (or ``caption``), ``split`` if there are any |
 | a .tar of samples, a folder of such, or a pattern with {000..009} | WebDataset shards: KEY.jpg with KEY.cls, KEY.txt or KEY.json |
@@ -19,6 +19,7 @@ import io
 import json
 import re
 import tarfile
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -87,7 +88,9 @@ def open_source(source: str) -> PhotoSource:  # noqa: PLR0911 - one for each kin
             return _shards([path], source) if _has_samples(path) else _tar(path, source)
         except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
             raise DataError(f"{path} is damaged or cut short: {error}; copy it again") from error
-    raise DataError(f"{source} is no data set: give a folder, a tar file, or a .csv, .jsonl or .parquet manifest")
+    if zipfile.is_zipfile(path):
+        return _zip(path, source)
+    raise DataError(f"{source} is no data set: give a folder, a tar, a zip, or a .csv, .jsonl or .parquet manifest")
 
 
 def _fingerprint(files: Iterable[Path]) -> str:
@@ -167,6 +170,21 @@ def _tar(path: Path, source: str) -> PhotoSource:
             raise DataError(f"{path} is damaged or cut short: {error}; copy it again") from error
 
     return PhotoSource(source, "tar", _fingerprint([path]), read)
+
+
+def _zip(path: Path, source: str) -> PhotoSource:
+    def read() -> Iterator[Photo]:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                for name in sorted(filter(_is_media, archive.namelist()), key=lambda name: PurePosixPath(name).parts):
+                    photo = _labelled(name, archive.read(name))
+                    if photo is not None:
+                        yield photo
+        # RuntimeError: a password is asked for; NotImplementedError: an unusual compression
+        except (zipfile.BadZipFile, RuntimeError, EOFError, OSError, zlib.error) as error:
+            raise DataError(f"{path} cannot be read: {error}; make the zip file again") from error
+
+    return PhotoSource(source, "zip", _fingerprint([path]), read)
 
 
 def _expand_braces(pattern: str) -> list[Path]:
