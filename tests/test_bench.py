@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,19 @@ def test_a_picture(result: Bench, tmp_path: Path) -> None:
 def test_a_runtime_that_the_bundle_lacks() -> None:
     with pytest.raises(UsageError, match="has no runtime 'abacus'"):
         run_bench(find_bundle(packaged("mini")), runtimes=["abacus"])
+
+
+def test_runtimes_alone_need_neither_torch_nor_onnx(run_python: Callable[[str], str]) -> None:
+    code = """
+import sys
+if __name__ == "__main__":
+    sys.modules["torch"] = sys.modules["onnx"] = None
+    from cliphar.bench import run_bench
+    from cliphar.bundle import find_bundle
+    bench = run_bench(find_bundle("mini"), runtimes=["onnx"], batches=[1], seconds=0.1)
+    print(bench.rows[0].images_per_s > 0, bench.gflop)
+"""
+    assert run_python(code).split() == ["True", "None"]
 
 
 def test_the_command(clean_env: dict[str, str]) -> None:

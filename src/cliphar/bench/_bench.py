@@ -54,11 +54,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Bench:
-    """All rows; ``gflop`` is the work of one photo, ``peak_gflops`` by threads the matrix-product peak, ``skipped``
-    why a runtime was left out."""
+    """All rows; ``gflop`` is the work of one photo, ``peak_gflops`` by threads the matrix-product peak (both known only
+    where PyTorch is measured too), ``skipped`` why a runtime was left out."""
 
     model: str
-    gflop: float
+    gflop: float | None
     peak_gflops: dict[int, float]
     rows: list[Row]
     skipped: dict[str, str] = field(default_factory=dict)
@@ -113,18 +113,26 @@ def run_bench(
     Raises:
         UsageError: an unknown runtime, or none that runs here.
     """
-    from cliphar.export import float_graph, read_proof  # not above: a worker must not have torch in its memory
-
     names = list(dict.fromkeys(runtimes)) or [EAGER, *bundle.runtimes]
     unknown = [name for name in names if name != EAGER and name not in bundle.runtimes]
     if unknown:
         raise UsageError(
             f"bundle '{bundle.info.name}' has no runtime '{unknown[0]}' (it has {', '.join(bundle.runtimes)})"
         )
-    proof = read_proof(bundle, data) if data else None
-    if proof is not None and proof.truth is None:
-        raise UsageError(f"{data} has folders that are not labels of '{bundle.info.name}'; accuracy needs its labels")
-    gflop = count_flops(float_graph(bundle), bundle.info.image.size) / 1e9
+    # imported here: a worker must not have torch in its memory, and runtimes alone are measured without it
+    proof, gflop = None, None
+    if data:
+        from cliphar.export import read_proof
+
+        proof = read_proof(bundle, data)
+        if proof.truth is None:
+            raise UsageError(
+                f"{data} has folders that are not labels of '{bundle.info.name}'; accuracy needs its labels"
+            )
+    if EAGER in names:
+        from cliphar.export import float_graph
+
+        gflop = round(count_flops(float_graph(bundle), bundle.info.image.size) / 1e9, 3)
     skipped: dict[str, str] = {}
     workers: list[_Worker] = []
     try:
@@ -155,7 +163,7 @@ def run_bench(
         for worker in workers:
             worker.stop()
     rounded = {count: round(peak, 1) for count, peak in peaks.items()}
-    return Bench(bundle.info.name, round(gflop, 3), rounded, rows, skipped)
+    return Bench(bundle.info.name, gflop, rounded, rows, skipped)
 
 
 def _start(bundle: Bundle, name: str, threads: int, skipped: dict[str, str]) -> _Worker | None:
@@ -187,7 +195,7 @@ def _row(
     bundle: Bundle,
     worker: _Worker,
     batch: int,
-    gflop: float,
+    gflop: float | None,
     times: Mapping[_Key, list[float]],
     rates: Mapping[_Key, list[float]],
     peak: float | None,
@@ -207,7 +215,7 @@ def _row(
         p99_ms=_percentile(times[key], 99),
         bytes_images_per_s=round(float(np.median(rates[key])), 2),
         speedup=None if eager is None else round(float(np.median(eager)) / median, 3),
-        peak_share=None if peak is None else round(batch / median * gflop / peak, 3),
+        peak_share=None if peak is None or gflop is None else round(batch / median * gflop / peak, 3),
         load_s=round(worker.load_s, 3),
         memory_mib=round(memory, 1),
         file_mib=round(_file_mib(bundle, worker.name), 1),

@@ -42,21 +42,24 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Measure throughput, latency, memory and accuracy of each runtime, in turns, beside plain PyTorch."""
+    from cliphar.bench import plot_bench, run_bench
     from cliphar.bundle import find_bundle
 
     try:
-        from cliphar.bench import plot_bench, run_bench
+        result = run_bench(
+            find_bundle(model),
+            runtimes=[name.strip() for name in runtime.split(",")] if runtime else (),
+            batches=_numbers(batch, "--batch"),
+            threads=_numbers(threads, "--threads") if threads else (),
+            seconds=seconds,
+            data=data,
+            say=lambda line: print(line, file=sys.stderr),
+        )
     except ImportError as error:
-        raise UsageError("the benchmark needs torch and onnx; run: pip install 'cliphar[train]'") from error
-    result = run_bench(
-        find_bundle(model),
-        runtimes=[name.strip() for name in runtime.split(",")] if runtime else (),
-        batches=_numbers(batch, "--batch"),
-        threads=_numbers(threads, "--threads") if threads else (),
-        seconds=seconds,
-        data=data,
-        say=lambda line: print(line, file=sys.stderr),
-    )
+        raise UsageError(
+            "to measure PyTorch or accuracy too needs torch and onnx; run: pip install 'cliphar[train]', "
+            "or name runtimes with --runtime onnx"
+        ) from error
     for reason in result.skipped.values():
         print(f"cliphar: {reason}", file=sys.stderr)
     if plot is not None:
@@ -64,8 +67,9 @@ def bench(
     if as_json:
         print(json.dumps(result.to_dict()))
         return
-    peaks = ", ".join(f"{peak:g} GFLOP/s with {count} threads" for count, peak in result.peak_gflops.items())
-    print(f"{result.model}: {result.gflop:g} GFLOP a photo; matrix products at {peaks or 'an unknown peak'}")
+    if result.gflop is not None:
+        peaks = ", ".join(f"{peak:g} GFLOP/s with {count} threads" for count, peak in result.peak_gflops.items())
+        print(f"{result.model}: {result.gflop:g} GFLOP a photo; matrix products at {peaks or 'an unknown peak'}")
     rows = [(*_COLUMNS, *_MORE)] + [
         (
             row.runtime,
