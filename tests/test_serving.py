@@ -120,6 +120,15 @@ def test_earlier_clients_are_answered(api: str, photos: list[Path]) -> None:
 # --- what a service is told and taught
 
 
+def test_a_model_tells_of_itself(api: str) -> None:
+    with Client(api) as client:
+        told = client.model_card(client.model()["name"])
+        assert told["card"].startswith("# mini")
+        assert told["evaluation"] is None
+        with pytest.raises(UsageError, match="there is: mini"):
+            client.model_card("maxi")
+
+
 def test_vocabularies_and_actions_are_kept(api: str, photos: list[Path], samples: Path) -> None:
     with Client(api) as client:
         client.put_vocabulary("mine", ["mowing the lawn", "posing for a portrait"])

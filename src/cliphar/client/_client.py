@@ -179,6 +179,11 @@ class Client(_Calls):
         answer: dict[str, Any] = self._call("GET", "/v1/models")["models"][0]
         return answer
 
+    def model_card(self, name: str) -> dict[str, Any]:
+        """The same of the model of that name, with its ``card`` in Markdown and its ``evaluation`` or None."""
+        answer: dict[str, Any] = self._call("GET", f"/v1/models/{quote(name, safe='')}")
+        return answer
+
     def vocabularies(self) -> dict[str, list[str]]:
         """Named lists of labels."""
         answer: dict[str, list[str]] = self._call("GET", "/v1/labels")
@@ -244,6 +249,11 @@ class AsyncClient(_Calls):
     async def model(self) -> dict[str, Any]:
         """The model that answers: name, labels, what was taught, metrics."""
         answer: dict[str, Any] = (await self._call("GET", "/v1/models"))["models"][0]
+        return answer
+
+    async def model_card(self, name: str) -> dict[str, Any]:
+        """The same of the model of that name, with its ``card`` in Markdown and its ``evaluation`` or None."""
+        answer: dict[str, Any] = await self._call("GET", f"/v1/models/{quote(name, safe='')}")
         return answer
 
     async def vocabularies(self) -> dict[str, list[str]]:

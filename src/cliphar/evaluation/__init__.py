@@ -6,10 +6,11 @@ from cliphar.evaluation._compare import Comparison, compare, harmonic_mean, mcne
 from cliphar.evaluation._fit import fit_calibration
 from cliphar.evaluation._metrics import Bin, Report, evaluate, expected_calibration_error, macro_f1, reliability
 from cliphar.evaluation._plots import confusion_svg, reliability_svg
-from cliphar.evaluation._report import Evaluation, write_report
+from cliphar.evaluation._report import EVALUATION_FILE, Evaluation, bundled_evaluation, write_report
 from cliphar.evaluation._timelines import Span, segment_f1, temporal_map
 
 __all__ = [
+    "EVALUATION_FILE",
     "Analysis",
     "Bin",
     "ClassReport",
@@ -19,6 +20,7 @@ __all__ = [
     "Report",
     "Span",
     "analyse",
+    "bundled_evaluation",
     "compare",
     "confident_mistakes",
     "confusion_svg",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,22 @@ class Analysis:
     classes: tuple[ClassReport, ...]
     confusion: NDArray[np.int64]
     reliability: tuple[Bin, ...]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Analysis:
+        """What :meth:`to_dict` made; other keys are left alone.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not that.
+        """
+        return cls(
+            labels=tuple(values["labels"]),
+            report=Report(**values["figures"]),
+            ci95={name: (low, high) for name, (low, high) in values["ci95"].items()},
+            classes=tuple(ClassReport(**one) for one in values["classes"]),
+            confusion=np.array(values["confusion"], dtype=np.int64),
+            reliability=tuple(Bin(**one) for one in values["reliability"]),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, fractions rounded to six digits."""

@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from cliphar.bundle import Bundle
 from cliphar.errors import MediaError
 from cliphar.evaluation._analysis import Analysis, Mistake
 from cliphar.evaluation._compare import Comparison, harmonic_mean
@@ -18,7 +19,9 @@ from cliphar.evaluation._metrics import Report
 from cliphar.evaluation._plots import confusion_svg, reliability_svg
 from cliphar.media import decode_image
 
-__all__ = ["Evaluation", "write_report"]
+__all__ = ["EVALUATION_FILE", "Evaluation", "bundled_evaluation", "write_report"]
+
+EVALUATION_FILE = "evaluation.json"
 
 _THUMB = 176
 _FIGURES = {
@@ -89,6 +92,14 @@ class Evaluation:
         ]
         analysis = self.analysis.to_dict()
         return {"model": self.model, "data": _printable(self.data)} | analysis | self.figures() | {"mistakes": mistakes}
+
+
+def bundled_evaluation(bundle: Bundle) -> dict[str, Any] | None:
+    """What the bundle's training measured, as ``Evaluation.to_dict`` has it; None where nothing came with it."""
+    if EVALUATION_FILE not in bundle.info.files:
+        return None
+    values: dict[str, Any] = json.loads(bundle.file(EVALUATION_FILE).read_bytes())
+    return values
 
 
 def write_report(path: Path, evaluation: Evaluation) -> None:

@@ -9,6 +9,8 @@ from fastapi import APIRouter, Body, Path, Request, Response
 from starlette.datastructures import UploadFile
 
 from cliphar.errors import MediaError
+from cliphar.evaluation import bundled_evaluation, model_card
+from cliphar.recognizer import Recognizer
 from cliphar.serving._bodies import PREDICT_BODY, Answers, answers, read_asked
 from cliphar.serving._problems import PROBLEM_RESPONSES, ProblemError
 from cliphar.serving._service import TheService
@@ -42,20 +44,31 @@ async def embed(request: Request, service: TheService) -> dict[str, Any]:
 async def models(service: TheService) -> dict[str, Any]:
     """The model that answers: what it knows, how good it was measured to be, what from."""
     await service.refresh()
-    info = service.recognizer.bundle.info
+    return {"models": [_about(service.recognizer)]}
+
+
+@router.get("/models/{name}")
+async def model(name: _Name, service: TheService) -> dict[str, Any]:
+    """The same of one model, with its ``card`` in Markdown and its ``evaluation``: what its training measured, as
+    ``cliphar eval --report`` writes it, or null."""
+    await service.refresh()
+    bundle = service.recognizer.bundle
+    if name != bundle.info.name:
+        raise ProblemError(404, f"no model '{name}' here; there is: {bundle.info.name}")
+    return _about(service.recognizer) | {"card": model_card(bundle), "evaluation": bundled_evaluation(bundle)}
+
+
+def _about(recognizer: Recognizer) -> dict[str, Any]:
+    info = recognizer.bundle.info
     return {
-        "models": [
-            {
-                "name": info.name,
-                "description": info.description,
-                "runtime": service.recognizer.runtime.name,
-                "labels": list(service.recognizer.labels),
-                "taught": service.recognizer.taught,
-                "image_size": info.image.size,
-                "embedding_dim": info.embedding_dim,
-                "metrics": {name: metrics.model_dump() for name, metrics in info.metrics.items()},
-            }
-        ]
+        "name": info.name,
+        "description": info.description,
+        "runtime": recognizer.runtime.name,
+        "labels": list(recognizer.labels),
+        "taught": recognizer.taught,
+        "image_size": info.image.size,
+        "embedding_dim": info.embedding_dim,
+        "metrics": {name: metrics.model_dump() for name, metrics in info.metrics.items()},
     }
 
 

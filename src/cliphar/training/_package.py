@@ -18,6 +18,7 @@ from safetensors.numpy import save
 
 from cliphar.bundle import Bundle, BundleInfo, Calibration, Metrics, Provenance, Source, read_bundle, write_bundle
 from cliphar.evaluation import (
+    EVALUATION_FILE,
     Evaluation,
     Mistake,
     analyse,
@@ -95,7 +96,7 @@ def package(job: Job, outcome: Outcome) -> tuple[Bundle, Evaluation]:
         mistakes=_mistakes(job, answers["known"], named),
         comparison=compare(answers["known"], answers["start"], named, info.name),
     )
-    files["evaluation.json"] = json.dumps(evaluation.to_dict(), ensure_ascii=False).encode()
+    files[EVALUATION_FILE] = json.dumps(evaluation.to_dict(), ensure_ascii=False).encode()
     if same_towers and "open" in info.metrics:
         metrics["open"] = info.metrics["open"]
     for name, measured in metrics.items():
