@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,11 +21,12 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from streamlit.testing.v1 import AppTest
 
-from cliphar.bundle import packaged
+from cliphar.bundle import packaged, write_bundle
 from cliphar.client import Client
 from cliphar.errors import MediaError, UsageError
+from cliphar.evaluation import Evaluation, analyse
 from cliphar.labels import clean_labels, vocabularies
-from cliphar.recognizer import Prediction, load
+from cliphar.recognizer import Prediction, Recognizer, load
 from cliphar.ui._backend import Photo
 from cliphar.ui._remote import RemoteBackend
 from serving_process import free_port
@@ -208,6 +211,59 @@ def test_the_camera_is_answered_live(page: Page) -> None:
     expect(page.get_by_text("Press Start")).to_be_visible()
 
 
+def test_a_model_is_measured_on_photos_of_ones_own(page: Page, photos: list[Path], tmp_path: Path) -> None:
+    visit(page, "Models", "Which model answers?")
+    expect(page.get_by_text("77.6 %")).to_be_visible()
+    archive = tmp_path / "mine.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for photo in photos:
+            file.write(photo, f"mine/{'being_a_cat' if photo.stem == 'cat' else 'standing'}/{photo.name}")
+        file.writestr("mine/standing/broken.jpg", photos[0].read_bytes()[:200])
+    page.locator("input[type=file]").set_input_files(archive)
+    page.get_by_role("button", name="Measure on these photos").click()
+    expect(page.get_by_role("img", name="Confusion matrix")).to_be_visible(timeout=60_000)
+    expect(page.get_by_role("img", name="Reliability diagram")).to_be_visible()
+    expect(page.get_by_text("1 photo could not be read")).to_be_visible()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Report (JSON)").click()
+    assert json.loads(download.value.path().read_text())["labels"] == ["being a cat", "standing"]
+    page.get_by_role("tab", name="How fast").click()
+    page.get_by_role("button", name="Measure the speed").click()
+    expect(page.get_by_text(re.compile(r"^\d+ photos a second$"))).to_be_visible(timeout=120_000)
+    page.get_by_role("tab", name="Model card").click()
+    expect(page.get_by_role("heading", name="Not good for")).to_be_visible()
+
+
+def test_another_model_is_chosen_and_keeps_what_it_was_taught(
+    mini: Recognizer, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = mini.predict(photos, ["standing", "being a cat"])
+    analysis = analyse(answers, ["being a cat", "standing", "standing"], ["standing", "being a cat"])
+    files: dict[str, Path | bytes] = {name: mini.bundle.file(name) for name in mini.bundle.info.files}
+    files["evaluation.json"] = json.dumps(Evaluation("other", "three photos", analysis).to_dict()).encode()
+    info = mini.bundle.info.model_copy(update={"name": "other", "labels": mini.labels})
+    write_bundle(tmp_path / "other", info, files)
+    monkeypatch.setenv("CLIPHAR_HOME", str(tmp_path))
+    monkeypatch.delenv("MODEL_PATH", raising=False)
+    script = AppTest.from_string(
+        "from cliphar.ui._app import app\nfrom cliphar.ui._models import models_page\n"
+        "import streamlit as st\napp()\nmodels_page()",
+        default_timeout=60,
+    ).run()
+    assert not script.exception
+    backend = script.session_state["backend"]
+    backend.teach("saluting", [Photo(photo.name, photo.read_bytes(), photo.name, b"") for photo in photos])
+    backend.keep()
+    script.selectbox(key="model").set_value(str(tmp_path / "other")).run()
+    assert not script.exception
+    assert script.session_state["backend"].where.startswith("other")
+    assert script.session_state["backend"].taught == {}
+    assert "saluting" not in script.session_state["lists"]["What the model knows"]
+    script.selectbox(key="model").set_value(str(packaged("mini"))).run()
+    assert script.session_state["backend"].taught == {"saluting": len(photos)}
+    assert "saluting" in script.session_state["lists"]["What the model knows"]
+
+
 def test_a_service_answers_where_there_is_one(
     photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,6 +285,9 @@ def test_a_service_answers_where_there_is_one(
         found = backend.answer([*shown, Photo("bad", b"bad", "bad", b"")], labels, 0.9)
         assert [one.label for one in found if isinstance(one, Prediction)] == [one.label for one in expected]
         assert isinstance(found[-1], MediaError)
+        about = backend.about()
+        assert (about.name, about.evaluation) == ("mini", None)
+        assert about.metrics["known"].n == 652
         frame = np.asarray(Image.open(photos[-1]).convert("RGB"))
         watch = backend.watch(labels)
         assert watch(frame).top[0].label in labels

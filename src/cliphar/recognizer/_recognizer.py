@@ -74,9 +74,16 @@ class Recognizer:
         if TAUGHT_FILE in bundle.info.files:
             self._taught = read_taught(bundle.file(TAUGHT_FILE), bundle)
 
-    def fork(self) -> Recognizer:
-        """Another one that shares the model and its caches, knows what this one was taught, and learns on its own."""
-        return copy.copy(self)  # what was taught is replaced, never changed, so a shallow copy is enough
+    def fork(self, runtime: Runtime | None = None) -> Recognizer:
+        """Another one that shares the model and its caches, knows what this one was taught, and learns on its own.
+
+        Args:
+            runtime: another one of the same bundle, for the new recogniser to run on.
+        """
+        other = copy.copy(self)  # what was taught is replaced, never changed, so a shallow copy is enough
+        if runtime is not None:
+            other.runtime = runtime
+        return other
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ import streamlit as st
 
 from cliphar.errors import ClipharError
 from cliphar.ui._live import live_page
+from cliphar.ui._models import models_page
 from cliphar.ui._photo import photo_page
 from cliphar.ui._session import backend
 from cliphar.ui._show import STYLE
@@ -26,6 +27,7 @@ def app() -> None:
         st.Page(video_page, title="Video", icon=":material/movie:", url_path="video"),
         st.Page(live_page, title="Live", icon=":material/videocam:", url_path="live"),
         st.Page(teach_page, title="Teach", icon=":material/school:", url_path="teach"),
+        st.Page(models_page, title="Models", icon=":material/analytics:", url_path="models"),
     ]
     page = st.navigation(pages, position="hidden")
     with st.container(horizontal=True, gap="small", key="pages"):  # Streamlit's own bar hides behind a button on phones
@@ -33,6 +35,8 @@ def app() -> None:
             st.page_link(one)
     try:
         where = backend().where
+        if refused := st.session_state.pop("refused", None):
+            st.error(f"{refused}.", icon=":material/error:")
         page.run()
         st.caption(f"Answers by {where}. Photos are kept for this session only.")
     except ClipharError as error:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cliphar.bundle import Metrics
 from cliphar.errors import MediaError
 from cliphar.recognizer import Lesson, Prediction
 from cliphar.timeline import Progress, Segment, Timeline
 
-__all__ = ["Backend", "Photo", "Watch"]
+__all__ = ["About", "Backend", "Photo", "Watch"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,18 @@ class Photo:
     data: bytes
     digest: str
     thumbnail: bytes
+
+
+@dataclass(frozen=True)
+class About:
+    """What a model says of itself: ``card`` is Markdown, ``evaluation`` what its training measured, as
+    ``Evaluation.to_dict`` has it, or None."""
+
+    name: str
+    runtime: str
+    metrics: dict[str, Metrics]
+    card: str
+    evaluation: dict[str, Any] | None
 
 
 class Watch(Protocol):
@@ -54,6 +67,10 @@ class Backend(Protocol):
     @property
     def taught(self) -> dict[str, int]:
         """The actions that were taught and kept, and from how many photos each."""
+        ...
+
+    def about(self) -> About:
+        """The model that answers."""
         ...
 
     def answer(self, photos: Sequence[Photo], labels: Sequence[str], coverage: float) -> list[Prediction | MediaError]:

@@ -1,4 +1,5 @@
-"""What Streamlit lacks: photos from the clipboard. A few lines of script in the page itself, nothing fetched."""
+"""What Streamlit lacks: photos from the clipboard, and drawings that take the theme's colours. A few lines of script in
+the page itself, nothing fetched."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import binascii
 
 import streamlit as st
 
-__all__ = ["pasted_photos"]
+__all__ = ["drawing", "pasted_photos"]
 
 _PASTE_HTML = "<p>or paste one: <kbd>Ctrl</kbd> + <kbd>V</kbd></p>"
 _PASTE_CSS = """
@@ -35,6 +36,32 @@ export default function ({ data, setTriggerValue }) {
   return () => document.removeEventListener("paste", paste);
 }
 """
+_DRAWING_CSS = """
+.drawing { overflow-x: auto; color: var(--st-text-color); font-family: var(--st-font); }
+svg { width: 100%; height: auto; font-size: 12px; fill: currentColor; display: block; margin: 0 0 1rem; }
+.wide svg { min-width: 36rem; }
+.grid, .frame { stroke: color-mix(in srgb, currentColor 18%, transparent); fill: none; }
+.ideal { stroke: currentColor; opacity: .6; stroke-dasharray: 5 4; }
+.bar, .hit { fill: #12948c; }
+.miss { fill: #d0453e; }
+.strong { fill: #fff; }
+"""
+_DRAWING_JS = """
+export default function ({ data, parentElement }) {
+  const place = parentElement.querySelector(".drawing");
+  place.classList.toggle("wide", data.wide);
+  place.tabIndex = data.wide ? 0 : -1;  // what scrolls must be reached by keys
+  place.innerHTML = data.svg;
+}
+"""
+
+
+def drawing(key: str, svg: str, *, wide: bool = False) -> None:
+    """An SVG of ``cliphar.evaluation``; a ``wide`` one keeps its size on a phone and scrolls."""
+    component = st.components.v2.component(
+        "cliphar_drawing", html="<div class='drawing'></div>", css=_DRAWING_CSS, js=_DRAWING_JS
+    )
+    component(key=key, data={"svg": svg, "wide": wide})
 
 
 def pasted_photos(key: str, max_mb: int) -> tuple[list[tuple[str, bytes]], list[str]]:

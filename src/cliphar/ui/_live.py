@@ -36,8 +36,9 @@ def live_page() -> None:
 
 def _camera(labels: tuple[str, ...]) -> Camera:
     state = st.session_state
-    if state.get("camera_labels") != labels:
-        state.camera_labels, state.camera = labels, Camera(backend().watch(labels))
+    asked = (backend().where, labels)
+    if state.get("camera_asked") != asked:
+        state.camera_asked, state.camera = asked, Camera(backend().watch(labels))
     found: Camera = state.camera
     return found
 

@@ -3,33 +3,46 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cliphar.bundle import find_bundle
 from cliphar.errors import MediaError
+from cliphar.evaluation import bundled_evaluation, model_card
 from cliphar.labels import vocabularies
-from cliphar.recognizer import Lesson, Prediction, Recognizer, load
+from cliphar.recognizer import Lesson, Prediction, Recognizer
+from cliphar.runtime import Runtime, choose_runtime, load_runtime
 from cliphar.timeline import Progress, Segment, Timeline, stream_video
-from cliphar.ui._backend import Photo, Watch
+from cliphar.ui._backend import About, Photo, Watch
 
 __all__ = ["LocalBackend"]
 
 _KEPT_EMBEDDINGS = 1000
 _TOP = 1000
 _HALF_LIFE_S = 0.5
+_LOADING = threading.Lock()  # visitors who come together load a model once
 
 
 @functools.lru_cache(maxsize=2)
-def _shared(model: str | None) -> Recognizer:
-    recognizer = load(model)
+def _load(model: str | None) -> tuple[Recognizer, str]:
+    bundle = find_bundle(model)
+    runtime = os.environ.get("CLIPHAR_RUNTIME") or choose_runtime(bundle).name
+    recognizer = Recognizer(bundle, load_runtime(bundle, runtime))
     # a list's first words take a moment each; the visitor is still looking at the page
     threading.Thread(target=_embed_ready_lists, args=(recognizer,), daemon=False).start()
-    return recognizer
+    return recognizer, runtime
+
+
+@functools.lru_cache(maxsize=4)
+def _runtime(model: Path, name: str) -> Runtime:
+    return load_runtime(find_bundle(model), name)
 
 
 def _embed_ready_lists(recognizer: Recognizer) -> None:
@@ -44,7 +57,9 @@ class LocalBackend:
     """A :class:`Backend` whose model is shared with all sessions; what is taught belongs to the session."""
 
     def __init__(self, model: str | None) -> None:
-        self._recognizer = _shared(model).fork()
+        with _LOADING:
+            shared, self._runtime = _load(model)
+        self._recognizer = shared.fork()
         self._trial: Recognizer | None = None
         self._embeddings: OrderedDict[str, NDArray[np.float32] | MediaError] = OrderedDict()
 
@@ -52,6 +67,29 @@ class LocalBackend:
     def where(self) -> str:
         """The model and the runtime."""
         return f"{self._recognizer.bundle.info.name} in this page's own process, on {self._recognizer.runtime.name}"
+
+    @property
+    def model(self) -> Path:
+        """The bundle's directory."""
+        return self._recognizer.bundle.path
+
+    @property
+    def runtimes(self) -> tuple[str, ...]:
+        """Those of the bundle."""
+        return tuple(self._recognizer.bundle.runtimes)
+
+    @property
+    def runtime(self) -> str:
+        """The one that answers."""
+        return self._runtime
+
+    def use_runtime(self, name: str) -> None:
+        """Answer on another of ``runtimes`` from now on; what was taught stays."""
+        with _LOADING:
+            runtime = _runtime(self.model, name)
+        self._recognizer, self._runtime = self._recognizer.fork(runtime), name
+        self._trial = None
+        self._embeddings.clear()
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -62,6 +100,13 @@ class LocalBackend:
     def taught(self) -> dict[str, int]:
         """Taught in this session."""
         return self._recognizer.taught
+
+    def about(self) -> About:
+        """As the bundle says."""
+        bundle = self._recognizer.bundle
+        return About(
+            bundle.info.name, self._runtime, bundle.info.metrics, model_card(bundle), bundled_evaluation(bundle)
+        )
 
     def answer(self, photos: Sequence[Photo], labels: Sequence[str], coverage: float) -> list[Prediction | MediaError]:
         """A photo is embedded once, so that other labels cost only a product of matrices."""

@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from websockets.sync.client import ClientConnection, connect
 
+from cliphar.bundle import Metrics
 from cliphar.client import Client
 from cliphar.errors import ClipharError, MediaError, UsageError
 from cliphar.recognizer import Lesson, Prediction, Score
 from cliphar.timeline import Progress, Segment, Timeline
-from cliphar.ui._backend import Photo, Watch
+from cliphar.ui._backend import About, Photo, Watch
 
 __all__ = ["RemoteBackend"]
 
@@ -65,6 +66,12 @@ class RemoteBackend:
         """Taught to the service and kept."""
         taught: dict[str, int] = self._model()["taught"]
         return {name: photos for name, photos in taught.items() if name != self._trial}
+
+    def about(self) -> About:
+        """As the service says."""
+        told = self._client.model_card(self._model()["name"])
+        metrics = {name: Metrics(**one) for name, one in told["metrics"].items()}
+        return About(told["name"], told["runtime"], metrics, told["card"], told["evaluation"])
 
     def answer(self, photos: Sequence[Photo], labels: Sequence[str], coverage: float) -> list[Prediction | MediaError]:
         """In calls of a size that services take."""

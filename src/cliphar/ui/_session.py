@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import resources
 
 import streamlit as st
 
-from cliphar.errors import MediaError, UsageError
+from cliphar.errors import ClipharError, MediaError, UsageError
 from cliphar.labels import clean_labels, glossary, vocabularies
-from cliphar.media import decode_image
 from cliphar.ui._backend import Backend, Photo
 from cliphar.ui._local import LocalBackend
 from cliphar.ui._remote import RemoteBackend
+from cliphar.ui._show import thumbnail
 
 __all__ = [
     "MAX_PHOTOS",
@@ -25,7 +25,9 @@ __all__ = [
     "choose_coverage",
     "know_action",
     "photos",
+    "refusing",
     "sample_photos",
+    "use_model",
 ]
 
 MAX_PHOTOS = 50
@@ -42,6 +44,33 @@ def backend() -> Backend:
         st.session_state.backend = RemoteBackend(url) if url else LocalBackend(os.environ.get("MODEL_PATH") or None)
     found: Backend = st.session_state.backend
     return found
+
+
+def use_model(model: str) -> None:
+    """Answer by another bundle from now on; what was taught to this one is there when it is chosen again."""
+    state, before = st.session_state, backend()
+    _lists()
+    kept: dict[str, LocalBackend] = state.setdefault("backends", {})
+    if isinstance(before, LocalBackend):
+        before.discard()
+        kept[str(before.model)] = before
+    state.lesson = None
+    state.backend = kept.get(model) or LocalBackend(model)
+    known = list(backend().labels)
+    for shelf in ("ready_lists", "lists"):
+        others = {name: words for name, words in state[shelf].items() if name != _KNOWN}
+        state[shelf] = ({_KNOWN: known} if known else {}) | others
+    if state.current_list not in state.lists:
+        state.current_list = next(iter(state.lists))
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """For callbacks: what is refused in it is said at the top of the page."""
+    try:
+        yield
+    except ClipharError as error:
+        st.session_state.refused = str(error)
 
 
 def photos(shelf: str) -> dict[str, Photo]:
@@ -63,18 +92,10 @@ def add_photos(shelf: str, files: Sequence[tuple[str, bytes]]) -> list[str]:
             refused.append(f"{name} was left out: the photos here would pass {_MAX_BYTES >> 20} MB. Clear some first.")
         else:
             try:
-                there[digest] = Photo(name, data, digest, _thumbnail(data))
+                there[digest] = Photo(name, data, digest, thumbnail(data, _THUMBNAIL))
             except MediaError as error:
                 refused.append(f"{name} was left out: {error}.")
     return refused
-
-
-def _thumbnail(data: bytes) -> bytes:
-    image = decode_image(data, min_side=_THUMBNAIL)
-    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return buffer.getvalue()
 
 
 def sample_photos() -> list[tuple[str, bytes]]:

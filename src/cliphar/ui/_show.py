@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import base64
+import io
+from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
+from cliphar.errors import MediaError
+from cliphar.evaluation import Mistake
 from cliphar.labels import UNKNOWN
+from cliphar.media import ImageLike, decode_image
 from cliphar.recognizer import Prediction
 
-__all__ = ["STYLE", "answer_html"]
+__all__ = ["STYLE", "answer_html", "figures_html", "mistakes_html", "speeds_html", "thumbnail"]
+
+_FIGURES = {
+    "top1": "right",
+    "top5": "among the best five",
+    "macro_f1": "macro F1",
+    "ece": "calibration error",
+    "coverage": "of 90 % sets hold the truth",
+    "set_size": "labels in a set",
+    "unknown": "answered unknown",
+}
 
 STYLE = """<style>
 .stMainBlockContainer { padding-top: 1rem; padding-bottom: 3rem; max-width: 76rem; }
@@ -30,7 +47,27 @@ STYLE = """<style>
 .cl-in .cl-fill { background: #12948c; }
 .cl-in .cl-row span:first-child { font-weight: 600; }
 .cl-unknown h3 { font-style: italic; }
+.cl-figures p { margin: 0 0 .5rem; opacity: .8; font-size: .92rem; }
+.cl-figures ul { list-style: none; display: flex; flex-wrap: wrap; gap: .7rem 1.6rem; margin: 0 0 1rem; padding: 0; }
+.cl-figures li { margin: 0; padding: 0; font-size: .85rem; }
+.cl-figures b { display: block; font-size: 1.35rem; font-weight: 500; font-variant-numeric: tabular-nums;
+  line-height: 1.25; }
+.cl-figures small { font-weight: 400; font-size: .8rem; opacity: .75; }
+.cl-wall { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: 1rem; }
+.cl-wall figure { margin: 0; }
+.cl-wall img { width: 100%; aspect-ratio: 1; object-fit: cover; border-radius: .5rem; }
+.cl-wall figcaption { font-size: .85rem; overflow-wrap: anywhere; }
+.st-key-card table { font-size: .85rem; display: block; overflow-x: auto; }
 </style>"""
+
+
+def thumbnail(image: ImageLike, side: int) -> bytes:
+    """A JPEG of at most ``side`` x ``side`` pixels; MediaError if the photo cannot be read."""
+    small = decode_image(image, min_side=side)
+    small.thumbnail((side, side))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
 
 
 def answer_html(prediction: Prediction, coverage: float, bars: int) -> str:
@@ -62,6 +99,57 @@ def answer_html(prediction: Prediction, coverage: float, bars: int) -> str:
         f"<div class='cl-answer{kind}' role='group' aria-label='answer'><h3>{headline}</h3><p>{told}</p>"
         f"<ul class='cl-bars'>{''.join(rows)}</ul>{more}</div>"
     )
+
+
+def figures_html(title: str, photos: int, values: Mapping[str, float], ci95: Mapping[str, Any] | None = None) -> str:
+    """Figures with their names under them and, where they are known, their 95 % intervals."""
+    parts = []
+    for key, name in _FIGURES.items():
+        if key not in values:
+            continue
+        shown = _figure(key, values[key])
+        ends = (ci95 or {}).get(key)
+        interval = f" <small>({_figure(key, ends[0])} to {_figure(key, ends[1])})</small>" if ends else ""
+        parts.append(f"<li><b>{shown}{interval}</b>{name}</li>")
+    return f"<div class='cl-figures'><p>{escape(title)}, {photos} photos</p><ul>{''.join(parts)}</ul></div>"
+
+
+def _figure(key: str, value: float) -> str:
+    return f"{value:.1f}" if key == "set_size" else f"{value:.2f}" if key == "macro_f1" else f"{value * 100:.1f} %"
+
+
+def mistakes_html(mistakes: Sequence[Mistake]) -> str:
+    """The photos with the wrong answers and the true labels."""
+    figures = []
+    for one in mistakes:
+        try:
+            picture = base64.b64encode(thumbnail(one.image or one.path, 240)).decode()
+        except MediaError:
+            continue  # it went away since it was measured
+        figures.append(
+            f"<figure><img alt='{escape(one.path.name, quote=True)}' src='data:image/jpeg;base64,{picture}'>"
+            f"<figcaption><b>{escape(one.answer)}</b> {_percent(one.score)}<br>is {escape(one.truth)}</figcaption>"
+            "</figure>"
+        )
+    return f"<div class='cl-wall'>{''.join(figures)}</div>"
+
+
+def speeds_html(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A bar for each runtime's photos a second, and what one photo takes."""
+    single = {row["runtime"]: row["p50_ms"] for row in rows if row["batch"] == 1}
+    many = sorted((row for row in rows if row["batch"] > 1), key=lambda row: -row["images_per_s"])
+    parts = []
+    for row in many:
+        width = row["images_per_s"] / many[0]["images_per_s"]
+        told = f"{row['images_per_s']:.0f} photos a second"
+        parts.append(
+            f"<li class='cl-in'><div class='cl-row'><span>{escape(row['runtime'])}</span><span>{told}</span></div>"
+            f"<div class='cl-track' aria-hidden='true'><div class='cl-fill' style='width:{width:.1%}'></div></div>"
+            f"<p>{single[row['runtime']]:.1f} ms for one photo, {row['memory_mib']:.0f} MiB of memory, "
+            f"{row['load_s']:.1f} s to load, {row['file_mib']:.1f} MiB on disk</p></li>"
+        )
+    note = f"The model alone, photos in batches of {many[0]['batch']}, {many[0]['threads']} threads." if many else ""
+    return f"<div class='cl-answer'><p>{note}</p><ul class='cl-bars'>{''.join(parts)}</ul></div>"
 
 
 def _percent(score: float) -> str:

@@ -7,7 +7,7 @@ import streamlit as st
 from cliphar.errors import ClipharError
 from cliphar.recognizer import Lesson
 from cliphar.ui._intake import clear_photos, take_in
-from cliphar.ui._session import backend, know_action, photos
+from cliphar.ui._session import backend, know_action, photos, refusing
 
 __all__ = ["teach_page"]
 
@@ -83,15 +83,17 @@ def _report(lesson: Lesson) -> None:
 
 
 def _keep(lesson: Lesson) -> None:
-    backend().keep()
-    know_action(lesson.name)
-    _end()
-    st.toast(f"{lesson.name} is now in the list of what the model knows.", icon=":material/check:")
+    with refusing():
+        backend().keep()
+        know_action(lesson.name)
+        _end()
+        st.toast(f"{lesson.name} is now in the list of what the model knows.", icon=":material/check:")
 
 
 def _discard() -> None:
-    backend().discard()
-    _end()
+    with refusing():
+        backend().discard()
+        _end()
 
 
 def _end() -> None:
@@ -112,5 +114,6 @@ def _taught() -> None:
 
 
 def _forget(name: str) -> None:
-    backend().forget(name)
-    know_action(name, known=False)
+    with refusing():
+        backend().forget(name)
+        know_action(name, known=False)

@@ -59,7 +59,9 @@ def _take_sample() -> None:
 def _read(content: bytes, labels: tuple[str, ...], coverage: float) -> Timeline:
     """The clip's timeline; kept for the session, so that a click does not read it again."""
     known: dict[str, Timeline] = st.session_state.setdefault("timelines", {})
-    key = hashlib.sha256(repr((hashlib.sha256(content).hexdigest(), labels, coverage)).encode()).hexdigest()
+    key = hashlib.sha256(
+        repr((backend().where, hashlib.sha256(content).hexdigest(), labels, coverage)).encode()
+    ).hexdigest()
     if key in known:
         return known[key]
     bar = st.progress(0.0, "Reading the clip")
