@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save
 from scipy.stats import binomtest
 
+from cliphar.bundle import packaged, read_bundle, write_bundle
 from cliphar.evaluation import (
     Evaluation,
     analyse,
@@ -177,7 +179,7 @@ def test_the_page_needs_nothing_else_and_takes_any_name(photos: list[Path], tmp_
 @pytest.fixture
 def cli(clean_env: dict[str, str], tmp_path: Path) -> Cli:
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "cliphar", "eval", *map(str, arguments)]
+        command = [sys.executable, "-m", "cliphar", *map(str, arguments)]
         return subprocess.run(
             command, capture_output=True, text=True, env=clean_env, cwd=tmp_path, timeout=120, check=False
         )
@@ -198,7 +200,20 @@ def test_eval_against_another_model_and_on_new_labels(cli: Cli, labelled: Path, 
     for folder, name in (("calling", "juggling"), ("cycling", "knitting"), ("eating", "rowing")):
         (tmp_path / "new" / folder).rename(tmp_path / "new" / name)
     done = cli(
-        *("--data", labelled, "--against", "mini", "--novel", "new", "-r", "out.html", "-r", "out.json", "--json")
+        *(
+            "eval",
+            "--data",
+            labelled,
+            "--against",
+            "mini",
+            "--novel",
+            "new",
+            "-r",
+            "out.html",
+            "-r",
+            "out.json",
+            "--json",
+        )
     )
     assert (done.returncode, done.stderr) == (0, "")
     figures = json.loads(done.stdout)
@@ -209,7 +224,7 @@ def test_eval_against_another_model_and_on_new_labels(cli: Cli, labelled: Path, 
     assert report["figures"]["top1"] == figures["top1"]
     assert np.sum(report["confusion"]) == 3
     assert "McNemar" in (tmp_path / "out.html").read_text(encoding="utf-8")
-    plain = cli("--data", labelled, "--against", "mini")
+    plain = cli("eval", "--data", labelled, "--against", "mini")
     assert plain.returncode == 0
     assert "p = 1" in plain.stdout
 
@@ -220,7 +235,69 @@ def test_wrong_calls_of_eval(cli: Cli, labelled: Path) -> None:
         (("--report", "nowhere/out.html"), "nowhere"),
         (("--novel", labelled), "was trained on: calling"),
     ):
-        done = cli("--data", labelled, *arguments)
+        done = cli("eval", "--data", labelled, *arguments)
         assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
         assert said in done.stderr
-    assert cli("--data", labelled, "--against", "minni").returncode == 1
+    assert cli("eval", "--data", labelled, "--against", "minni").returncode == 1
+
+
+# --- promote
+
+
+@pytest.fixture
+def drinks(samples: Path, tmp_path: Path) -> Path:
+    """Ten photos that mini knows are of drinking, and one of something else."""
+    for label, count in (("drinking", 10), ("cycling", 1)):
+        (tmp_path / "test" / label).mkdir(parents=True)
+        for i in range(count):
+            shutil.copy(samples / "photographer.jpg", tmp_path / "test" / label / f"{i}.jpg")
+    return tmp_path / "test"
+
+
+@pytest.fixture
+def worse(tmp_path: Path) -> Path:
+    """A bundle that takes drinking for cycling, and the other way about."""
+    mini = read_bundle(packaged("mini"))
+    vectors = mini.class_vectors()
+    a, b = mini.info.labels.index("drinking"), mini.info.labels.index("cycling")
+    vectors[[a, b]] = vectors[[b, a]]
+    files = {name: mini.file(name) for name in mini.info.files}
+    info = mini.info.model_copy(update={"name": "worse"})
+    return write_bundle(tmp_path / "worse", info, files | {"head.safetensors": save({"class_vectors": vectors})}).path
+
+
+def test_only_a_better_model_is_promoted(cli: Cli, drinks: Path, worse: Path, tmp_path: Path) -> None:
+    place = tmp_path / "production"
+
+    def promote(candidate: object, *more: object) -> tuple[bool, dict[str, float]]:
+        done = cli("model", "promote", candidate, "--over", place, "--data", drinks, "--json", *more)
+        assert (done.returncode, done.stderr) == (0, "")
+        said = json.loads(done.stdout)
+        return said["promoted"], said["against"]
+
+    assert promote(worse) == (True, None)  # nothing was there
+    assert read_bundle(place).info.name == "worse"
+    assert promote(worse)[0] is False  # as good is not better
+    assert promote("mini", "--level", 0.001)[0] is False  # better, but not surely enough
+    promoted, against = promote("mini")
+    assert (promoted, against["only_this"], against["only_other"]) == (True, 10, 1)
+    assert against["p_value"] == pytest.approx(mcnemar(10, 1), rel=1e-5)
+    assert read_bundle(place).info.name == "mini"
+    assert promote(worse)[0] is False
+    assert read_bundle(place).info.name == "mini"
+    plain = cli("model", "promote", worse, "--over", place, "--data", drinks)
+    assert plain.stdout.startswith(f"{place} stays as it is: top1 -0.818, p = 0.012")
+
+
+def test_photos_that_cannot_be_read_promote_nothing(cli: Cli, drinks: Path, worse: Path) -> None:
+    (drinks / "drinking" / "cut.jpg").write_bytes(b"no photo")
+    done = cli("model", "promote", "mini", "--over", worse, "--data", drinks)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert read_bundle(worse).info.name == "worse"
+
+
+def test_wrong_places_to_promote_to(cli: Cli, drinks: Path) -> None:
+    for place in (drinks, drinks / "cycling" / "0.jpg"):  # neither is a bundle
+        done = cli("model", "promote", "mini", "--over", place, "--data", drinks)
+        assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert (drinks / "cycling" / "0.jpg").is_file()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cliphar.evaluation import Evaluation
     from cliphar.recognizer import Prediction, Recognizer
 
-__all__ = ["evaluate"]
+__all__ = ["answer_all", "evaluate", "read_labelled"]
 
 _Listed = list[tuple[Path, str]]
 
@@ -52,22 +52,22 @@ def evaluate(
 
     for path in report or ():
         _check_report(path)
-    listed, chosen = _read(data, chosen_labels(labels, labels_file))
+    listed, chosen = read_labelled(data, chosen_labels(labels, labels_file))
     recognizer = load(model, runtime=runtime, provider=provider, threads=threads)
     other = None if against is None else load(against, provider=provider, threads=threads)
-    new, new_labels = ([], ()) if novel is None else _read(novel, None)
+    new, new_labels = ([], ()) if novel is None else read_labelled(novel, None)
     trained = sorted(set(new_labels) & set(recognizer.labels))
     if trained:
         raise UsageError(f"{novel} has labels that the model was trained on: {', '.join(trained[:5])}; remove them")
-    read, answers, rate = _answer(recognizer, listed, chosen, coverage, data)
+    read, answers, rate = answer_all(recognizer, listed, chosen, coverage, data)
     paths, truth = [path for path, _ in read], [label for _, label in read]
     failed = len(listed) - len(read)
     comparison = novel_report = None
     if other is not None:
-        _, others, _ = _answer(other, read, chosen, coverage, data)
+        _, others, _ = answer_all(other, read, chosen, coverage, data)
         comparison = compare(answers, others, truth, other.bundle.info.name)
     if novel is not None:
-        new_read, new_answers, _ = _answer(recognizer, new, new_labels, coverage, novel)
+        new_read, new_answers, _ = answer_all(recognizer, new, new_labels, coverage, novel)
         novel_report = figures_of(new_answers, [label for _, label in new_read])
         failed += len(new) - len(new_read)
     done = Evaluation(
@@ -96,7 +96,7 @@ def _check_report(path: Path) -> None:
         raise UsageError(f"cannot write {path}: {path.parent} is not a folder where it can be written")
 
 
-def _read(data: Path, labels: tuple[str, ...] | None) -> tuple[_Listed, tuple[str, ...]]:
+def read_labelled(data: Path, labels: tuple[str, ...] | None) -> tuple[_Listed, tuple[str, ...]]:
     """The photos with their labels, and the labels to choose from."""
     from cliphar.data import list_labelled
 
@@ -108,7 +108,7 @@ def _read(data: Path, labels: tuple[str, ...] | None) -> tuple[_Listed, tuple[st
     return listed, chosen
 
 
-def _answer(
+def answer_all(
     recognizer: Recognizer, listed: _Listed, labels: Sequence[str], coverage: float, data: Path
 ) -> tuple[_Listed, list[Prediction], float]:
     """The photos that could be read, their answers, and how many a second."""

@@ -136,3 +136,43 @@ def teach(
             )
     if lesson.refused:
         raise typer.Exit(1)
+
+
+@app.command()
+def promote(
+    candidate: Annotated[str, typer.Argument(help="The model that may take the other's place.")],
+    over: Annotated[
+        Path, typer.Option(metavar="BUNDLE", help="Whose place it takes; the first one if nothing is there.")
+    ],
+    data: Annotated[Path, typer.Option("--data", "-d", help="A folder of LABEL/PHOTO that neither was trained on.")],
+    level: Annotated[float, typer.Option(min=0, max=1, help="The p-value that is enough.")] = 0.05,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Put a model in another's place only if it is better on the same photos, by McNemar's exact test."""
+    from cliphar.bundle import write_bundle
+    from cliphar.cli._eval import answer_all, read_labelled
+    from cliphar.evaluation import compare
+    from cliphar.recognizer import load
+
+    listed, labels = read_labelled(data, None)
+    recognizer = load(candidate)
+    read, answers, _ = answer_all(recognizer, listed, labels, 0.9, data)
+    comparison = None
+    if over.exists():
+        current = load(over.resolve())  # a path, whatever its name
+        _, others, _ = answer_all(current, read, labels, 0.9, data)
+        comparison = compare(answers, others, [label for _, label in read], current.bundle.info.name)
+    better = comparison is None or (comparison.difference > 0 and comparison.p_value <= level)
+    promoted = better and len(read) == len(listed)  # photos that cannot be read decide nothing
+    if promoted:
+        bundle = recognizer.bundle
+        write_bundle(over, bundle.info, {file: bundle.file(file) for file in bundle.info.files}, overwrite=True)
+    against = None if comparison is None else comparison.to_dict()
+    if as_json:
+        print(json.dumps({"promoted": promoted, "n": len(read), "against": against}))
+    else:
+        done = f"{recognizer.bundle.info.name} is now at {over}" if promoted else f"{over} stays as it is"
+        why = "" if comparison is None else f": top1 {comparison.difference:+.3f}, p = {comparison.p_value:.2g}"
+        print(f"{done}{why}")
+    if len(read) < len(listed):
+        raise typer.Exit(1)
