@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
+import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
+
+from serving_process import free_port
 
 pytest.importorskip("ray", reason="needs the [ray] extra")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -64,6 +70,47 @@ def test_photos_and_shards_are_answered_in_parts_that_are_kept(cli: Cli, photos:
     assert "in 1 parts in out, 1 parts were there" in again.stdout
     assert {part.name for part in (tmp_path / "out").iterdir()} == set(kept)
     assert all((tmp_path / "out" / name).stat().st_mtime_ns == kept[name] for name in kept if name != lost)
+
+
+def test_the_job_of_the_cluster_file(clean_env: dict[str, str], photos: list[Path], tmp_path: Path) -> None:
+    """What deploy/ray.yaml runs, on a cluster that others started: only the volume is another."""
+    spec = yaml.safe_load((Path(__file__).parent.parent / "deploy" / "ray.yaml").read_text(encoding="utf-8"))["spec"]
+    assert spec["rayClusterSpec"]["rayVersion"] == version("ray")
+    (tmp_path / "photos").mkdir()
+    for photo in photos[:2]:
+        shutil.copy(photo, tmp_path / "photos")
+    port, token = free_port(), {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+    place = tempfile.mkdtemp(prefix="ray")  # sockets' paths must be short; nor may other tests find this cluster
+    own = {"RAY_TMPDIR": place, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0", "OMP_NUM_THREADS": "1"}
+    environment = clean_env | token | own | {"RAY_ADDRESS": f"127.0.0.1:{port}"}
+    start = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}"]
+    start += ["--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats", "--node-ip-address=127.0.0.1"]
+    with (tmp_path / "log").open("wb") as log:
+        head = subprocess.Popen(start, env=environment, stdout=log, stderr=log)
+    try:
+        command = spec["entrypoint"].replace("/data", str(tmp_path)).split()
+        assert command[0] == "cliphar"
+        for _ in range(120):
+            if b"Ray runtime started" in (tmp_path / "log").read_bytes():
+                break
+            time.sleep(1)
+        done = subprocess.run(
+            [sys.executable, "-m", *command],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("2 photos answered in 1 parts")
+        assert head.poll() is None  # the cluster is its owner's to stop
+        (part,) = (tmp_path / "answers").iterdir()
+        assert parquet.read_table(part).num_rows == 2
+    finally:
+        head.terminate()
+        head.wait(60)
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def test_wrong_calls(cli: Cli, photos: list[Path]) -> None:
