@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from cliphar.bundle import packaged
 from cliphar.client import AsyncClient, Client
 from cliphar.errors import MediaError, UsageError
 from cliphar.recognizer import Prediction, Recognizer
-from cliphar.serving import Engine
+from cliphar.serving import Engine, Service, Settings
 from cliphar.serving._problems import ProblemError
 from serving_process import problem, serving
 
@@ -256,6 +257,51 @@ def test_the_same_photo_at_once_is_computed_once() -> None:
 
     asyncio.run(ask())
     assert sum(batches) == 1
+
+
+def test_a_photo_asked_for_again_is_not_computed_again() -> None:
+    seen: list[int] = []
+    told: list[str] = []
+
+    def encode(squares: Any) -> Any:
+        seen.extend(int(square[0, 0, 0]) for square in squares)
+        return means(squares)
+
+    def prepare(content: bytes) -> Any:
+        if content == b"bad":
+            raise MediaError("it is bad")
+        return np.full((2, 2, 3), content[0], np.uint8)
+
+    async def ask() -> None:
+        one = engine(encode, prepare, keep=2, max_batch=1, queue_size=2, observe=lambda stage, _: told.append(stage))
+        await one.embed([b"\x01", b"\x02"], 5)
+        for _ in range(2):
+            found = await one.embed([b"\x02", b"\x01", b"\x01"], 5)  # more than the queue has room for
+            assert [int(vector[0]) for vector in found if not isinstance(vector, MediaError)] == [2, 1, 1]
+        await one.embed([b"\x03"], 5, again=False)
+        await one.embed([b"\x03"], 5)  # takes the place of 2, which was used before 1
+        assert isinstance((await one.embed([b"bad"], 5))[0], MediaError)
+        await one.embed([b"\x01", b"\x02"], 5)
+        assert one.pending == 0
+        one.close()
+
+    asyncio.run(ask())
+    assert seen == [1, 2, 3, 3, 2]
+    assert told.count("kept") == 7
+
+
+def test_new_words_are_under_the_deadline_too(mini: Recognizer, photos: list[Path], tmp_path: Path) -> None:
+    async def ask() -> None:
+        service = Service.start(Settings(state=tmp_path, deadline_s=30))
+        contents = [photos[0].read_bytes()]
+        await service.answer(contents, ["standing", "sitting"], 5, 0.9)
+        words = [f"holding {i} things" for i in range(500)]
+        slow = replace(service, settings=service.settings.model_copy(update={"deadline_s": 0.01}))
+        with pytest.raises(ProblemError, match="no answer within"):
+            await slow.answer(contents, words, 5, 0.9)
+        service.engine.close()
+
+    asyncio.run(ask())
 
 
 def test_batches_grow_with_the_load_and_a_single_photo_is_not_behind_a_hundred() -> None:

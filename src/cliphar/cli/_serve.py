@@ -34,6 +34,15 @@ def serve(
         int,
         typer.Option(envvar="CLIPHAR_MAX_BATCH", min=1, max=256, help="Photos the model is given at once, at most."),
     ] = 16,
+    keep: Annotated[
+        int,
+        typer.Option(
+            "--keep-photos",
+            envvar="CLIPHAR_KEEP_PHOTOS",
+            min=0,
+            help="Photos whose embeddings are kept, so that one asked for again costs no model.",
+        ),
+    ] = 1024,
     deadline: Annotated[
         float, typer.Option(envvar="CLIPHAR_DEADLINE_S", min=0.001, help="Seconds a request may take.")
     ] = 30.0,
@@ -76,6 +85,7 @@ def serve(
             threads=threads,
             queue_size=queue_size,
             max_batch=max_batch,
+            keep_photos=keep,
             deadline_s=deadline,
             max_body_mb=max_body,
             max_images=max_images,

@@ -3,7 +3,8 @@
 The event loop keeps the books, so they need no lock: decoding runs on threads while the model runs on one of its own.
 As soon as the model is free it takes what is decoded, one photo of each request in turn, up to ``max_batch``; so the
 batch grows with the load, and a caller with one photo is not behind another's hundred. A photo that is asked for twice
-at once is computed once, and one that nobody waits for any more is not computed at all.
+at once is computed once, one that is asked for again soon (as by a page with other labels) is not computed again,
+and one that nobody waits for any more is not computed at all.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import asyncio
 import hashlib
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,7 +29,8 @@ __all__ = ["Engine", "Observer"]
 Square = NDArray[np.uint8]
 Embedding = NDArray[np.float32]
 Observer = Callable[[str, float], None]
-"""Told (stage, seconds) of ``queue``, ``decode`` and ``model``, (``batch``, photos), and (``pending``, change)."""
+"""Told (stage, seconds) of ``queue``, ``decode`` and ``model``, (``batch``, photos), (``pending``, change) and
+(``kept``, photos that had been computed before)."""
 
 
 @dataclass
@@ -71,6 +74,7 @@ class Engine:
         queue_size: photos that may be waiting or worked on; more are refused.
         max_batch: photos the model is given at once, at most.
         decoders: photos decoded at the same time.
+        keep: embeddings that are kept for photos asked for again, those used last; 0 keeps none.
         observe: told what took how long.
     """
 
@@ -82,13 +86,15 @@ class Engine:
         queue_size: int,
         max_batch: int,
         decoders: int,
+        keep: int = 0,
         observe: Observer = lambda _stage, _value: None,
     ) -> None:
         self._prepare, self._encode, self._observe = prepare, encode, observe
-        self.queue_size, self._max_batch, self._decoders = queue_size, max_batch, decoders
+        self.queue_size, self._max_batch, self._decoders, self._keep = queue_size, max_batch, decoders, keep
         self._threads = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
         self._model = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._shared: dict[bytes, _Work] = {}
+        self._kept: OrderedDict[bytes, Embedding] = OrderedDict()
         self._to_decode, self._decoded = _Turns(), _Turns()
         self._decoding, self._encoding, self._callers = 0, False, 0
         self._rate = 20.0
@@ -104,34 +110,64 @@ class Engine:
         if self.pending + photos > self.queue_size or self.drain_s > deadline_s:
             raise ProblemError(503, "the queue is full; try again later", retry_after_s=self.drain_s)
 
-    async def embed(self, contents: Sequence[bytes], deadline_s: float) -> list[Embedding | MediaError]:
+    @asynccontextmanager
+    async def in_time(self, deadline_s: float) -> AsyncIterator[None]:
+        """ProblemError 503 if what is done inside takes longer."""
+        try:
+            async with asyncio.timeout(deadline_s):
+                yield
+        except TimeoutError as error:
+            detail = f"no answer within {deadline_s:g} s; try again later or send fewer photos"
+            raise ProblemError(503, detail, retry_after_s=self.drain_s) from error
+
+    async def embed(
+        self, contents: Sequence[bytes], deadline_s: float, *, again: bool = True
+    ) -> list[Embedding | MediaError]:
         """An embedding for each photo, float32 [D], or its MediaError; in order.
+
+        Args:
+            contents: encoded photos.
+            deadline_s: how long it may take.
+            again: whether they may be asked for again; a camera's frames are not, and are not kept.
 
         Raises:
             ProblemError: 503 when the queue is full or the deadline passes.
         """
-        self.check_room(len(contents), deadline_s)
+        keys = [hashlib.blake2b(content, digest_size=16).digest() for content in contents]
+        if new := sum(key not in self._kept for key in keys):
+            self.check_room(new, deadline_s)
         self._callers += 1
-        works = [self._join(self._callers, content) for content in contents]
+        works = [self._join(self._callers, content, key) for content, key in zip(contents, keys, strict=True)]
         try:
-            async with asyncio.timeout(deadline_s):
-                return [await asyncio.shield(work.done) for work in works]
-        except TimeoutError as error:
-            detail = f"no answer within {deadline_s:g} s; try again later or send fewer photos"
-            raise ProblemError(503, detail, retry_after_s=self.drain_s) from error
+            async with self.in_time(deadline_s):
+                found = [await asyncio.shield(work.done) for work in works]
         finally:
             for work in works:
                 self._leave(work)
+        if again:
+            self._remember(keys, found)
+        return found
 
-    def _join(self, caller: int, content: bytes) -> _Work:
-        key = hashlib.blake2b(content, digest_size=16).digest()
+    def _remember(self, keys: Sequence[bytes], found: Sequence[Embedding | MediaError]) -> None:
+        for key, embedding in zip(keys, found, strict=True):
+            if not isinstance(embedding, MediaError):
+                if key not in self._kept:
+                    self._kept[key] = embedding.copy()  # a row would keep its whole batch
+                self._kept.move_to_end(key)
+        while len(self._kept) > self._keep:
+            self._kept.popitem(last=False)
+
+    def _join(self, caller: int, content: bytes, key: bytes) -> _Work:
         work = self._shared.get(key)
         if work is None:
-            work = _Work(content, key, asyncio.get_running_loop().create_future(), time.perf_counter())
+            work = _Work(content, key, asyncio.get_running_loop().create_future(), time.perf_counter(), waiters=1)
+            if key in self._kept:
+                self._observe("kept", 1)
+                work.done.set_result(self._kept[key])
+                return work
             self._shared[key] = work
             self.pending += 1
             self._observe("pending", 1)
-            work.waiters = 1
             self._to_decode.add(caller, work)
             self._decode_next()
         else:
@@ -140,7 +176,8 @@ class Engine:
 
     def _leave(self, work: _Work) -> None:
         work.waiters -= 1
-        if not work.waiters and self._shared.pop(work.key, None) is not None:
+        if not work.waiters and self._shared.get(work.key) is work:
+            del self._shared[work.key]
             self.pending -= 1
             self._observe("pending", -1)
 

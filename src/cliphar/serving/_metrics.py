@@ -43,6 +43,9 @@ class Metrics:
             buckets=(1, 2, 4, 8, 16, 32, 64, 128),
             registry=self.registry,
         )
+        self.kept = Counter(
+            "cliphar_kept_images", "Photos answered from an embedding that was kept.", registry=self.registry
+        )
         self._pending = Gauge(
             "cliphar_queue_images",
             "Photos that wait or are worked on.",
@@ -75,6 +78,8 @@ class Metrics:
             self.batch.observe(value)
         elif stage == "pending":
             self._pending.inc(value)
+        elif stage == "kept":
+            self.kept.inc(value)
         else:
             self.stages.labels(stage).observe(value)
 

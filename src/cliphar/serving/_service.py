@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -56,6 +57,7 @@ class Service:
             queue_size=settings.queue_size,
             max_batch=settings.max_batch,
             decoders=cpu_quota(),
+            keep=settings.keep_photos,
             observe=metrics.observe,
         )
         service = cls(settings, recognizer, engine, State(settings.state, recognizer), metrics)
@@ -69,27 +71,32 @@ class Service:
         if self.state.is_stale():
             await asyncio.to_thread(self.state.refresh)
 
-    async def embed(self, contents: Sequence[bytes]) -> list[NDArray[np.float32] | MediaError]:
-        """An embedding for each photo, or why it has none."""
+    def in_time(self) -> AbstractAsyncContextManager[None]:
+        """ProblemError 503 if what is done inside takes longer than a request may."""
+        return self.engine.in_time(self.settings.deadline_s)
+
+    async def embed(self, contents: Sequence[bytes], *, again: bool = True) -> list[NDArray[np.float32] | MediaError]:
+        """An embedding for each photo, or why it has none; see :meth:`Engine.embed`."""
         if not contents:
             raise ProblemError(422, "no images; give at least one")
         if len(contents) > self.settings.max_images:
             raise ProblemError(
                 413, f"{len(contents)} images are too many for one call; at most {self.settings.max_images}"
             )
-        return await self.engine.embed(contents, self.settings.deadline_s)
+        return await self.engine.embed(contents, self.settings.deadline_s, again=again)
 
     async def answer(
         self, contents: Sequence[bytes], labels: Sequence[str] | str | None, top_k: int, coverage: float
     ) -> list[Prediction | MediaError]:
         """An answer for each photo, or why it has none; ``labels`` as a text names a vocabulary or has commas."""
-        await self.refresh()
-        chosen = self.labels(labels)
-        found = await self.embed(contents)
-        good = [one for one in found if not isinstance(one, MediaError)]
-        if not good:
-            return [one for one in found if isinstance(one, MediaError)]
-        answers = iter(await asyncio.to_thread(self.score, np.stack(good), chosen, top_k, coverage))
+        async with self.in_time():  # new words take the text tower's time, whatever the photos took
+            await self.refresh()
+            chosen = self.labels(labels)
+            found = await self.embed(contents)
+            good = [one for one in found if not isinstance(one, MediaError)]
+            if not good:
+                return [one for one in found if isinstance(one, MediaError)]
+            answers = iter(await asyncio.to_thread(self.score, np.stack(good), chosen, top_k, coverage))
         return [one if isinstance(one, MediaError) else next(answers) for one in found]
 
     def score(

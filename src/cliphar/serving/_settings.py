@@ -27,6 +27,7 @@ class Settings(BaseModel):
     state: Path = Field(default_factory=_state)
     queue_size: int = Field(default=256, ge=1)
     max_batch: int = Field(default=16, ge=1, le=256)
+    keep_photos: int = Field(default=1024, ge=0)
     deadline_s: float = Field(default=30.0, gt=0)
     max_body_mb: int = Field(default=64, ge=1)
     max_images: int = Field(default=64, ge=1)

@@ -65,7 +65,7 @@ async def stream(
         while True:
             number, frame, came = await newest.take()
             try:
-                (found,) = await service.embed([frame])
+                (found,) = await service.embed([frame], again=False)
                 if isinstance(found, MediaError):
                     raise found
                 steady = await asyncio.to_thread(live.push_embedding, found, came)

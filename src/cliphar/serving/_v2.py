@@ -107,12 +107,13 @@ async def infer(
     await service.refresh()
     chosen = service.labels(texts_of(labels)) if labels is not None else None
     names = list(chosen or service.recognizer.labels)
-    found = await service.embed(images_of(images))
-    bad = [one for one in found if isinstance(one, MediaError)]
-    if bad:
-        raise ProblemError(422, "; ".join(dict.fromkeys(str(one) for one in bad)))
-    vectors = np.stack([one for one in found if not isinstance(one, MediaError)])
-    predictions = await asyncio.to_thread(service.score, vectors, chosen, len(names), 0.9)
+    async with service.in_time():
+        found = await service.embed(images_of(images))
+        bad = [one for one in found if isinstance(one, MediaError)]
+        if bad:
+            raise ProblemError(422, "; ".join(dict.fromkeys(str(one) for one in bad)))
+        vectors = np.stack([one for one in found if not isinstance(one, MediaError)])
+        predictions = await asyncio.to_thread(service.score, vectors, chosen, len(names), 0.9)
     scored = [dict(prediction.top) for prediction in predictions]
     made: dict[str, Any] = {
         "label": [prediction.label for prediction in predictions],
