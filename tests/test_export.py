@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,13 +18,14 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("torch")
 
 from cliphar.bundle import Bundle, find_bundle, list_models, packaged, read_bundle  # noqa: E402
-from cliphar.errors import DataError, UsageError  # noqa: E402
+from cliphar.errors import BundleError, DataError, UsageError  # noqa: E402
 from cliphar.export import TARGETS, Added, export_bundle, float_graph, write_layout  # noqa: E402
 from cliphar.recognizer import load  # noqa: E402
 from cliphar.runtime import OnnxRuntime, choose_runtime, load_runtime  # noqa: E402
 
 PRECISE = ["onnx-fp32", "onnx-fp16", "onnx-w8"]
 QUANTISED = ["onnx-int8"]
+TORCH = ["torch-export", "torchscript"]
 OPENVINO = ["openvino", "openvino-bf16", "openvino-int8"] if find_spec("openvino") else []
 
 
@@ -39,9 +41,18 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         os.environ["CLIPHAR_HOME"] = before
 
 
+@pytest.fixture(autouse=True, scope="module")
+def few_crops() -> Iterator[None]:
+    """What is proved here does not hang on how many crops prove it; the time it takes does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cliphar.export._photos._CROPS", 8)
+        patch.setattr("cliphar.runtime._choose._ROUNDS", 1)
+        yield
+
+
 @pytest.fixture(scope="module")
 def exported(home: Path) -> tuple[Bundle, list[Added]]:
-    return export_bundle(find_bundle(packaged("mini")), [*PRECISE, *QUANTISED, *OPENVINO])
+    return export_bundle(find_bundle(packaged("mini")), [*PRECISE, *QUANTISED, *TORCH, *OPENVINO])
 
 
 @pytest.fixture
@@ -98,7 +109,7 @@ def test_the_fastest_is_measured_once_and_remembered(
     bundle, _ = exported
     with caplog.at_level(logging.INFO, "cliphar.runtime"):
         choice = choose_runtime(bundle)
-    assert set(choice.images_per_s) == set(bundle.runtimes)
+    assert set(choice.images_per_s) == set(bundle.runtimes) - set(TORCH)  # torch is for those who ask for it
     assert choice.images_per_s[choice.name] == max(choice.images_per_s.values())
     assert f"runtime {choice.name} is the fastest here" in caplog.text
     memory = home / "runtimes.json"
@@ -137,6 +148,43 @@ def test_a_copy_of_another_mini_does_not_stand_in_for_the_packages_own(home: Pat
         assert next(model.path for model in list_models() if model.name == "mini") == packaged("mini")
     finally:
         os.environ["CLIPHAR_HOME"] = str(home)
+
+
+# --- C++
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_the_guides_program_runs_the_model(exported: tuple[Bundle, list[Added]], tmp_path: Path) -> None:
+    guide = (Path(__file__).parents[1] / "docs" / "export.md").read_text(encoding="utf-8")
+    (tmp_path / "main.cpp").write_text(guide.split("```cpp\n")[1].split("```")[0])
+    torch = Path(find_spec("torch").origin).parent  # type: ignore[union-attr, arg-type]
+    if not (torch / "include").is_dir():
+        pytest.skip("this torch has no headers")
+    paths = [f"-I{torch}/include", f"-I{torch}/include/torch/csrc/api/include", f"-L{torch}/lib"]
+    paths += [f"-Wl,-rpath,{torch}/lib", "-ltorch", "-ltorch_cpu", "-lc10"]
+    command = ["g++", "-std=c++20", "-w", str(tmp_path / "main.cpp"), *paths, "-o", str(tmp_path / "main")]
+    subprocess.run(command, timeout=600, check=True)
+    model = exported[0].file(exported[0].runtimes["torchscript"])
+    done = subprocess.run([tmp_path / "main", model], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "[1, 512] 1\n"
+
+
+def test_a_graph_that_torch_has_no_form_for() -> None:
+    from cliphar.export._torch_graph import TorchGraph
+
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy")
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Det", ["x"], ["y"])], "no such", [x], [y])
+    with pytest.raises(BundleError, match="without a torch form here: Det"):
+        TorchGraph(onnx.helper.make_model(graph))
+
+
+def test_a_torch_program_that_is_none(exported: tuple[Bundle, list[Added]], tmp_path: Path) -> None:
+    bundle = exported[0]
+    for name in TORCH:
+        (tmp_path / bundle.runtimes[name]).write_bytes(b"none")
+        with pytest.raises(BundleError, match=r"cannot be read by torch .*; run 'cliphar export' here") as caught:
+            load_runtime(Bundle(tmp_path, bundle.info), name)
+        assert "\n" not in str(caught.value)
 
 
 # --- what is refused
@@ -253,7 +301,7 @@ def test_sensitive_layers_are_ranked_and_kept_in_float(images: NDArray[np.uint8]
         tries.append(sum(node.op_type == "QuantizeLinear" for node in quantised.graph.node))
         return None if len(tries) == 3 else "not good enough"
 
-    _, kept = quantize_within(model, images, judge)
+    _, kept = quantize_within(model, images[:1], judge)
     assert kept == ranked[:2]
     assert tries[0] > tries[2]
 

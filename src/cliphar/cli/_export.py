@@ -20,8 +20,8 @@ def export(
         str,
         typer.Option(
             "--to",
-            help="onnx-fp32, -fp16, -w8, -int8, openvino, openvino-bf16, -int8, tensorrt, tensorrt-int8, with commas; "
-            "or triton or kserve.",
+            help="onnx-fp32, -fp16, -w8, -int8, openvino, openvino-bf16, -int8, torch-export, torchscript, tensorrt, "
+            "tensorrt-int8, with commas; or triton or kserve.",
         ),
     ],
     out: Annotated[

@@ -15,6 +15,7 @@ from cliphar.errors import UsageError
 from cliphar.export._image import compress_weights
 from cliphar.export._quantize import quantize_within
 from cliphar.export._tensorrt import build_engine
+from cliphar.export._torch_program import torch_program, torchscript
 
 __all__ = ["TARGETS", "Material", "Target"]
 
@@ -112,6 +113,10 @@ TARGETS: dict[str, Target] = {
     "openvino-int8": Target(
         "int8", lambda m: _openvino(_quantized(m), "int8", m.work), "OpenVINO, static 8-bit arithmetic"
     ),
+    "torch-export": Target(
+        "fp32", lambda m: {"image.pt2": torch_program(m.model)}, "torch.export program, for C++ by AOTInductor"
+    ),
+    "torchscript": Target("fp32", lambda m: {"image.pt": torchscript(m.model)}, "TorchScript, for libtorch"),
     "tensorrt": Target("fp16", lambda m: _tensorrt(_half(m.model), "fp16"), "TensorRT, half precision, for this GPU"),
     "tensorrt-int8": Target("int8", lambda m: _tensorrt(_quantized(m), "int8"), "TensorRT, 8 bits, for this GPU"),
 }

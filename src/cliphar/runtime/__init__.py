@@ -6,6 +6,7 @@ from cliphar.runtime._cpu import cpu_quota
 from cliphar.runtime._onnx import OnnxRuntime, available_providers
 from cliphar.runtime._openvino import OpenVinoRuntime
 from cliphar.runtime._tensorrt import TensorRtRuntime
+from cliphar.runtime._torch import TorchRuntime
 
 __all__ = [
     "OnnxRuntime",
@@ -13,6 +14,7 @@ __all__ = [
     "Runtime",
     "RuntimeChoice",
     "TensorRtRuntime",
+    "TorchRuntime",
     "available_providers",
     "choose_runtime",
     "cpu_quota",

@@ -23,10 +23,12 @@ from cliphar.runtime._cpu import cpu_quota
 from cliphar.runtime._onnx import OnnxRuntime
 from cliphar.runtime._openvino import OpenVinoRuntime
 from cliphar.runtime._tensorrt import TensorRtRuntime
+from cliphar.runtime._torch import TorchRuntime
 
 __all__ = ["RuntimeChoice", "choose_runtime", "load_runtime"]
 
 _LOG = logging.getLogger("cliphar.runtime")
+# those that are chosen among; torch is run for those alone who ask for it, as serving does without it
 _ENGINES = {".onnx": "onnxruntime", ".xml": "openvino", ".plan": "tensorrt"}
 _BATCH = 8
 _ROUNDS = 3
@@ -76,14 +78,17 @@ def load_runtime(
         raise UsageError(f"runtime '{chosen}' takes no provider; leave it out, or choose an onnx runtime")
     if suffix == ".xml":
         return OpenVinoRuntime(bundle, file=file, threads=threads)
+    if suffix in (".pt2", ".pt"):
+        return TorchRuntime(bundle, file=file, threads=threads)
     return TensorRtRuntime(bundle, file=file, threads=threads)
 
 
 def choose_runtime(bundle: Bundle, threads: int | None = None) -> RuntimeChoice:
     """The fastest runtime whose engine is installed; measured once on this machine, then remembered.
 
-    Nothing is measured where there is only one. What was measured lies in runtimes.json in the models' store, under
-    a key of the files, the engines' versions, the CPU and the threads, so that a change of any measures anew.
+    A torch program is not among them: it is run when it is asked for by name. Nothing is measured where there is
+    only one. What was measured lies in runtimes.json in the models' store, under a key of the files, the engines'
+    versions, the CPU and the threads, so that a change of any measures anew.
     """
     candidates = {
         name: file

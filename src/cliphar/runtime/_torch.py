@@ -1,0 +1,71 @@
+"""A torch.export program or TorchScript, in torch itself; only for those who ask for it by name."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cliphar.bundle import Bundle
+from cliphar.errors import BundleError, UsageError
+from cliphar.runtime._cpu import cpu_quota
+from cliphar.runtime._text import TextTower, check_images
+
+__all__ = ["TorchRuntime"]
+
+
+class TorchRuntime:
+    """A bundle's .pt2 (torch.export) or .pt (TorchScript). Both are programs: run none of someone you don't trust.
+
+    Args:
+        bundle: a bundle that was read.
+        file: the bundle's .pt2 or .pt.
+        threads: CPU threads, of all torch in this process; None takes what the container's quota allows.
+
+    Raises:
+        UsageError: torch is not installed.
+        BundleError: this torch cannot read the file.
+    """
+
+    def __init__(self, bundle: Bundle, *, file: str, threads: int | None = None) -> None:
+        try:
+            import torch
+        except ImportError as error:
+            raise UsageError("torch is not installed; run 'pip install cliphar[train]'") from error
+        self.bundle = bundle
+        self.threads = threads or cpu_quota()
+        self.name = bundle.info.files[file].runtime or "torchscript"
+        torch.set_num_threads(self.threads)
+        path = str(bundle.file(file))
+        try:
+            if file.endswith(".pt2"):
+                program = torch.export.load(path).module()
+            else:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", DeprecationWarning)  # in favour of torch.export
+                    program = torch.jit.load(path)  # type: ignore[no-untyped-call]
+        except Exception as error:  # zip's, JSON's and torch's own
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise BundleError(
+                f"{file} of bundle '{bundle.info.name}' cannot be read by torch {torch.__version__}: {reason}; "
+                "run 'cliphar export' here"
+            ) from error
+        self._program = program
+        self._text = TextTower(bundle, self.threads)
+
+    def encode_images(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """See :class:`Runtime`; ValueError if the shape or dtype is not the bundle's."""
+        import torch
+
+        check_images(self.bundle, images)
+        with torch.inference_mode():
+            # torch takes no array that it may not write to
+            answer = self._program(torch.from_numpy(np.require(images, requirements=["C", "W"])))
+        result: NDArray[np.float32] = answer.numpy()
+        return result
+
+    def encode_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """See :class:`Runtime`."""
+        return self._text.encode(texts)
