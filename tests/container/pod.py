@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -19,8 +20,7 @@ KSERVE = {"annotations", "protocolVersions", "supportedModelFormats"}
 
 def resources(file: str) -> list[Tree]:
     """What a file of several documents holds."""
-    with open(file, encoding="utf-8") as stream:
-        return [one for one in yaml.safe_load_all(stream) if one]
+    return [one for one in yaml.safe_load_all(Path(file).read_text(encoding="utf-8")) if one]
 
 
 def pods(resource: Tree) -> Iterator[Tree]:
