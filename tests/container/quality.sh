@@ -72,7 +72,7 @@ for values in default some all; do
   helm template cliphar "$chart" -f "$work/$values.yaml" >"$work/chart-$values.yaml" || fail "helm template with $values.yaml"
   kubernetes-validate --strict --quiet --no-warn "$work/chart-$values.yaml" || fail "schema, with $values.yaml"
 done
-for wrong in 'replicas=many' 'repicas=3' 'env.BATCH=1' 'model.image=a,model.existingClaim=b' 'ingress.enabled=true'; do
+for wrong in 'replicas=many' 'repicas=3' 'env.BATCH=1' 'model.image=a,model.existingClaim=b' 'ingress.enabled=true' 'autoscaling.enabled=true,autoscaling.cpuPercent=0'; do
   if helm template cliphar "$chart" --set "$wrong" >/dev/null 2>&1; then fail "the chart takes $wrong"; fi
 done
 ok "the chart is valid with three sets of values, and refuses wrong ones"
