@@ -14,6 +14,7 @@ if find_spec("open_clip") is None:  # to import it plainly is what may fail
     pytest.skip("needs open_clip", allow_module_level=True)
 
 from safetensors.torch import save_file  # noqa: E402
+from tokenizers import Tokenizer, models, normalizers, trainers  # noqa: E402
 
 from cliphar.errors import BundleError, UsageError  # noqa: E402
 from cliphar.export import pull_open_clip  # noqa: E402
@@ -108,6 +109,73 @@ def test_a_folder_becomes_a_bundle_that_answers(
     answer = recognizer.predict(photos[0], ["cooking", "a very long description " * 8])
     assert answer.set == tuple(score.label for score in answer.top)
     assert pull_open_clip("open_clip:tiny", "/nowhere").path == bundle.path  # it is there and whole
+
+
+@pytest.fixture
+def siglip(tmp_path: Path) -> Path:
+    """A hub's snapshot of a tiny SigLIP 2, initialised at random, with a tokenizer of its own kind learnt here."""
+    from cliphar.models import import_open_clip
+
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    text = ["a photo of a person riding a bike", "cooking naïve café 自転車", "two people dancing, laughing"]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))  # noqa: S106
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokenizer.train_from_iterator(text, trainers.BpeTrainer(vocab_size=360, special_tokens=special))
+    tokenizer.save(str(snapshot / "tokenizer.json"))
+    told = {"pad_token": "<pad>", "eos_token": {"content": "<eos>"}, "add_bos_token": False, "add_eos_token": True}
+    (snapshot / "tokenizer_config.json").write_text(json.dumps(told))
+    config = json.loads(json.dumps(import_open_clip().get_model_config("ViT-B-16-SigLIP2")))
+    config["embed_dim"] = 64
+    config["vision_cfg"] |= {"timm_model_name": "test_vit", "image_size": 160}
+    config["text_cfg"] |= {"vocab_size": 360, "width": 64, "heads": 2, "layers": 2}
+    settings = {key: value for key, value in config.items() if key != "custom_text"}
+    model = import_open_clip().CustomTextCLIP(**settings)
+    (snapshot / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": config, "preprocess_cfg": {"resize_mode": "squash"}})
+    )
+    save_file(model.state_dict(), snapshot / "open_clip_model.safetensors")
+    return snapshot
+
+
+def test_a_siglip_with_its_own_tokenizer_answers_as_torch(
+    siglip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, photos: list[Path]
+) -> None:
+    monkeypatch.setenv("CLIPHAR_HOME", str(tmp_path / "home"))
+    bundle = pull_open_clip("open_clip:siglip", str(siglip))
+    assert bundle.info.image.max_aspect == 4.0
+    recognizer = load("siglip")
+    ids = (
+        Tokenizer.from_file(str(siglip / "tokenizer.json")).encode("two people dancing_laughing".replace("_", " ")).ids
+    )
+    assert 1 not in ids
+    padded = torch.tensor([[*ids, 1, *[0] * (64 - len(ids) - 1)]])
+    with torch.no_grad():
+        expected = open_clip_encoder(f"local-dir:{siglip}").text(padded).numpy()
+    answer = recognizer.runtime.encode_text(["  Two people:  dancing_laughing!"])
+    np.testing.assert_allclose(answer, expected, atol=1e-4)
+    assert recognizer.predict(photos[0], ["cooking", "a very long description " * 8]).label
+
+
+def test_a_siglip_without_its_tokenizer(siglip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLIPHAR_HOME", str(tmp_path / "home"))
+    (siglip / "tokenizer_config.json").unlink()
+    with pytest.raises(BundleError, match=r"put tokenizer.json and tokenizer_config.json beside the weights"):
+        pull_open_clip("open_clip:siglip", str(siglip))
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    asked: list[bool] = []
+    monkeypatch.setattr("time.sleep", lambda _: asked.append(True))  # between the client's tries
+    with pytest.raises(BundleError, match="connect to the network, or give the weights as a local file"):
+        open_clip_encoder("ViT-B-32-quickgelu", "openai")
+    assert not asked
+    assert constants.HF_HUB_OFFLINE is False
 
 
 def test_what_cannot_be_pulled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

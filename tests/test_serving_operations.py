@@ -20,7 +20,7 @@ import httpx
 import psutil
 import pytest
 
-from cliphar.bundle import packaged
+from cliphar.bundle import packaged, read_bundle, write_bundle
 from cliphar.client import AsyncClient, Client
 from cliphar.recognizer import Prediction
 from serving_process import free_port, problem, serving
@@ -217,6 +217,23 @@ def test_workers_agree_and_one_that_dies_is_replaced(env: dict[str, str], photos
                 assert isinstance(client.predict(photos[:1])[0], Prediction)
         supervisor.send_signal(signal.SIGTERM)
         assert supervisor.wait(30) == 0
+
+
+def test_the_runtime_by_flag_and_by_variable(env: dict[str, str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cliphar", "serve", "--port", "0"]
+    for told, flag in (({}, ["--runtime", "abacus"]), ({"CLIPHAR_RUNTIME": "abacus"}, [])):
+        done = subprocess.run(
+            [*command, *flag], env=env | told, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 2
+        assert "has no runtime 'abacus' (it has onnx)" in done.stderr
+    mini = read_bundle(packaged("mini"))
+    entry = mini.info.files["image.onnx"].model_copy(update={"runtime": "onnx-copy", "parity": {"photos": 0.0}})
+    info = mini.info.model_copy(update={"files": mini.info.files | {"image.copy.onnx": entry}})
+    files: dict[str, Path | bytes] = {name: mini.path / name for name in mini.info.files}
+    write_bundle(tmp_path / "two", info, files | {"image.copy.onnx": mini.path / "image.onnx"})
+    with serving(env, "--model", str(tmp_path / "two"), "--runtime", "onnx-copy") as (url, _):
+        assert httpx.get(f"{url}/v1/models").json()["models"][0]["runtime"] == "onnx-copy-cpu"
 
 
 def test_workers_that_cannot_start_say_why_once_each(env: dict[str, str]) -> None:

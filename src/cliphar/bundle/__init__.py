@@ -1,7 +1,7 @@
 """Read, verify and write bundles: the one artefact that training makes and serving loads."""
 
 from cliphar.bundle._io import BUNDLE_JSON, Bundle, read_bundle, sha256_file, write_bundle
-from cliphar.bundle._pull import PULLS, fetch_teacher, pull
+from cliphar.bundle._pull import PULLS, download_wheel, fetch_teacher, pull
 from cliphar.bundle._schema import (
     SCHEMA_VERSION,
     BundleInfo,
@@ -32,6 +32,7 @@ __all__ = [
     "StoredModel",
     "TextSpec",
     "VideoSpec",
+    "download_wheel",
     "fetch_teacher",
     "find_bundle",
     "list_models",

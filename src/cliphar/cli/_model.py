@@ -79,7 +79,7 @@ def pull(
 ) -> None:
     """Fetch what the package leaves out, check it, and put the model in place.
 
-    MODEL is clip-b16; or, with cliphar[train], clip-vit-b32, mobileclip2-s0 or open_clip:ARCHITECTURE/TAG.
+    MODEL is clip-b16; or, with cliphar[train], clip-vit-b32, siglip2-b16, mobileclip2-s0 or open_clip:ARCHITECTURE/TAG.
     """
     from cliphar.bundle import PULLS
     from cliphar.bundle import pull as fetch

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from cliphar.cli._options import Model, Provider, Threads
+from cliphar.cli._options import Model, Provider, Runtime, Threads
 from cliphar.errors import UsageError
 
 __all__ = ["serve"]
@@ -21,6 +21,7 @@ def serve(
     model: Model = None,
     host: Annotated[str, typer.Option(envvar="CLIPHAR_HOST", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(envvar="CLIPHAR_PORT", min=0, max=65535, help="Port.")] = 8000,
+    runtime: Runtime = None,
     provider: Provider = None,
     threads: Threads = None,
     workers: Annotated[
@@ -81,6 +82,7 @@ def serve(
         given = {"state": state} if state else {}
         settings = Settings(
             model=model,
+            runtime=runtime,
             provider=provider,
             threads=threads,
             queue_size=queue_size,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cliphar.cli._options import Coverage, Labels, LabelsFile, Model, Provider, Threads, chosen_labels
+from cliphar.cli._options import Coverage, Labels, LabelsFile, Model, Provider, Runtime, Threads, chosen_labels
 from cliphar.errors import MediaError, UsageError
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def video(
             "may be given several times.",
         ),
     ] = None,
+    runtime: Runtime = None,
     provider: Provider = None,
     threads: Threads = None,
 ) -> None:
@@ -67,12 +68,13 @@ def video(
             raise UsageError("a camera is watched alone, without --out or --multi-label; --json keeps its segments")
         from cliphar.cli._camera import watch
 
-        watch(load(model, provider=provider, threads=threads), paths[0], chosen, coverage, fps, as_json)
+        recognizer = load(model, runtime=runtime, provider=provider, threads=threads)
+        watch(recognizer, paths[0], chosen, coverage, fps, as_json)
         return
     files = list(expand(paths, is_video_name, "videos"))
     targets = list(out or ())
     _check(targets, len(files))
-    recognizer = load(model, provider=provider, threads=threads)
+    recognizer = load(model, runtime=runtime, provider=provider, threads=threads)
     failed = False
     for path in files:
         shown = printable(path)

@@ -37,6 +37,7 @@ __all__ = ["OPEN_CLIP_NAMES", "open_clip_bundle", "pull_open_clip"]
 # our name -> open_clip's architecture and tag
 OPEN_CLIP_NAMES = {
     "clip-vit-b32": ("ViT-B-32-quickgelu", "openai"),
+    "siglip2-b16": ("ViT-B-16-SigLIP2", "webli"),
     "mobileclip2-s0": ("MobileCLIP2-S0", "dfndr2b"),
 }
 _PREFIX = "open_clip:"
@@ -48,7 +49,8 @@ def pull_open_clip(name: str, source: str | None = None, *, say: Callable[[str],
 
     Args:
         name: one of ``OPEN_CLIP_NAMES``, or ``open_clip:ARCHITECTURE/TAG``.
-        source: a checkpoint's file, or a folder with open_clip_config.json and weights; None asks the hub.
+        source: a checkpoint's file, or a folder with open_clip_config.json and weights; None asks the hub. SigLIP's
+            tokenizer.json and tokenizer_config.json lie beside them.
         say: told what is going on.
 
     Raises:
@@ -78,16 +80,20 @@ def pull_open_clip(name: str, source: str | None = None, *, say: Callable[[str],
     else:
         raise BundleError(f"cannot pull '{name}': {source} is neither a file nor a folder; check the path")
     say("exporting both towers")
-    return open_clip_bundle(encoder, target, name=stored, weights=tag or "a local file")
+    beside = None if source is None else Path(source) if Path(source).is_dir() else Path(source).parent
+    return open_clip_bundle(encoder, target, name=stored, weights=tag or "a local file", tokenizer=beside)
 
 
-def open_clip_bundle(encoder: OpenClipEncoder, target: Path, *, name: str, weights: str) -> Bundle:
+def open_clip_bundle(
+    encoder: OpenClipEncoder, target: Path, *, name: str, weights: str, tokenizer: Path | None = None
+) -> Bundle:
     """Export both towers, prove them against torch, and write a bundle without labels of its own.
 
     Nothing is calibrated, as no photos are at hand: scores are a softmax at the model's own scale, a prediction set
-    holds every label, and no answer is ``unknown``.
+    holds every label, and no answer is ``unknown``. ``tokenizer``: see :func:`clip_tokenizer`.
     """
     size, length = encoder.size, encoder.context_length
+    words = clip_tokenizer(encoder, tokenizer)  # first, as it is what may be missing
     example = torch.zeros(2, length, dtype=torch.long)
     text = export(encoder.text, example, "ids", "embeddings", {0: torch.export.Dim("texts")})
     unfitted = Calibration(logit_scale=encoder.logit_scale, conformal=((0.9, 1.0),), unknown_below=-1.0, photos=1)
@@ -115,7 +121,7 @@ def open_clip_bundle(encoder: OpenClipEncoder, target: Path, *, name: str, weigh
     files: dict[str, Path | bytes] = {
         "image.onnx": export_image_tower(encoder.image, size).SerializeToString(),
         "text.onnx": text.SerializeToString(),
-        "tokenizer.json": clip_tokenizer(encoder),
+        "tokenizer.json": words,
         "head.safetensors": save({"class_vectors": np.zeros((0, encoder.embedding_dim), np.float32)}),
     }
     with tempfile.TemporaryDirectory() as work:

@@ -2,7 +2,14 @@
 
 from cliphar.models._image_tower import ImageTower
 from cliphar.models._minilm import SentenceEncoder, TextProjection
-from cliphar.models._open_clip import OpenClipEncoder, OpenClipImage, OpenClipText, import_open_clip, open_clip_encoder
+from cliphar.models._open_clip import (
+    OpenClipEncoder,
+    OpenClipImage,
+    OpenClipText,
+    hub_if_reachable,
+    import_open_clip,
+    open_clip_encoder,
+)
 from cliphar.models._towers import WEIGHTS_FILE, Towers, load_towers, open_clip_towers, save_weights
 
 __all__ = [
@@ -14,6 +21,7 @@ __all__ = [
     "SentenceEncoder",
     "TextProjection",
     "Towers",
+    "hub_if_reachable",
     "import_open_clip",
     "load_towers",
     "open_clip_encoder",

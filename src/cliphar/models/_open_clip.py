@@ -9,7 +9,7 @@ import difflib
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +21,14 @@ from torch import Tensor, nn
 
 from cliphar.errors import BundleError, UsageError
 
-__all__ = ["OpenClipEncoder", "OpenClipImage", "OpenClipText", "import_open_clip", "open_clip_encoder"]
+__all__ = [
+    "OpenClipEncoder",
+    "OpenClipImage",
+    "OpenClipText",
+    "hub_if_reachable",
+    "import_open_clip",
+    "open_clip_encoder",
+]
 
 _OPERATORS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -114,6 +121,23 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
+@contextmanager
+def hub_if_reachable() -> Iterator[None]:
+    """The hub, or, where it does not answer, what its client has kept: by itself it would try for a minute."""
+    from huggingface_hub import constants, get_session
+
+    before = constants.HF_HUB_OFFLINE
+    try:
+        if not before:
+            get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception:  # the client's transport has its own classes, and which one it is has changed
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 def open_clip_encoder(name: str, pretrained: str | Path | None = None, seed: int = 0) -> OpenClipEncoder:
     """Build one of open_clip's models, in evaluation mode, float32, on the CPU.
 
@@ -133,7 +157,8 @@ def open_clip_encoder(name: str, pretrained: str | Path | None = None, seed: int
         close = difflib.get_close_matches(name, open_clip.list_models(), 3, 0.4)
         raise UsageError(f"open_clip has no model '{name}'; near it are {', '.join(close) or 'none'}")
     try:
-        with _quiet(), torch.random.fork_rng(devices=[]):
+        asks = name.startswith("hf-hub:") or (pretrained is not None and not Path(pretrained).is_file())
+        with _quiet(), hub_if_reachable() if asks else nullcontext(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             config = open_clip.get_model_config(name)
             model = open_clip.create_model(name, pretrained=str(pretrained) if pretrained else None)

@@ -70,7 +70,7 @@ class OnnxRuntime:
         self.provider = next(
             (short for short, name in _PREFERENCE.items() if name == self._image.get_providers()[0]), "cpu"
         )
-        self.name = f"onnx-{self.provider}"
+        self.name = f"{bundle.info.files[file].runtime or 'onnx'}-{self.provider}"
         self._text = TextTower(bundle, self.threads)
 
     def encode_images(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:

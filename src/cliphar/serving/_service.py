@@ -44,7 +44,9 @@ class Service:
         Raises:
             ClipharError: the model cannot be loaded.
         """
-        recognizer = load(settings.model, provider=settings.provider, threads=settings.threads)
+        recognizer = load(
+            settings.model, runtime=settings.runtime, provider=settings.provider, threads=settings.threads
+        )
         spec, metrics = recognizer.bundle.info.image, metrics or Metrics()
 
         def prepare(content: bytes) -> NDArray[np.uint8]:

@@ -22,6 +22,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str | None = None
+    runtime: str | None = None
     threads: Annotated[int, Field(ge=1)] | None = None
     provider: str | None = None
     state: Path = Field(default_factory=_state)

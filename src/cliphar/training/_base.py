@@ -38,7 +38,8 @@ def find_base(base: str, cache: Path, log: Callable[[str], None]) -> Bundle:
     except BundleError:
         log(f"making a bundle of open_clip's {architecture} with weights {weights}")
     encoder = open_clip_encoder(architecture, weights)
-    bundle = open_clip_bundle(encoder, target, name=name, weights=Path(weights).name)
+    beside = Path(weights).parent if Path(weights).is_file() else None
+    bundle = open_clip_bundle(encoder, target, name=name, weights=Path(weights).name, tokenizer=beside)
     files: dict[str, Path | bytes] = {file: bundle.file(file) for file in bundle.info.files}
     files[WEIGHTS_FILE] = save_weights(open_clip_towers(encoder))
     return write_bundle(target, bundle.info, files, overwrite=True)

