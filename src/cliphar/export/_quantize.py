@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
-__all__ = ["quantize", "quantize_within", "sensitivity"]
+__all__ = ["drop_unused", "quantize", "quantize_within", "sensitivity"]
 
 # Clip and Relu with the convolution before them: what is quantised is then what is left of its range
 _OPERATORS = ["Conv", "MatMul", "Gemm", "Clip", "Relu"]
@@ -61,7 +61,29 @@ def quantize(model: onnx.ModelProto, images: NDArray[np.uint8], float_nodes: Seq
         finally:
             logging.disable(noisy)
         result: onnx.ModelProto = onnx.load(target)
-    return result
+    return _without_zero_points(result)
+
+
+def _without_zero_points(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Leave out those of weights and biases: all are zero, which is what none means, and one is kept a channel."""
+    zero = {
+        tensor.name
+        for tensor in model.graph.initializer
+        if tensor.data_type in (TensorProto.INT8, TensorProto.INT32) and not numpy_helper.to_array(tensor).any()
+    }
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear" and len(node.input) == 3 and node.input[2] in zero:
+            del node.input[2]
+    return drop_unused(model)
+
+
+def drop_unused(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Remove constants that no node takes, in place."""
+    used = {name for node in model.graph.node for name in node.input}
+    kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    return model
 
 
 def quantize_within(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import onnx
 import torch
-from onnx import compose
+from onnx import compose, numpy_helper
 
+from cliphar.export._quantize import drop_unused
 from cliphar.export._torch_onnx import export
 from cliphar.models import SentenceEncoder, TextProjection
 
@@ -46,9 +48,7 @@ def _gemm_to_matmul(model: onnx.ModelProto) -> onnx.ModelProto:
             continue
         weight = constants[node.input[1]]
         if attributes.get("transB"):
-            transposed = onnx.numpy_helper.from_array(
-                onnx.numpy_helper.to_array(weight).T.copy(), weight.name + "_transposed"
-            )
+            transposed = numpy_helper.from_array(numpy_helper.to_array(weight).T.copy(), weight.name + "_transposed")
             if transposed.name not in constants:
                 constants[transposed.name] = transposed
                 model.graph.initializer.append(transposed)
@@ -58,14 +58,21 @@ def _gemm_to_matmul(model: onnx.ModelProto) -> onnx.ModelProto:
         nodes.append(onnx.helper.make_node("Add", [product, node.input[2]], list(node.output), name=node.name + "_add"))
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    return _drop_unused(model)
+    return drop_unused(model)
 
 
-def _drop_unused(model: onnx.ModelProto) -> onnx.ModelProto:
-    used = {name for node in model.graph.node for name in node.input}
-    kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
+def _halve_scales(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Keep the blocks' scales in half precision: one for every few dozen 4-bit weights, they are much of the file.
+
+    Runtimes bring them back to float32, which the arithmetic is in, while they load.
+    """
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    scales = [node.input[2] for node in model.graph.node if node.op_type in ("MatMulNBits", "GatherBlockQuantized")]
+    for name in dict.fromkeys(scales):
+        half = numpy_helper.to_array(tensors[name]).astype(np.float16)
+        tensors[name].CopyFrom(numpy_helper.from_array(half, f"{name}_half"))
+        cast = onnx.helper.make_node("Cast", [f"{name}_half"], [name], to=onnx.TensorProto.FLOAT, name=f"{name}_cast")
+        model.graph.node.insert(0, cast)
     return model
 
 
@@ -102,4 +109,4 @@ def export_text_tower(sentences: onnx.ModelProto, projection: TextProjection, bl
         compose.add_prefix(tail, "projection/", rename_inputs=False, rename_outputs=False),
         io_map=[("sentences", "projected")],
     )
-    return merged
+    return _halve_scales(merged)
