@@ -23,7 +23,8 @@ def result() -> Bench:
 
 
 def test_every_runtime_at_every_batch(result: Bench) -> None:
-    assert {(row.runtime, row.batch) for row in result.rows} == {(n, b) for n in ("pytorch", "onnx") for b in (1, 2)}
+    names = ("pytorch", "onnx", "onnx-int8")
+    assert {(row.runtime, row.batch) for row in result.rows} == {(n, b) for n in names for b in (1, 2)}
     assert result.skipped == {}
     for row in result.rows:
         assert row.images_per_s > 0

@@ -77,7 +77,7 @@ def test_the_package_is_left_alone_and_the_store_takes_its_place(
     exported: tuple[Bundle, list[Added]], home: Path
 ) -> None:
     assert exported[0].path == home / "mini"
-    assert list(find_bundle(packaged("mini")).runtimes) == ["onnx"]
+    assert list(find_bundle(packaged("mini")).runtimes) == ["onnx", "onnx-int8"]
     assert find_bundle("mini").path == home / "mini"
 
 
@@ -100,6 +100,14 @@ def test_smaller_is_smaller(exported: tuple[Bundle, list[Added]]) -> None:
     assert files["image.int8.onnx"].bytes < files["image.fp16.onnx"].bytes < files["image.fp32.onnx"].bytes
 
 
+def test_an_8_bit_graph_borrows_the_weights_that_the_bundle_has_in_8_bits(exported: tuple[Bundle, list[Added]]) -> None:
+    bundle, _ = exported
+    graph = onnx.load(bundle.file("image.int8.onnx"), load_external_data=False).graph
+    lent = [tensor for tensor in graph.initializer if tensor.external_data]
+    assert {tensor.external_data[0].value for tensor in lent} == {"image.onnx"}
+    assert bundle.info.files["image.int8.onnx"].bytes < bundle.info.files["image.onnx"].bytes / 8
+
+
 # --- choosing
 
 
@@ -120,9 +128,39 @@ def test_the_fastest_is_measured_once_and_remembered(
     assert choose_runtime(bundle).images_per_s
 
 
+def only_onnx(bundle: Bundle) -> Bundle:
+    files = {name: file for name, file in bundle.info.files.items() if file.runtime is None}
+    return Bundle(bundle.path, bundle.info.model_copy(update={"files": files}))
+
+
 def test_one_runtime_is_not_measured() -> None:
-    choice = choose_runtime(find_bundle(packaged("mini")))
+    choice = choose_runtime(only_onnx(find_bundle(packaged("mini"))))
     assert (choice.name, choice.images_per_s) == ("onnx", {})
+
+
+def test_a_runtime_that_does_not_answer_here_as_it_was_proved_is_not_chosen(tmp_path: Path, home: Path) -> None:
+    found = find_bundle(packaged("mini"))
+    files = dict(found.info.files)
+    proved = files["image.int8.onnx"]
+    assert proved.parity is not None
+    files["image.int8.onnx"] = proved.model_copy(update={"parity": proved.parity | {"cosine_min": 0.9999999}})
+    os.environ["CLIPHAR_HOME"] = str(tmp_path)  # measured anew
+    try:
+        choice = choose_runtime(Bundle(found.path, found.info.model_copy(update={"files": files})))
+    finally:
+        os.environ["CLIPHAR_HOME"] = str(home)
+    assert choice.name == "onnx"
+    assert "its answers are unlike the reference's here: mean cosine" in choice.failed["onnx-int8"]
+
+
+def test_with_nothing_said_mini_runs_the_faster_of_its_two(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CLIPHAR_RUNTIME")
+    mini = find_bundle(packaged("mini"))
+    choice = choose_runtime(mini)
+    assert set(choice.images_per_s) | set(choice.failed) == {"onnx", "onnx-int8"}
+    runtime = load(mini.path).runtime
+    assert isinstance(runtime, OnnxRuntime)
+    assert runtime.file == mini.runtimes[choice.name]
 
 
 def test_a_runtime_by_name_and_by_variable(
@@ -207,7 +245,7 @@ def test_what_answers_otherwise_is_refused_and_the_bundle_is_as_it_was(
     assert outcomes[0].failed is not None
     assert "onnx-fp32 is refused: mean cosine" in outcomes[0].failed
     assert outcomes[0].parity["cosine_mean"] < 0.99
-    assert list(bundle.runtimes) == ["onnx"]
+    assert list(bundle.runtimes) == ["onnx", "onnx-int8"]
     assert not (tmp_path / "out").exists()
 
 
@@ -244,6 +282,12 @@ def test_tritons_repository(tmp_path: Path) -> None:
     assert config.count("[") == config.count("]")
     with pytest.raises(UsageError, match="exists; give another place"):
         write_layout(find_bundle(packaged("mini")), "triton", tmp_path / "repository")
+
+
+def test_a_graph_goes_with_the_file_it_borrows_weights_from(tmp_path: Path) -> None:
+    write_layout(find_bundle(packaged("mini")), "triton", tmp_path / "repository", runtime="onnx-int8")
+    version = tmp_path / "repository" / "mini" / "1"
+    assert {file.name for file in version.iterdir()} == {"model.onnx", "image.onnx"}
 
 
 @pytest.mark.skipif(not OPENVINO, reason="needs openvino")
@@ -293,7 +337,7 @@ def test_sensitive_layers_are_ranked_and_kept_in_float(images: NDArray[np.uint8]
     from cliphar.export._quantize import quantize_within, sensitivity
 
     model = float_graph(find_bundle(packaged("mini")))
-    ranked = sensitivity(model, images)
+    ranked = sensitivity(model, images[:1])
     assert len(ranked) == len(set(ranked)) > 60
     tries: list[int] = []
 

@@ -44,6 +44,7 @@ def model_card(bundle: Bundle) -> str:
         f"Calibrated on {info.known.photos} photos for the known actions and {info.open.photos} for other words, "
         "none of them trained on or reported above.",
         "",
+        *_runtimes(bundle),
         "## Learned from",
         "",
         "| source | used for | licence |",
@@ -63,3 +64,27 @@ def model_card(bundle: Bundle) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _runtimes(bundle: Bundle) -> list[str]:
+    """What each added runtime's answers were found to be like, beside those of image.onnx."""
+    rows = []
+    for name, file in bundle.runtimes.items():
+        parity = bundle.info.files[file].parity if name != "onnx" else None
+        if not parity:
+            continue
+        change = "{accuracy_difference:+.3f} ({difference_low:+.3f} to {difference_high:+.3f})"
+        rows.append(
+            f"| `{name}` | {parity['photos']:.0f} | {parity['cosine_mean']:.4f} | {parity['agreement']:.3f} "
+            f"| {change.format(**parity) if 'accuracy_difference' in parity else ''} |"
+        )
+    if not rows:
+        return []
+    return [
+        "Other runtimes, compared with `onnx`, which made these figures:",
+        "",
+        "| runtime | photos | mean cosine | same top-1 | accuracy, difference (95 %) |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+    ]

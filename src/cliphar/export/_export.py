@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -105,12 +106,13 @@ class _Bench:
         self.bundle, self.proof, self.work, self.max_loss, self.say = bundle, proof, work, max_loss, say
         for name in ("text.onnx", "tokenizer.json"):
             (work / name).symlink_to(bundle.file(name).resolve())
+        shutil.copyfile(bundle.file("image.onnx"), work / "image.onnx")  # ONNX Runtime follows no link for weights
         self.head = head_of(bundle)
         self.shipped: Runtime = OnnxRuntime(bundle)
         reference = self._runtime("reference", {"reference.onnx": model.SerializeToString()})
         self.reference = embed(reference, proof.verification)
         self.rehearsal = embed(reference, proof.calibration)
-        self.material = Material(model, proof.calibration, self._judge, work, say)
+        self.material = Material(bundle.file("image.onnx"), model, proof.calibration, self._judge, work, say)
 
     def _runtime(self, target: str, files: Files) -> Runtime:
         entries = {name: self.bundle.info.files[name] for name in ("text.onnx", "tokenizer.json")}

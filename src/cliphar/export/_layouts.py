@@ -62,11 +62,13 @@ def _triton(bundle: Bundle, runtime: str, file: str, folder: Path) -> None:
     version = folder / "1"
     version.mkdir(parents=True)
     shutil.copyfile(bundle.file(file), version / name)
-    for other, entry in bundle.info.files.items():
-        beside = entry.runtime == runtime if runtime != "onnx" else entry.runtime is None and _is_weights(other)
-        if other != file and beside:
-            stem = Path(name).stem if backend == "openvino" else Path(other).stem
-            shutil.copyfile(bundle.file(other), version / f"{stem}{Path(other).suffix}")
+    if backend == "onnxruntime":
+        for other in _weights(bundle.file(file)):
+            shutil.copyfile(bundle.file(other), version / other)
+    else:
+        for other, entry in bundle.info.files.items():
+            if other != file and entry.runtime == runtime:
+                shutil.copyfile(bundle.file(other), version / f"{Path(name).stem}{Path(other).suffix}")
     size, dim = bundle.info.image.size, bundle.info.embedding_dim
     # a graph of one photo at a time has no batch axis to offer
     dynamic = "" if _one_by_one(bundle, file) else f"max_batch_size: {_MAX_BATCH}\ndynamic_batching {{ }}\n"
@@ -79,8 +81,13 @@ def _triton(bundle: Bundle, runtime: str, file: str, folder: Path) -> None:
     )
 
 
-def _is_weights(name: str) -> bool:
-    return name.endswith(".onnx") and name not in ("image.onnx", "text.onnx")
+def _weights(graph: Path) -> list[str]:
+    """Files beside a graph that it takes weights from."""
+    import onnx
+    from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+
+    tensors = onnx.load(graph, load_external_data=False).graph.initializer
+    return sorted({ExternalDataInfo(tensor).location for tensor in tensors if uses_external_data(tensor)})
 
 
 def _one_by_one(bundle: Bundle, file: str) -> bool:

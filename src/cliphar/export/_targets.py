@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cliphar.bundle import store
 from cliphar.errors import UsageError
-from cliphar.export._image import compress_weights
+from cliphar.export._image import borrow_weights, compress_weights
 from cliphar.export._quantize import quantize_within
 from cliphar.export._tensorrt import build_engine
 from cliphar.export._torch_program import torch_program, torchscript
@@ -24,9 +24,11 @@ Files = dict[str, bytes]
 
 @dataclass(frozen=True)
 class Material:
-    """What a target is made from: the float32 graph, photos uint8 [N,S,S,3] for its ranges, and a judge of 8-bit
-    graphs that says what is wrong with one, or None. ``work`` is a folder to be untidy in."""
+    """What a target is made from: the bundle's own graph as shipped, the float32 graph behind it, photos uint8
+    [N,S,S,3] for its ranges, and a judge of 8-bit graphs that says what is wrong with one, or None. ``work`` is a
+    folder to be untidy in."""
 
+    shipped: Path
     model: onnx.ModelProto
     calibration: NDArray[np.uint8]
     judge: Callable[[onnx.ModelProto], str | None]
@@ -80,7 +82,8 @@ def _quantized(material: Material) -> onnx.ModelProto:
 
 
 def _onnx_int8(material: Material) -> Files:
-    return {"image.int8.onnx": _quantized(material).SerializeToString()}
+    graph = borrow_weights(_quantized(material), material.shipped.name, material.shipped.read_bytes())
+    return {"image.int8.onnx": graph.SerializeToString()}
 
 
 def _openvino(model: onnx.ModelProto, name: str, work: Path, *, half: bool = False) -> Files:

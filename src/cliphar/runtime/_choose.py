@@ -15,9 +15,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from cliphar.bundle import Bundle, store
+from cliphar.bundle import Bundle, packaged, store
 from cliphar.errors import ClipharError, UsageError
+from cliphar.media import decode_image, to_square
 from cliphar.runtime._base import Runtime
 from cliphar.runtime._cpu import cpu_quota
 from cliphar.runtime._onnx import OnnxRuntime
@@ -84,7 +86,7 @@ def load_runtime(
 
 
 def choose_runtime(bundle: Bundle, threads: int | None = None) -> RuntimeChoice:
-    """The fastest runtime whose engine is installed; measured once on this machine, then remembered.
+    """The fastest runtime whose engine is installed and that answers as proved; measured once here, then remembered.
 
     A torch program is not among them: it is run when it is asked for by name. Nothing is measured where there is
     only one. What was measured lies in runtimes.json in the models' store, under a key of the files, the engines'
@@ -128,17 +130,22 @@ def _cpu_model() -> str:
 
 
 def _measure(bundle: Bundle, names: list[str], threads: int) -> RuntimeChoice:
-    side = bundle.info.image.size
-    images = np.random.default_rng(0).integers(0, 256, (_BATCH, side, side, 3), dtype=np.uint8)
+    images = _samples(bundle)
     runtimes: dict[str, Runtime] = {}
+    answers: dict[str, NDArray[np.float32]] = {}
     failed: dict[str, str] = {}
     for name in names:
         try:
             runtimes[name] = load_runtime(bundle, name, threads=threads)
-            runtimes[name].encode_images(images)
+            answers[name] = runtimes[name].encode_images(images)
         except ClipharError as error:
             runtimes.pop(name, None)
             failed[name] = str(error)
+    for name in list(runtimes):
+        wrong = _unlike(bundle, name, answers)
+        if wrong:
+            del runtimes[name]
+            failed[name] = wrong
     best = dict.fromkeys(runtimes, np.inf)
     for _ in range(_ROUNDS):  # in turns, so that a change of the machine's speed meets all alike
         for name, runtime in runtimes.items():
@@ -149,6 +156,28 @@ def _measure(bundle: Bundle, names: list[str], threads: int) -> RuntimeChoice:
         raise UsageError(f"no runtime of bundle '{bundle.info.name}' runs here: {'; '.join(failed.values())}")
     speeds = {name: round(_BATCH / seconds, 1) for name, seconds in best.items()}
     return RuntimeChoice(max(speeds, key=lambda name: speeds[name]), speeds, failed)
+
+
+def _samples(bundle: Bundle) -> NDArray[np.uint8]:
+    spec = bundle.info.image
+    squares = [
+        to_square(decode_image(file), spec.size, spec.max_aspect) for file in sorted(packaged("samples").glob("*.jpg"))
+    ]
+    return np.resize(np.stack(squares), (_BATCH, spec.size, spec.size, 3))
+
+
+def _unlike(bundle: Bundle, name: str, answers: dict[str, NDArray[np.float32]]) -> str | None:
+    """Why a runtime that was proved elsewhere is not to be trusted here, or None.
+
+    8-bit products overflow on x86 processors without VNNI instructions, and engines differ between versions.
+    """
+    parity = bundle.info.files[bundle.runtimes[name]].parity
+    if not parity or "cosine_min" not in parity or "onnx" not in answers:
+        return None
+    cosine = float((answers["onnx"] * answers[name]).sum(1).mean())
+    if cosine >= parity["cosine_min"]:
+        return None
+    return f"its answers are unlike the reference's here: mean cosine {cosine:.3f}, proved {parity['cosine_min']:.3f}"
 
 
 def _read(memory: Path) -> dict[str, dict[str, object]]:
