@@ -14,7 +14,7 @@ from cliphar.labels import UNKNOWN
 from cliphar.media import ImageLike, decode_image
 from cliphar.recognizer import Prediction, Recognizer, to_predictions
 from cliphar.timeline._changes import Changes
-from cliphar.timeline._tracker import Tracker, choose
+from cliphar.timeline._tracker import LIVE_CHANGE, Tracker, choose
 from cliphar.timeline._types import Segment
 
 __all__ = ["Live", "LiveAnswer"]
@@ -67,7 +67,7 @@ class Live:
         self._recognizer = recognizer
         self._choice = choose(recognizer, labels, coverage, False, fps)
         self._top_k = top_k
-        self._changes, self._tracker = Changes(), Tracker(self._choice)
+        self._changes, self._tracker = Changes(), Tracker(self._choice, LIVE_CHANGE)
         self._vector: NDArray[np.float32] | None = None
         self._first_s: float | None = None
         self._last_s = self._since_s = 0.0

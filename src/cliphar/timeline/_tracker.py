@@ -16,12 +16,13 @@ from cliphar.recognizer import Recognizer, to_predictions
 from cliphar.timeline._types import Segment
 from cliphar.timeline._viterbi import Viterbi
 
-__all__ = ["Choice", "Tracker", "choose"]
+__all__ = ["LIVE_CHANGE", "Choice", "Tracker", "choose"]
 
-# chosen by judgement: docs/video.md
-EVIDENCE = 4.0  # what a second of frames weighs, in frames seen independently of each other
+# chosen on composed videos: docs/video.md
+EVIDENCE = 0.5  # what a second of frames weighs, in photos: frames of a shot are much alike and err together
 CHANGE = 6.0  # what a change of action costs within a shot, in nats
-CHANGE_AT_CUT = 1.0  # and at a cut
+CHANGE_AT_CUT = 5.0  # and at a cut; most cuts show the same action from elsewhere
+LIVE_CHANGE = 3.0  # of a camera, where one waits for the answer
 PRESENT = 0.25  # of several actions at once: the share of the softmax at which one is as likely there as not
 _FLOOR = 1e-3  # no single frame may rule a label out
 _MAX_LAG_S = 20.0
@@ -106,10 +107,15 @@ class Tracker:
     With one action at a time the states are the labels and ``unknown``, whose cosine is the bundle's threshold, so
     that a label wins only with evidence that a photo would need too. With several, each label is there or not, on its
     own. The evidence of a frame is its log probability times its share of time.
+
+    Args:
+        choice: what was asked for.
+        change: what a change of action costs within a shot, in nats; at a cut it is never more than ``CHANGE_AT_CUT``.
     """
 
-    def __init__(self, choice: Choice) -> None:
+    def __init__(self, choice: Choice, change: float = CHANGE) -> None:
         self.choice = choice
+        self._change = change
         self._lag = max(2, round(_MAX_LAG_S * choice.fps))
         self._chains: dict[int, _Chain] = {}
         if not choice.multi_label:
@@ -129,7 +135,7 @@ class Tracker:
         before = None if self.choice.multi_label else self.current
         chances = _chances(cosines, self.choice.calibration)
         weight = EVIDENCE * passed
-        cost = CHANGE_AT_CUT if cut else CHANGE
+        cost = min(CHANGE_AT_CUT, self._change) if cut else self._change
         if not self.choice.multi_label:
             closed = self._chains[-1].push(from_s, cosines, weight * np.log(np.maximum(chances, _FLOOR)), cost)
             self._remember(cosines, passed, fresh=first or cut or before != self.current)
