@@ -120,7 +120,7 @@ def _small(image: Image.Image, side: int, max_aspect: float) -> NDArray[np.uint8
 def _decode(photo: Photo, side: int, max_aspect: float, frames: int) -> NDArray[np.uint8] | MediaError:
     try:
         if is_clip_name(photo.key):
-            return np.stack([_small(frame, side, max_aspect) for frame in clip_frames(photo.content, frames)])
+            return np.stack([_small(frame, side, max_aspect) for frame in clip_frames(photo.content, frames, side)])
         return _small(decode_image(photo.content, min_side=side), side, max_aspect)[None]
     except MediaError as error:
         return error

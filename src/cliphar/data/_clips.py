@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-import io
-
 from PIL import Image
 
-from cliphar.errors import MediaError, UsageError
+from cliphar.errors import MediaError
+from cliphar.media import VideoReader
 
 __all__ = ["clip_frames"]
 
 
-def clip_frames(content: bytes, count: int) -> list[Image.Image]:
-    """``count`` RGB frames of an encoded clip: the middles of as many equal parts; a shorter clip repeats some.
+def clip_frames(content: bytes, count: int, min_side: int = 0) -> list[Image.Image]:
+    """``count`` RGB frames of an encoded clip: what is seen in the middles of as many equal parts.
+
+    ``min_side`` above 0 allows them smaller, down to that short side.
 
     Raises:
-        MediaError: not a video, damaged, or without a frame.
+        MediaError: not a video, or damaged.
         UsageError: PyAV is not installed.
     """
-    try:
-        import av
-    except ImportError as error:
-        raise UsageError("clips need PyAV; run: pip install 'cliphar[video]'") from error
-    kept: dict[int, Image.Image] = {}
-    try:
-        # twice: the number of frames that a file claims is often wrong or absent
-        with av.open(io.BytesIO(content), "r") as file:
-            total = sum(1 for _ in file.decode(video=0))
-        wanted = [int((k + 0.5) * total / count) for k in range(count)]
-        with av.open(io.BytesIO(content), "r") as file:
-            for number, frame in enumerate(file.decode(video=0)):
-                if number in wanted:
-                    kept[number] = Image.fromarray(frame.to_ndarray(format="rgb24"))
-    except (av.error.FFmpegError, IndexError, ValueError) as error:
-        raise MediaError(f"the clip cannot be read: {error}") from error
-    if not total:
-        raise MediaError("the clip has no frames")
-    return [kept[number] for number in wanted]
+    with VideoReader(content) as reader:
+        duration_s = reader.info.duration_s or _length(content)
+        # twice as many as are asked for: every other one is a middle
+        samples = list(reader.sample(2 * count / duration_s))
+        if reader.warning:
+            raise MediaError(f"the clip is not whole: {reader.warning}")
+    middles = [frame for _, frame in samples[1::2]] or [samples[0][1]]
+    # a duration that the file rounds may be a frame off
+    return [middles[min(k, len(middles) - 1)].image(min_side) for k in range(count)]
+
+
+def _length(content: bytes) -> float:
+    with VideoReader(content) as reader:
+        for _ in reader.frames():
+            pass
+        return reader.end_s

@@ -88,10 +88,12 @@ class Frame:
     def image(self, min_side: int = 0) -> Image.Image:
         """Upright RGB with square pixels; ``min_side`` above 0 allows it smaller, down to that short side."""
         width, height = max(1, round(self._raw.width * self._pixel_aspect)), self._raw.height
+        way = "BICUBIC"
         if min_side:
             scale = min(1.0, min_side / min(width, height))
+            way = "AREA" if scale <= 0.5 else way  # as good where much is averaged, in half the time
             width, height = max(1, round(width * scale)), max(1, round(height * scale))
-        rgb = self._raw.reformat(width, height, format="rgb24", interpolation="BICUBIC").to_ndarray()
+        rgb = self._raw.reformat(width, height, format="rgb24", interpolation=way).to_ndarray()
         image = Image.fromarray(rgb)
         turn = _TURNS.get(round(self._raw.rotation / 90) * 90 % 360)
         return image if turn is None else image.transpose(turn)
@@ -129,6 +131,10 @@ class VideoReader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; nothing may be read after."""
         self._container.close()
 
     @property
@@ -186,7 +192,13 @@ class VideoReader:
         pixel_aspect = float(stream.sample_aspect_ratio or 1)
         self._wanted_s, self._jumped = 0.0, False
         last, shift, seen = 0.0, 0.0, 0
+        before, anew = -(2**62), False
         for packet in self._packets(jump=fps is not None):
+            if packet.is_corrupt:
+                self._skipped(last, None)
+                packet.pts = None  # it may have been read from the damage
+            elif packet.dts is not None and packet.time_base:
+                anew, before = anew or packet.dts < before - 1 / packet.time_base, packet.dts
             try:
                 decoded = packet.decode()
             except av.error.FFmpegError as error:
@@ -199,7 +211,10 @@ class VideoReader:
                 if self._jumped and time_s <= last:  # a jump may land a little before where it was aimed
                     continue
                 self._jumped = False
-                if seen and time_s < last - 1:  # clips joined end to end start their clocks anew
+                if seen and time_s < last - 1:
+                    if not anew:  # a frame that damage held back
+                        continue
+                    anew = False  # clips joined end to end start their clocks anew
                     shift += last + frame_s - time_s
                     time_s = last + frame_s
                 time_s = max(time_s, last)
@@ -210,6 +225,9 @@ class VideoReader:
                 last, seen = time_s, seen + 1
                 self.end_s = time_s + frame_s
                 yield time_s, Frame(raw, pixel_aspect)
+        self._check_end(seen)
+
+    def _check_end(self, seen: int) -> None:
         if not seen:
             reason = self.problems[0] if self.problems else "no picture can be decoded"
             raise MediaError(f"{self.name} is damaged: {reason}")

@@ -9,8 +9,9 @@ __all__ = ["Changes"]
 
 _SAME = 8.0  # of 255: the cell that changed most may differ by so much (a cell is 1/1024 of the picture)
 _CUT = 24.0  # of 255: the mean difference that is taken for a cut
-_CHECK_S = 2.0  # an embedding is kept no longer; then it is computed anew and the two are compared
-_ALLOWED = 0.02  # 1 - cosine: a check that finds more halves what counts as the same
+_CHECK_S = 2.0  # an embedding is kept so long; then it is computed anew and the two are compared
+_LONGEST_S = 16.0  # a check that finds no more than is allowed doubles that, up to here
+_ALLOWED = 0.02  # 1 - cosine: a check that finds more halves what counts as the same, and the times begin anew
 
 
 class Changes:
@@ -21,7 +22,7 @@ class Changes:
 
     def __init__(self) -> None:
         self.worst: float | None = None
-        self._same = _SAME
+        self._same, self._check_s = _SAME, _CHECK_S
         self._kept: NDArray[np.int16] | None = None
         self._before: NDArray[np.int16] | None = None
         self._at_s = 0.0
@@ -32,7 +33,7 @@ class Changes:
         cut = self._before is not None and float(np.abs(now - self._before).mean()) > _CUT
         self._before = now
         same = self._kept is not None and not cut and float(np.abs(now - self._kept).max()) <= self._same
-        check = same and time_s - self._at_s >= _CHECK_S
+        check = same and time_s - self._at_s >= self._check_s
         if not same or check:
             self._kept, self._at_s = now, time_s
         return not same or check, check, cut
@@ -42,4 +43,6 @@ class Changes:
         error = max(0.0, 1 - float(old @ new))
         self.worst = max(error, self.worst or 0.0)
         if error > _ALLOWED:
-            self._same = max(1.0, self._same / 2)
+            self._same, self._check_s = max(1.0, self._same / 2), _CHECK_S
+        else:
+            self._check_s = min(2 * self._check_s, _LONGEST_S)

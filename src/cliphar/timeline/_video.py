@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -64,6 +66,16 @@ def stream_video(
     return _stream(recognizer, VideoReader(source), choice)
 
 
+@dataclass(frozen=True)
+class _Look:
+    """A frame that was looked at: the model's input if it has to be embedded, and what ``Changes`` says of it."""
+
+    time_s: float
+    square: NDArray[np.uint8] | None
+    check: bool
+    cut: bool
+
+
 def _stream(
     recognizer: Recognizer, reader: VideoReader, choice: Choice
 ) -> Generator[Progress | Segment | Timeline, None, None]:
@@ -71,34 +83,53 @@ def _stream(
     segments: list[Segment] = []
     frames = embedded = 0
     vector: NDArray[np.float32] | None = None
-    with reader:
-        samples = reader.sample(choice.fps)
-        while batch := list(islice(samples, _AHEAD)):
-            seen = [(time_s, *changes.look(frame.luma, time_s)) for time_s, frame in batch]
-            changed = [frame for (_, frame), (_, fresh, _, _) in zip(batch, seen, strict=True) if fresh]
-            vectors = iter(_embed(recognizer, changed))
-            for time_s, fresh, check, cut in seen:
-                if fresh or vector is None:
+    samples = reader.sample(choice.fps)
+
+    def look() -> list[_Look]:
+        looks = []
+        for time_s, frame in islice(samples, _AHEAD):
+            fresh, check, cut = changes.look(frame.luma, time_s)
+            looks.append(_Look(time_s, to_input(recognizer, frame) if fresh else None, check, cut))
+        return looks
+
+    # the next frames are decoded while the model runs on these
+    pool = ThreadPoolExecutor(1, thread_name_prefix="video")
+    try:
+        ahead, checks = pool.submit(look), list[tuple[NDArray[np.float32], NDArray[np.float32]]]()
+        while True:
+            batch = ahead.result()
+            for old, new in checks:  # here, where no look is under way: the same video always gets the same answer
+                changes.checked(old, new)
+            if not batch:
+                break
+            ahead, checks = pool.submit(look), []
+            vectors = iter(_embed(recognizer, [one.square for one in batch if one.square is not None]))
+            for one in batch:
+                if one.square is not None:
                     new = next(vectors)
-                    if check and vector is not None:
-                        changes.checked(vector, new)
+                    if one.check and vector is not None:
+                        checks.append((vector, new))
                     vector, embedded = new, embedded + 1
+                assert vector is not None  # noqa: S101 - the first frame is always fresh
                 frames += 1
-                for segment in tracker.push(time_s, vector, cut):
+                for segment in tracker.push(one.time_s, vector, one.cut):
                     segments.append(segment)
                     yield segment
-            yield Progress(batch[-1][0], reader.info.duration_s)
+            yield Progress(batch[-1].time_s, reader.info.duration_s)
         for segment in tracker.flush(reader.end_s):
             segments.append(segment)
             yield segment
         ordered = tuple(sorted(segments, key=lambda segment: (segment.start_s, segment.end_s)))
         yield Timeline(reader.end_s, ordered, frames, embedded, changes.worst, reader.warning)
+    finally:
+        # after the look that may be under way, and without waiting: the garbage collector may bring us here
+        pool.submit(reader.close)
+        pool.shutdown(wait=False)
 
 
-def _embed(recognizer: Recognizer, frames: list[Frame]) -> Iterator[NDArray[np.float32]]:
-    for at in range(0, len(frames), recognizer.batch_size):
-        squares = [to_input(recognizer, frame) for frame in frames[at : at + recognizer.batch_size]]
-        yield from recognizer.runtime.encode_images(np.stack(squares))
+def _embed(recognizer: Recognizer, squares: list[NDArray[np.uint8]]) -> Iterator[NDArray[np.float32]]:
+    for at in range(0, len(squares), recognizer.batch_size):
+        yield from recognizer.runtime.encode_images(np.stack(squares[at : at + recognizer.batch_size]))
 
 
 def to_input(recognizer: Recognizer, frame: Frame) -> NDArray[np.uint8]:
