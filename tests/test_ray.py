@@ -94,14 +94,17 @@ def test_the_job_of_the_cluster_file(clean_env: dict[str, str], photos: list[Pat
             if b"Ray runtime started" in (tmp_path / "log").read_bytes():
                 break
             time.sleep(1)
-        done = subprocess.run(
-            [sys.executable, "-m", *command],
-            capture_output=True,
-            text=True,
-            env=environment,
-            timeout=300,
-            check=False,
-        )
+
+        def submit(**other: str) -> subprocess.CompletedProcess[str]:
+            job = [sys.executable, "-m", *command]
+            return subprocess.run(
+                job, capture_output=True, text=True, env=environment | other, timeout=300, check=False
+            )
+
+        stranger = submit(RAY_AUTH_TOKEN=secrets.token_hex(16), RAY_py_gcs_connect_timeout_s="1")
+        assert stranger.returncode == 1
+        assert stranger.stderr.splitlines()[-1].startswith("cliphar: Failed to connect to Ray cluster at ")
+        done = submit()
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("2 photos answered in 1 parts")
         assert head.poll() is None  # the cluster is its owner's to stop

@@ -16,7 +16,7 @@ from typing import Any
 import typer
 
 from cliphar.cli._output import Writer, named_error, printable
-from cliphar.errors import MediaError, UsageError
+from cliphar.errors import ClipharError, MediaError, UsageError
 
 __all__ = ["predict_on_ray"]
 
@@ -136,7 +136,12 @@ def _run(parts: list[dict[str, str]], task: _Task) -> tuple[int, list[str]]:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     started = not ray.is_initialized()
     if started:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        except ConnectionError as error:
+            raise ClipharError(
+                f"{error}; see that RAY_ADDRESS, RAY_AUTH_MODE and RAY_AUTH_TOKEN are its own"
+            ) from error
     try:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False

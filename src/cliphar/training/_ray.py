@@ -41,9 +41,9 @@ def train_on_ray(recipe: Recipe, workers: int, *, resume: bool = False) -> Bundl
     except ImportError as error:
         raise UsageError("training on Ray needs a package; run: pip install 'cliphar[ray]'") from error
     started = not ray.is_initialized()
-    if started:
-        ray.init(log_to_driver=True, include_dashboard=False)
     try:
+        if started:
+            ray.init(log_to_driver=True, include_dashboard=False)
         use_gpu = ray.cluster_resources().get("GPU", 0) >= workers  # type: ignore[no-untyped-call]
         with tempfile.TemporaryDirectory() as storage:
             TorchTrainer(
