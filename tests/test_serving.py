@@ -6,6 +6,7 @@ import asyncio
 import base64
 import hashlib
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urljoin, urlsplit
 
 import httpx
 import numpy as np
@@ -115,6 +117,8 @@ def test_earlier_clients_are_answered(api: str, photos: list[Path]) -> None:
     assert one["model_name"] == "mini"
     assert one["inference_time"] > 0
     assert "switched off" in problem(httpx.post(f"{api}/predict", json={"image_url": "http://example.org/a.jpg"}), 403)
+    asked = {"images": ["https://example.org/a.jpg"]}
+    assert "switched off" in problem(httpx.post(f"{api}/v1/predict", json=asked), 403)
     assert problem(httpx.post(f"{api}/predict", json={}), 422)
 
 
@@ -485,3 +489,13 @@ def test_what_is_no_clip_is_refused(api: str, clip: bytes) -> None:
     assert problem(httpx.post(f"{api}/v1/video", files={"other": clip}), 422)
     assert problem(httpx.post(f"{api}/v1/video", json={}), 415)
     assert problem(httpx.post(f"{api}/v1/video", content=clip, headers=kind, params={"fps": 0}), 422)
+
+
+@pytest.mark.parametrize("page", ["docs", "redoc"])
+def test_the_documentation_needs_no_other_site(api: str, page: str) -> None:
+    found = httpx.get(f"{api}/{page}").text
+    parts = re.findall(r'(?:src|href)="([^"]+)"', found)
+    assert parts
+    for part in parts:
+        assert httpx.get(urljoin(f"{api}/{page}", part)).status_code == 200
+        assert urlsplit(urljoin(api, part)).netloc == urlsplit(api).netloc
