@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
+import httpx
 import pytest
 
 from cliphar.serving import Settings, _urls
 from cliphar.serving._problems import ProblemError
 from cliphar.serving._urls import fetch_image, is_public
+from serving_process import problem, serving
 
 PRIVATE = [
     "127.0.0.1", "10.1.2.3", "192.168.0.1", "172.16.0.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1",  # noqa: S104
@@ -85,3 +89,14 @@ def test_what_is_fetched(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
         fetch(f"http://{site}/moved")
     with pytest.raises(ProblemError, match="over 1 MB"):
         fetch(f"http://{site}/large")
+
+
+def test_one_address_that_gives_nothing_does_not_cost_the_others(clean_env: dict[str, str], photos: list[Path]) -> None:
+    photo = base64.b64encode(photos[0].read_bytes()).decode()
+    with serving(clean_env, "--image-urls") as (url, _):
+        answer = httpx.post(f"{url}/v1/predict", json={"images": [photo, "http://[nonsense/photo"]}, timeout=60)
+        first, second = answer.json()["predictions"]
+        assert first["label"]
+        assert second == {"error": "'http://[nonsense/photo' is not an address"}
+        refused = httpx.post(f"{url}/v1/predict", json={"images": [photo, f"{url}/photo"]}, timeout=60)
+        assert "is not a public address" in problem(refused, 403)

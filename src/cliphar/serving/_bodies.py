@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import Request
@@ -13,6 +15,8 @@ from starlette.datastructures import FormData, UploadFile
 from cliphar.errors import MediaError
 from cliphar.recognizer import Prediction
 from cliphar.serving._problems import ProblemError
+from cliphar.serving._settings import Settings
+from cliphar.serving._urls import fetch_image
 
 __all__ = ["PREDICT_BODY", "Answers", "Asked", "answers", "decode_base64", "read_asked"]
 
@@ -22,7 +26,13 @@ class Asked(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    images: Annotated[list[str], Field(min_length=1, description="Photos in base64; a data: URL will do.")]
+    images: Annotated[
+        list[str],
+        Field(
+            min_length=1,
+            description="Photos in base64; a data: URL will do, and an http(s) one where that is switched on.",
+        ),
+    ]
     labels: Annotated[
         list[str] | str | None,
         Field(description="A list of words, words with commas between them, or a vocabulary's name."),
@@ -90,16 +100,18 @@ def decode_base64(text: str) -> bytes:
         raise ProblemError(422, f"an image is not base64: {error}") from error
 
 
-async def read_asked(request: Request) -> tuple[list[bytes], Asked]:
-    """Photos and question of a multipart, JSON or raw image body.
+async def read_asked(request: Request, settings: Settings) -> tuple[Sequence[bytes | MediaError], Asked]:
+    """Photos, or why one cannot be had, and question of a multipart, JSON or raw image body.
 
     Raises:
-        ProblemError: 415 for another kind of body, 422 for one that does not hold what it should.
+        ProblemError: 415 for another kind of body, 422 for one that does not hold what it should, 403 for an address
+            that may not be fetched.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
         asked = _checked(await _json(request))
-        return [decode_base64(text) for text in asked.images], asked
+        settings.check_images(len(asked.images))  # before any of them is fetched
+        return await asyncio.gather(*(_image(text, settings) for text in asked.images)), asked
     if kind == "multipart/form-data":
         async with request.form(max_files=1000, max_fields=1000) as form:
             contents = [await part.read() for part in form.getlist("images") if isinstance(part, UploadFile)]
@@ -107,6 +119,17 @@ async def read_asked(request: Request) -> tuple[list[bytes], Asked]:
     if kind.startswith("image/") or kind == "application/octet-stream":
         return [await request.body()], _checked(_question(request.query_params) | {"images": ["-"]})
     raise ProblemError(415, "send multipart/form-data with images, a raw image/* body, or application/json")
+
+
+async def _image(text: str, settings: Settings) -> bytes | MediaError:
+    if not text.startswith(("http://", "https://")):
+        return decode_base64(text)
+    try:
+        return await fetch_image(text, settings)
+    except ProblemError as problem:
+        if problem.status == 403:
+            raise
+        return MediaError(problem.detail)  # the other photos are answered
 
 
 async def _json(request: Request) -> Any:

@@ -24,7 +24,7 @@ _Name = Annotated[str, Path(min_length=1, max_length=200, pattern=r"^[^/\x00-\x1
 @router.post("/predict", response_model=Answers, response_model_exclude_none=True, openapi_extra=PREDICT_BODY)
 async def predict(request: Request, service: TheService) -> dict[str, Any]:
     """What the people in the photos are doing: multipart ``images``, one raw image, or JSON with base64."""
-    contents, asked = await read_asked(request)
+    contents, asked = await read_asked(request, service.settings)
     found = await service.answer(contents, asked.labels, asked.top_k, asked.coverage)
     return answers(service.recognizer.bundle.info.name, found)
 
@@ -32,7 +32,7 @@ async def predict(request: Request, service: TheService) -> dict[str, Any]:
 @router.post("/embed", openapi_extra=PREDICT_BODY)
 async def embed(request: Request, service: TheService) -> dict[str, Any]:
     """The photos' embeddings, unit length; one that cannot be read has its error instead."""
-    contents, _ = await read_asked(request)
+    contents, _ = await read_asked(request, service.settings)
     found = await service.embed(contents)
     if all(isinstance(one, MediaError) for one in found):
         raise ProblemError(422, "; ".join(dict.fromkeys(str(one) for one in found)))
@@ -128,10 +128,7 @@ async def teach(name: _Name, request: Request, service: TheService) -> dict[str,
         raise ProblemError(415, "send multipart/form-data with images")
     async with request.form(max_files=1000, max_fields=1000) as form:
         photos = [await part.read() for part in form.getlist("images") if isinstance(part, UploadFile)]
-    if len(photos) > service.settings.max_images:
-        raise ProblemError(
-            413, f"{len(photos)} images are too many for one call; at most {service.settings.max_images}"
-        )
+    service.settings.check_images(len(photos))
     lesson = await asyncio.to_thread(service.state.teach, name, photos)
     return lesson.to_dict()
 

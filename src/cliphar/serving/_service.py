@@ -77,18 +77,23 @@ class Service:
         """ProblemError 503 if what is done inside takes longer than a request may."""
         return self.engine.in_time(self.settings.deadline_s)
 
-    async def embed(self, contents: Sequence[bytes], *, again: bool = True) -> list[NDArray[np.float32] | MediaError]:
-        """An embedding for each photo, or why it has none; see :meth:`Engine.embed`."""
+    async def embed(
+        self, contents: Sequence[bytes | MediaError], *, again: bool = True
+    ) -> list[NDArray[np.float32] | MediaError]:
+        """An embedding for each photo, or why it has none, which may be known before; see :meth:`Engine.embed`."""
         if not contents:
             raise ProblemError(422, "no images; give at least one")
-        if len(contents) > self.settings.max_images:
-            raise ProblemError(
-                413, f"{len(contents)} images are too many for one call; at most {self.settings.max_images}"
-            )
-        return await self.engine.embed(contents, self.settings.deadline_s, again=again)
+        self.settings.check_images(len(contents))
+        good = [one for one in contents if not isinstance(one, MediaError)]
+        found = iter(await self.engine.embed(good, self.settings.deadline_s, again=again))
+        return [one if isinstance(one, MediaError) else next(found) for one in contents]
 
     async def answer(
-        self, contents: Sequence[bytes], labels: Sequence[str] | str | None, top_k: int, coverage: float
+        self,
+        contents: Sequence[bytes | MediaError],
+        labels: Sequence[str] | str | None,
+        top_k: int,
+        coverage: float,
     ) -> list[Prediction | MediaError]:
         """An answer for each photo, or why it has none; ``labels`` as a text names a vocabulary or has commas."""
         async with self.in_time():  # new words take the text tower's time, whatever the photos took

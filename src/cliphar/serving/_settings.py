@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from cliphar.bundle import store
+from cliphar.serving._problems import ProblemError
 
 __all__ = ["Settings"]
 
@@ -38,3 +39,8 @@ class Settings(BaseModel):
     rate_per_minute: Annotated[int, Field(ge=1)] | None = None
     cors_origins: tuple[str, ...] = ()
     image_urls: bool = False
+
+    def check_images(self, count: int) -> None:
+        """ProblemError 413 if a call may not have so many images."""
+        if count > self.max_images:
+            raise ProblemError(413, f"{count} images are too many for one call; at most {self.max_images}")

@@ -44,9 +44,9 @@ async def fetch_image(url: str, settings: Settings) -> bytes:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
     except ValueError as error:
-        raise ProblemError(422, "image_url is not an address") from error
+        raise ProblemError(422, f"{url[:100]!r} is not an address") from error
     if parts.scheme not in ("http", "https") or not host or parts.username is not None:
-        raise ProblemError(422, "image_url must be a plain http or https address")
+        raise ProblemError(422, f"{url[:100]!r} is not a plain http or https address")
     try:
         async with asyncio.timeout(_TIMEOUT_S):
             return await _get(url, host, port, parts.netloc, settings.max_body_mb)
