@@ -46,6 +46,35 @@ def test_the_gpu_s_first_missing_thing_is_named(tmp_path: Path, monkeypatch: pyt
     assert _doctor._gpu(["cpu"], tmp_path)[0] is False
     (tmp_path / "nvidia0").touch()
     assert "CPU's build" in _doctor._gpu(["cpu"], tmp_path)[1]
-    assert _doctor._gpu(["cuda", "cpu"], tmp_path)[0] is True
+    # this machine's build has no CUDA, so running a model with it fails
+    assert _doctor._gpu(["cuda", "cpu"], tmp_path)[0] is False
+    assert "provider 'cuda'" in _doctor._gpu(["cuda", "cpu"], tmp_path)[1]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     assert _doctor._gpu(["cuda", "cpu"], tmp_path)[2] == "unset CUDA_VISIBLE_DEVICES"
+
+
+def test_folders_that_cannot_be_written_to_are_told() -> None:
+    done = run(CLIPHAR_HOME="/proc/models", CLIPHAR_STATE="/proc/state")
+    assert done.returncode == 0
+    lines = done.stdout.splitlines()
+    for told in ("models are stored in /proc/models: not", "what a service is taught is kept in /proc/state: not"):
+        at = next(at for at, line in enumerate(lines) if told in line)
+        assert lines[at + 1].startswith("     -> "), done.stdout
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "good", "says"),
+    [
+        ("memory.max", "268435456", False, "memory: 268 MB may be used; more ends in status 137"),
+        ("memory.max", "2147483648", True, "memory: 2147 MB may be used"),
+        ("memory.max", "max", True, "memory: as much as the machine has"),
+        ("memory/memory.limit_in_bytes", "536870912", True, "memory: 537 MB may be used"),
+        ("memory/memory.limit_in_bytes", "9223372036854771712", True, "memory: as much as the machine has"),
+    ],
+)
+def test_the_memory_that_a_container_may_use_is_told(
+    tmp_path: Path, file: str, content: str, good: bool, says: str
+) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(content)
+    assert _doctor._memory(tmp_path)[:2] == (good, says)

@@ -8,23 +8,38 @@ if ! docker info >/dev/null 2>&1; then eval "$(../shared/tools/docker-up)"; fi
 id=cliphar-test-$$
 image=$id:api
 export CLIPHAR_IMAGE=$id COMPOSE_PROJECT_NAME=$id CLIPHAR_PORT=18000 CLIPHAR_APP_PORT=18501
-unset PHOTOS MODEL_PATH CLIPHAR_USER
+unset MODEL_PATH CLIPHAR_USER CLIPHAR_API_KEYS CLIPHAR_API_KEY_FILE
 work=$(mktemp -d)
 passed=0
 begun=$SECONDS
 ok() { passed=$((passed + 1)); echo "ok: $*"; }
 fail() { echo "FAILED: $*" >&2; echo "$passed passed, 1 failed"; exit 1; }
 clean() {
-  docker compose --profile train down -v --remove-orphans >/dev/null 2>&1 || true
+  jobs -p | xargs -r kill 2>/dev/null || true
+  for project in "$id" "$id-other" "$id-watch"; do
+    docker compose -p "$project" --profile train --profile monitoring down -v --remove-orphans >/dev/null 2>&1 || true
+  done
   docker rm -f -v "$id" >/dev/null 2>&1 || true
-  docker volume rm -f "$id" >/dev/null 2>&1 || true
-  docker image rm -f "$image" "$id:app" "$id:train" "$id:changed" >/dev/null 2>&1 || true
+  docker volume rm -f "$id" "${id}_postgres" >/dev/null 2>&1 || true
+  docker image rm -f "$image" "$id:app" "$id:train" "$id:changed" "$id-watch:api" "$id:openvino" "$id:prometheus" "$id:postgres" >/dev/null 2>&1 || true
   rm -rf "$work"
 }
 trap clean EXIT
 chmod 755 "$work"
 samples=$PWD/src/cliphar/assets/samples
 run() { docker run --rm --read-only --tmpfs /tmp --network none --memory 512m --cpus 1 -u 12345:12345 -v "$samples:/work:ro" "$@"; }
+# ask for three minutes until a command succeeds
+await() {
+  for _ in $(seq 600); do "$@" >/dev/null 2>&1 && return; sleep 0.3; done
+  return 1
+}
+# kill the processes of a container that have the word among their arguments, but not its first, which is init
+kill_inside() {
+  docker exec "$1" python3 -c "
+import os, signal
+for pid in filter(str.isdigit, os.listdir('/proc')):
+    if pid != '1' and b'$2' in open(f'/proc/{pid}/cmdline', 'rb').read().split(b'\\0'): os.kill(int(pid), signal.SIGKILL)" || fail "killing $2 inside"
+}
 # run a command that must end with status 1 and one line on standard error
 refused() {
   local code=0
@@ -82,6 +97,18 @@ assert all(set(a) >= {"path", "label", "score", "set", "top"} and 0 < a["score"]
 PY
 ok "photos are recognised as uid 12345, read-only, without a network, in 512 MB and one CPU"
 
+run --entrypoint sh "$image" -c 'python3 - <<PY && cliphar video /tmp/clip.mp4 --json -o /tmp/annotated.mp4 -o /tmp/sheet.png && head -c 12 /tmp/annotated.mp4 | grep -q ftyp
+import av
+from PIL import Image
+with av.open("/tmp/clip.mp4", "w") as out:
+    stream = out.add_stream("libx264", 8, width=320, height=240, pix_fmt="yuv420p")
+    for name in ["portrait.jpg"] * 24 + ["cat.jpg"] * 24:
+        out.mux(stream.encode(av.VideoFrame.from_image(Image.open(name).convert("RGB").resize((320, 240)))))
+    out.mux(stream.encode())
+PY' >"$work/out" 2>"$work/err" || fail "video: $(cat "$work/err")"
+grep '"segments": *\[{' "$work/out" >/dev/null || fail "video: $(cat "$work/out")"
+ok "a video is made, recognised and annotated in the same bounds"
+
 run "$image" doctor >"$work/doctor" || fail "doctor: $(cat "$work/doctor")"
 grep -q 'CPU: 1 of' "$work/doctor" || fail "threads do not follow the quota: $(cat "$work/doctor")"
 ok "threads follow the CPU quota"
@@ -132,74 +159,8 @@ docker stop -t 30 "$id" >/dev/null
 docker rm -f -v "$id" >/dev/null
 ok "docker stop is obeyed at once, and no unnamed volume is made"
 
-docker compose config -q || fail "compose file"
-started=$SECONDS
-docker compose up -d --wait >"$work/up" 2>&1 || { docker compose logs; fail "compose up: $(tail -5 "$work/up")"; }
-ok "docker compose up: both services are healthy after $((SECONDS - started)) s"
-curl -fsS -F images=@"$samples/cat.jpg" http://127.0.0.1:18000/v1/predict | grep '"label"' >/dev/null || fail "the API"
-curl -fsS http://127.0.0.1:18501/ | grep '<title>' >/dev/null || fail "the page"
-ok "the API and the page answer on loopback"
-docker kill -s KILL "$(docker compose ps -q api)" >/dev/null
-docker start "$(docker compose ps -q -a api)" >/dev/null
-for _ in $(seq 60); do curl -fsS http://127.0.0.1:18000/readyz >/dev/null 2>&1 && break; sleep 0.5; done
-curl -fsS http://127.0.0.1:18000/readyz >/dev/null || fail "the API does not come back"
-ok "the API comes back after it was killed"
-code=0
-docker compose stop -t 30 api >/dev/null 2>&1
-code=$(docker inspect -f '{{.State.ExitCode}}' "$(docker compose ps -q -a api)")
-[[ $code == 0 || $code == 143 ]] || fail "the API stopped with $code"
-ok "the API stops when told"
-docker compose down -v >/dev/null 2>&1
-
-docker run -d --name "$id" --read-only --tmpfs /tmp -u 12345 -p 127.0.0.1:18500:8501 "$id:app" up --host 0.0.0.0 >/dev/null
-for _ in $(seq 120); do [[ $(docker inspect -f '{{.State.Health.Status}}' "$id") == healthy ]] && break; sleep 0.5; done
-[[ $(docker inspect -f '{{.State.Health.Status}}' "$id") == healthy ]] || { docker logs "$id"; fail "the page and the API in one container"; }
-docker exec "$id" python3 -c "
-import os, signal
-for pid in filter(str.isdigit, os.listdir('/proc')):
-    line = open(f'/proc/{pid}/cmdline').read().split('\0')
-    if 'serve' in line: os.kill(int(pid), signal.SIGKILL)" || fail "killing the API inside"
-for _ in $(seq 80); do [[ $(docker inspect -f '{{.State.Running}}' "$id") == false ]] && break; sleep 0.5; done
-[[ $(docker inspect -f '{{.State.Running}} {{.State.ExitCode}}' "$id") == "false 1" ]] || fail "the container outlives its API"
-docker rm -f -v "$id" >/dev/null
-ok "page and API in one container, as any user: if one dies, the container does"
-
-# training: its image, a run that is recorded, and its bundle served from a volume that both see
-photos=../shared/data/har15.tar
-if [[ -f $photos ]]; then
-  mkdir -p "$work/data" "$work/runs" && tar -xf "$photos" -C "$work/data" har15/cycling har15/sleeping har15/hugging
-  find "$work/data" -name '*.avif' | awk -F/ '{ if (n[$(NF - 1)]++ >= 40) print }' | xargs rm -f
-  chmod -R a+rX "$work/data" && chown 12345 "$work/runs"
-  export DATA=$work/data RUNS=$work/runs CLIPHAR_USER=12345:12345 MLFLOW_PORT=15000 CLIPHAR_WHEELS=${PIP_FIND_LINKS:-docker/wheels}
-  train() { docker compose --profile train run --rm --no-TTY "$@"; }
-  started=$SECONDS
-  docker compose --profile train build --quiet train >"$work/train.log" 2>&1 || { tail -30 "$work/train.log"; fail "the training image"; }
-  ok "the training image builds in $((SECONDS - started)) s and has $(($(docker image inspect -f '{{.Size}}' "$id:train") / 1000000)) MB"
-  docker compose --profile train up -d --wait mlflow >"$work/up" 2>&1 || { docker compose --profile train logs mlflow | tail; fail "mlflow"; }
-  train train train recipes/few-shot.yaml data.source=data/har15 name=shots output=runs/shots "track=[mlflow]" >"$work/out" 2>&1 || { cat "$work/out"; fail "training"; }
-  [[ $(stat -c %u "$work/runs/shots/bundle.json") == 12345 ]] || fail "what training wrote belongs to $(stat -c %u "$work/runs/shots")"
-  curl -fsS 'http://127.0.0.1:15000/api/2.0/mlflow/registered-models/search?max_results=5' | grep '"shots"' >/dev/null || fail "MLflow does not know the run"
-  ok "a training as uid 12345 is recorded by MLflow, and its files belong to that user"
-  train --name "$id" -d train train recipes/full.yaml data.source=data/har15 name=long output=runs/long train.epochs=50 "track=[]" >"$work/out" 2>&1 || { cat "$work/out"; fail "starting a long training"; }
-  for _ in $(seq 180); do docker logs "$id" 2>&1 | grep 'step ' >/dev/null && break; sleep 1; done
-  docker stop -t 120 "$id" >/dev/null 2>&1
-  [[ -f $work/runs/long.checkpoint ]] || fail "a training that is stopped leaves no checkpoint"
-  train train train recipes/full.yaml data.source=data/har15 name=long output=runs/long train.epochs=50 "track=[]" --resume >"$work/out" 2>&1 &
-  for _ in $(seq 120); do grep -q 'resumed after step' "$work/out" && break; sleep 1; done
-  grep -q 'resumed after step' "$work/out" || { cat "$work/out"; fail "a training does not resume"; }
-  docker ps -q --filter "label=com.docker.compose.project=$id" --filter "label=com.docker.compose.service=train" | xargs -r docker rm -f >/dev/null
-  wait $! || true
-  ok "a training that was stopped goes on from its checkpoint"
-  train train export runs/shots --to onnx-fp32 >"$work/out" 2>&1 || { cat "$work/out"; fail "export"; }
-  docker run -d --name "$id" -e MODEL_PATH=/runs/shots -v "$work/runs:/runs:ro" -p 127.0.0.1:18000:8000 "$image" >/dev/null
-  for _ in $(seq 60); do curl -fsS http://127.0.0.1:18000/readyz >/dev/null 2>&1 && break; sleep 0.5; done
-  curl -fsS http://127.0.0.1:18000/v1/models | grep '"cycling"' >/dev/null || { docker logs "$id"; fail "serving the trained bundle"; }
-  docker rm -f "$id" >/dev/null
-  ok "the bundle that was trained and exported is served by the api image"
-  docker compose --profile train down -v >/dev/null 2>&1
-else
-  echo "skipped: the path from training to serving needs photos at $photos"
-fi
+source tests/container/services.sh
+source tests/container/training.sh
 
 echo "$passed passed, 0 failed"
 echo "$((SECONDS - begun)) s in all" >&2

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
@@ -35,7 +36,7 @@ class RemoteBackend:
 
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
-        self._key = os.environ.get("CLIPHAR_API_KEY") or None
+        self._key = _key()
         self._client = Client(self._url, api_key=self._key)
         self._trial: str | None = None
         self._told: dict[str, Any] = {}
@@ -175,3 +176,13 @@ class _Watch:
             raise ClipharError(told["error"])
         top = tuple(Score(one["label"], one["score"]) for one in told["top"])
         return Prediction(told["label"], told["score"], tuple(told["set"]), top, told["evidence"])
+
+
+def _key() -> str | None:
+    file = os.environ.get("CLIPHAR_API_KEY_FILE")
+    if not file:
+        return os.environ.get("CLIPHAR_API_KEY") or None
+    try:
+        return Path(file).read_text(encoding="utf-8").strip() or None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the key in {file}, which CLIPHAR_API_KEY_FILE names: {error}") from error
