@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cliphar.bundle import Bundle, BundleInfo, TextSpec, packaged, write_bundle
 from cliphar.errors import BundleError, UsageError
 from cliphar.recognizer import Recognizer
-from cliphar.runtime import OnnxRuntime, available_providers, cpu_quota
+from cliphar.runtime import OnnxRuntime, _onnx, available_providers, cpu_quota
 
 TEXTS = ["riding a bike", "cooking", "a person who is reading a very old newspaper on a bench in the park", "x"]
 # int8 activations are scaled by what is in the batch, so a neighbour may move an embedding a little
@@ -188,6 +188,20 @@ def test_a_provider_that_is_not_present(runtime: OnnxRuntime) -> None:
             continue
         with pytest.raises(UsageError, match="is not in this ONNX Runtime"):
             OnnxRuntime(runtime.bundle, provider=provider)
+
+
+@pytest.mark.skipif(any(Path("/dev").glob("nvidia[0-9]*")), reason="needs a machine without a GPU of NVIDIA's")
+@pytest.mark.parametrize("provider", [None, "cuda"])
+def test_a_build_for_gpus_says_that_none_is_seen_and_takes_the_cpu(
+    runtime: OnnxRuntime, provider: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    build = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: build)
+    _onnx._without_nvidia.cache_clear()
+    assert [OnnxRuntime(runtime.bundle, provider=provider).name for _ in range(2)] == ["onnx-cpu"] * 2
+    assert [record.message for record in caplog.records] == [
+        "no GPU is seen, so the CPU is used; 'cliphar doctor' says more"
+    ]
 
 
 MakeInfo = Callable[..., BundleInfo]

@@ -16,7 +16,7 @@ left() {
 last=none before=$(left)
 started=$SECONDS
 for cycle in $(seq "$cycles"); do
-  last=$(docker run -d --name "$name" --read-only --tmpfs /tmp -e CLIPHAR_STATE=/models/.state -v "$name:/models" -p 127.0.0.1::8000 "$image")
+  last=$(docker run -d --name "$name" --read-only --tmpfs /tmp -v "$name:/models" -p 127.0.0.1::8000 "$image")
   for _ in $(seq 300); do
     [[ $(docker inspect -f '{{.State.Health.Status}}' "$name") == healthy ]] && break
     sleep 0.2

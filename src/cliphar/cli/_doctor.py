@@ -190,7 +190,7 @@ def _folders() -> Iterator[Finding]:
         "what a service is taught is kept in",
         Path(state) if state else store().parent / "state",
         "CLIPHAR_STATE",
-        "-v cliphar-models:/models -e CLIPHAR_STATE=/models/.state",
+        "-v cliphar-models:/models",
     )
     runs = Path("runs")
     if runs.exists():
@@ -199,7 +199,7 @@ def _folders() -> Iterator[Finding]:
 
 def _folder(purpose: str, folder: Path, variable: str, option: str) -> Finding:
     """Whether this user may write there, or make it, by writing: a mount's own rules are not in the file's mode."""
-    place = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    place = next(parent for parent in (folder, *folder.parents) if os.access(parent, os.F_OK))
     try:
         with tempfile.TemporaryFile(dir=place):
             free = shutil.disk_usage(place).free / 1e9

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["OnnxRuntime", "available_providers"]
 
+_LOG = logging.getLogger("cliphar.runtime")
+_NVIDIA = {"tensorrt", "cuda"}
 _PREFERENCE = {
     "tensorrt": "TensorrtExecutionProvider",
     "cuda": "CUDAExecutionProvider",
@@ -34,14 +40,23 @@ def available_providers() -> list[str]:
     return [short for short, name in _PREFERENCE.items() if name in present]
 
 
+@cache
+def _without_nvidia() -> bool:
+    """Whether no GPU of NVIDIA's can be here, which is said once: ONNX Runtime would try, and fail in many lines."""
+    if sys.platform != "linux" or any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists():
+        return False
+    _LOG.warning("no GPU is seen, so the CPU is used; 'cliphar doctor' says more")
+    return True
+
+
 class OnnxRuntime:
     """A bundle's image.onnx, or another ONNX graph that export made of it, and its text.onnx.
 
     Args:
         bundle: a bundle that was read.
         file: the bundle's image graph to run.
-        provider: ``cpu``, ``cuda``, ``tensorrt`` or ``openvino``; None takes the best present, and goes on to the
-            next if it does not start.
+        provider: ``cpu``, ``cuda``, ``tensorrt`` or ``openvino``; None takes the best present. The next is gone on to
+            if it does not start, or no GPU is there for it.
         threads: for the CPU; None takes what the container's quota allows.
 
     Raises:
@@ -96,6 +111,8 @@ def _session(bundle: Bundle, name: str, provider: str | None, threads: int) -> o
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     wanted = [provider] if provider else available_providers()
+    if not _NVIDIA.isdisjoint(wanted) and _without_nvidia():
+        wanted = [short for short in wanted if short not in _NVIDIA] or ["cpu"]
     providers = [_PREFERENCE[short] for short in wanted]
     if providers[-1] != _PREFERENCE["cpu"]:
         providers.append(_PREFERENCE["cpu"])
