@@ -130,7 +130,7 @@ ok "container-structure-test finds the image as it should be"
 samples=$PWD/src/cliphar/assets/samples
 volume() { install -d -m 2775 -g 10001 "$work/$1" && echo "$1=$work/$1"; } # as fsGroup makes an emptyDir
 address() { echo "http://$(docker port "$id" "$1/tcp" | head -1)"; }
-answers() { for _ in $(seq 120); do curl -fsS "$1" >"$work/answer" 2>/dev/null && return; sleep 0.5; done; docker logs "$id" >&2; fail "$1 does not answer"; }
+answers() { for _ in $(seq 240); do curl -fsS "$1" >"$work/answer" 2>/dev/null && return; sleep 0.5; done; docker logs "$id" >&2; fail "$1 does not answer"; }
 pod() { # FILE KIND NAME CONTAINER, then options of docker run
   mapfile -t arguments < <(python3 tests/container/pod.py run "$1" "$2" "$3" "$4" "${volumes[@]}")
   ((${#arguments[@]})) || fail "no container $4 in $1"
