@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import signal
@@ -219,21 +220,16 @@ def test_workers_agree_and_one_that_dies_is_replaced(env: dict[str, str], photos
         assert supervisor.wait(30) == 0
 
 
-def test_the_runtime_by_flag_and_by_variable(env: dict[str, str], tmp_path: Path) -> None:
+def test_the_runtime_by_flag_and_by_variable(env: dict[str, str]) -> None:
     command = [sys.executable, "-m", "cliphar", "serve", "--port", "0"]
     for told, flag in (({}, ["--runtime", "abacus"]), ({"CLIPHAR_RUNTIME": "abacus"}, [])):
         done = subprocess.run(
             [*command, *flag], env=env | told, capture_output=True, text=True, timeout=120, check=False
         )
         assert done.returncode == 2
-        assert "has no runtime 'abacus' (it has onnx)" in done.stderr
-    mini = read_bundle(packaged("mini"))
-    entry = mini.info.files["image.onnx"].model_copy(update={"runtime": "onnx-copy", "parity": {"photos": 0.0}})
-    info = mini.info.model_copy(update={"files": mini.info.files | {"image.copy.onnx": entry}})
-    files: dict[str, Path | bytes] = {name: mini.path / name for name in mini.info.files}
-    write_bundle(tmp_path / "two", info, files | {"image.copy.onnx": mini.path / "image.onnx"})
-    with serving(env, "--model", str(tmp_path / "two"), "--runtime", "onnx-copy") as (url, _):
-        assert httpx.get(f"{url}/v1/models").json()["models"][0]["runtime"] == "onnx-copy-cpu"
+        assert "has no runtime 'abacus' (it has onnx, onnx-int8)" in done.stderr
+    with serving(env, "--model", str(packaged("mini")), "--runtime", "onnx-int8") as (url, _):
+        assert httpx.get(f"{url}/v1/models").json()["models"][0]["runtime"] == "onnx-int8-cpu"
 
 
 def test_workers_that_cannot_start_say_why_once_each(env: dict[str, str]) -> None:
@@ -242,3 +238,11 @@ def test_workers_that_cannot_start_say_why_once_each(env: dict[str, str]) -> Non
     assert done.returncode == 1
     assert "no model 'no-such'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_mixed_traffic_loses_nothing(clean_env: dict[str, str]) -> None:
+    soak = Path(__file__).parents[1] / "benchmarks" / "serving" / "soak.py"
+    command = [sys.executable, str(soak), "--requests", "600"]
+    done = subprocess.run(command, env=clean_env, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)["lost_or_wrong"] == 0

@@ -1,6 +1,7 @@
 """cliphar serve against plain FastAPI with PyTorch, LitServe and BentoML: one machine, one model, one load generator.
 
     python benchmarks/serving/run.py [--seconds 5] [--rounds 2] [--overload 60] [--out docs/benchmarks]
+    python benchmarks/serving/run.py --alone --model BUNDLE --out elsewhere     cliphar only, with another model
 
 Peers live in an environment of their own, which this makes (.venv-peers) unless --peers names its python.
 All servers stay up; at each number of clients they take turns, so that a machine that slows down slows all of them.
@@ -93,9 +94,9 @@ class Server:
             os.killpg(self.process.pid, signal.SIGKILL)
 
 
-def own_rate(seconds: float) -> float:
+def own_rate(model: str, seconds: float) -> float:
     """Photos a second of the recogniser without HTTP, from bytes."""
-    recognizer = load("mini")
+    recognizer = load(model)
     contents, done = photos(), 0
     list(recognizer.stream(contents[:16]))
     started = time.perf_counter()
@@ -181,14 +182,21 @@ def main() -> None:
     parser.add_argument("--overload", type=float, default=60, help="seconds of ten times too much; 0 leaves it out")
     parser.add_argument("--peers", help="python of an environment that has the peers")
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"))
+    parser.add_argument("--model", default="mini", help="with --alone, any bundle")
+    parser.add_argument("--alone", action="store_true", help="without the peers, which are written for mini")
     given = parser.parse_args()
-    python = given.peers or peers_python()
+    if given.model != "mini" and not given.alone:
+        parser.error("the peers are written for mini; give --alone for another model")
     commands = {
-        "cliphar": ([sys.executable, "-m", "cliphar", "serve", "--model", "mini", "--port", "PORT"], "/readyz"),
-        "FastAPI + PyTorch": ([sys.executable, "peers.py", "plain", "PORT"], "/docs"),
-        "LitServe": ([python, "peers.py", "litserve", "PORT"], "/health"),
-        "BentoML": ([python, "-m", "bentoml", "serve", "peers:Bento", "--port", "PORT"], "/readyz"),
+        "cliphar": ([sys.executable, "-m", "cliphar", "serve", "--model", given.model, "--port", "PORT"], "/readyz")
     }
+    if not given.alone:
+        python = given.peers or peers_python()
+        commands |= {
+            "FastAPI + PyTorch": ([sys.executable, "peers.py", "plain", "PORT"], "/docs"),
+            "LitServe": ([python, "peers.py", "litserve", "PORT"], "/health"),
+            "BentoML": ([python, "-m", "bentoml", "serve", "peers:Bento", "--port", "PORT"], "/readyz"),
+        }
     servers = {}
     try:
         for name, (command, ready) in commands.items():
@@ -200,7 +208,7 @@ def main() -> None:
         own = []
         for _ in range(given.rounds):
             for clients in CLIENTS:
-                own.append(own_rate(given.seconds) if clients == 32 else 0.0)
+                own.append(own_rate(given.model, given.seconds) if clients == 32 else 0.0)
                 for name, server in servers.items():
                     runs[name][clients].append(server.measure(clients, given.seconds))
                     print(f"{clients:>4} {name}: {runs[name][clients][-1].per_s:.1f}/s", flush=True)
