@@ -21,7 +21,7 @@ import httpx
 import psutil
 import pytest
 
-from cliphar.bundle import packaged, read_bundle, write_bundle
+from cliphar.bundle import packaged
 from cliphar.client import AsyncClient, Client
 from cliphar.recognizer import Prediction
 from serving_process import free_port, problem, serving
