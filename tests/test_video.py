@@ -147,6 +147,11 @@ def test_damage_in_the_middle_ends_nothing(tmp_path: Path, fake: Recognizer, suf
     assert "damaged" in timeline.warning
 
 
+def test_ffmpeg_never_waits_for_python_to_log(tmp_path: Path) -> None:
+    with VideoReader(film(tmp_path / "clip.mp4", [RED])):
+        assert av.logging.get_level() is None  # else closing a video in the middle may hang
+
+
 def test_clips_joined_end_to_end_are_one(tmp_path: Path, fake: Recognizer) -> None:
     parts = [film(tmp_path / f"{k}.ts", [colour], codec="mpeg4").read_bytes() for k, colour in enumerate((RED, GREEN))]
     timeline = recognize_video(fake, b"".join(parts))

@@ -55,11 +55,11 @@ def is_video_name(name: str) -> bool:
 
 def require_av() -> None:
     """UsageError, with the command that mends it, unless PyAV is installed."""
+    # av.logging is left alone: at any level ffmpeg's threads wait for Python to log, while Python may wait for them
     try:
-        import av
+        import av  # noqa: F401
     except ImportError as error:
         raise UsageError("video needs PyAV; run: pip install 'cliphar[video]'") from error
-    av.logging.set_level(av.logging.PANIC)  # what matters is raised; the rest would be lines on standard error
 
 
 @dataclass(frozen=True)
