@@ -47,7 +47,7 @@ cat >"$work/some.yaml" <<EOF
 image: {repository: $id, tag: v1}
 model: {image: "$id:model"}
 apiKeys: {existingSecret: keys}
-env: {CLIPHAR_MAX_BATCH: 8}
+env: {CLIPHAR_MAX_BATCH: 8, CLIPHAR_MAX_PIXELS: 50000000}
 page: {enabled: true}
 EOF
 cat >"$work/all.yaml" <<EOF
@@ -159,7 +159,7 @@ docker exec "$id" cat /proc/1/environ | tr '\0' '\n' >"$work/environment"
 for name in $(grep -oE '\{name: (CLIPHAR_[A-Z_]+|MODEL_PATH)' "$work/chart-all.yaml" | cut -d' ' -f2 | grep -vE 'CLIPHAR_(APP_|API_URL|API_KEY$)' | sort -u); do
   grep -q "$name" "$work/help" || fail "'cliphar serve' knows no $name, which the chart sets"
 done
-grep -q '^CLIPHAR_MAX_BATCH=8$' "$work/environment" || fail "env of the values does not arrive"
+grep -q '^CLIPHAR_MAX_BATCH=8$' "$work/environment" && grep -q '^CLIPHAR_MAX_PIXELS=50000000$' "$work/environment" || fail "env of the values does not arrive"
 grace=$(sed -n 's/.*terminationGracePeriodSeconds: //p' "$work/chart-some.yaml")
 docker stop -t "$grace" "$id" >/dev/null
 [[ $(docker inspect -f '{{.State.ExitCode}}' "$id") =~ ^(0|143)$ ]] || fail "the API does not end within $grace s"
