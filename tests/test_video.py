@@ -199,6 +199,16 @@ def test_a_stream_gives_progress_then_segments_then_the_timeline(tmp_path: Path,
     assert any(isinstance(item, Progress) for item in items[first:])  # it did not wait for the end
 
 
+def test_a_stream_may_be_left_in_the_middle(tmp_path: Path, run_python: Callable[[str], str]) -> None:
+    path = film(tmp_path / "clip.mp4", [RED] * 4)
+    said = run_python(
+        "import sys; sys.stderr = sys.stdout\n"
+        "from cliphar import load\nfrom cliphar.timeline import stream_video\n"
+        f"items = stream_video(load('mini'), {str(path)!r}); print(type(next(items)).__name__)"
+    )
+    assert said.split() == ["Progress"]
+
+
 def test_a_flicker_is_smoothed_away() -> None:
     viterbi = Viterbi(2, max_lag=100)
     right, wrong = np.log([0.8, 0.2]), np.log([0.3, 0.7])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import islice
 
@@ -123,7 +123,8 @@ def _stream(
         yield Timeline(reader.end_s, ordered, frames, embedded, changes.worst, reader.warning)
     finally:
         # after the look that may be under way, and without waiting: the garbage collector may bring us here
-        pool.submit(reader.close)
+        with suppress(RuntimeError):  # at the interpreter's end, where there is nothing left to close for
+            pool.submit(reader.close)
         pool.shutdown(wait=False)
 
 
