@@ -43,7 +43,11 @@ class Watch(Protocol):
     """Answers one camera's frames, uint8 RGB [H,W,3], steadily; from one thread."""
 
     def __call__(self, frame: NDArray[np.uint8]) -> Prediction:
-        """The answer at this frame."""
+        """The answer at this frame.
+
+        Raises:
+            ClipharError: there is none; the next frame may have one.
+        """
         ...
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from cliphar.errors import ClipharError
 from cliphar.recognizer import Prediction
 from cliphar.ui._backend import Watch
 
@@ -23,10 +24,13 @@ __all__ = ["Camera"]
 
 _WINDOW_S = 3.0
 _ROWS = 3
+_PAUSE_S = 1.0
 
 
 class Camera:
     """Answers the newest frame it is given and draws the answer on it; frames that come meanwhile are dropped.
+
+    Where there is no answer the bare picture goes on, and another answer is asked for a second later.
 
     Args:
         watch: answers the frames.
@@ -35,6 +39,8 @@ class Camera:
     def __init__(self, watch: Watch) -> None:
         self._watch = watch
         self._lock = threading.Lock()
+        self._trouble: str | None = None
+        self._asks_again = 0.0
         self._times: deque[tuple[float, float]] = deque(maxlen=300)  # when a frame was done, and how long it took
 
     def recv(self, frame: av.VideoFrame) -> av.VideoFrame:
@@ -42,8 +48,15 @@ class Camera:
         import av
 
         started = time.monotonic()
+        if started < self._asks_again:
+            return frame
         pixels = frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
-        drawn = _draw(pixels, self._watch(pixels))
+        try:
+            drawn = _draw(pixels, self._watch(pixels))
+        except ClipharError as error:
+            self._trouble, self._asks_again = str(error), time.monotonic() + _PAUSE_S
+            return frame
+        self._trouble = None
         done = time.monotonic()
         with self._lock:
             self._times.append((done, done - started))
@@ -52,6 +65,11 @@ class Camera:
     def ended(self) -> None:
         """The camera was stopped."""
         self._watch.close()
+
+    @property
+    def trouble(self) -> str | None:
+        """Why the last frame has no answer, or None."""
+        return self._trouble
 
     def speed(self) -> tuple[float, float] | None:
         """Frames a second and the median milliseconds from a frame to its answer, of the last seconds; or None."""

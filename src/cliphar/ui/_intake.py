@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from urllib.parse import urlsplit
+
 import streamlit as st
 
 from cliphar.ui._components import pasted_photos
 from cliphar.ui._session import add_photos, photos, sample_photos
 
-__all__ = ["clear_photos", "offer_samples", "take_in"]
+__all__ = ["NO_CAMERA", "clear_photos", "gives_camera", "offer_samples", "take_in"]
 
 _TYPES = ["jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff", "ppm", "jfif"]
 _MAX_MB = 50
+NO_CAMERA = (
+    "Browsers give the camera only to pages on https or localhost, and this one is on neither. Put TLS in front of it, "
+    "or run `ssh -L 8501:localhost:8501 SERVER` and open http://localhost:8501."
+)
 
 
 def take_in(shelf: str) -> None:
@@ -30,7 +36,9 @@ def take_in(shelf: str) -> None:
         pasted, large = pasted_photos(f"{shelf}_paste", _MAX_MB)
     with camera:
         shot = None
-        if st.toggle("Turn on the camera", key=f"{shelf}_camera"):
+        if not gives_camera():
+            st.warning(NO_CAMERA, icon=":material/lock:")
+        elif st.toggle("Turn on the camera", key=f"{shelf}_camera"):
             shot = st.camera_input("Take a photo", key=f"{shelf}_shot")
     for file in [*uploads, *([shot] if shot else [])]:
         if file.file_id not in seen:
@@ -40,6 +48,13 @@ def take_in(shelf: str) -> None:
         st.error(line, icon=":material/error:")
     for name in large:
         st.error(f"{name} was left out: it is over {_MAX_MB} MB. Make it smaller first.", icon=":material/error:")
+
+
+def gives_camera() -> bool:
+    """Whether browsers give a camera to a page at this address."""
+    address = urlsplit(st.context.url or "")
+    host = address.hostname or "localhost"
+    return address.scheme == "https" or host in ("localhost", "::1") or host.startswith("127.")
 
 
 def offer_samples(shelf: str) -> None:

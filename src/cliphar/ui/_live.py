@@ -7,9 +7,19 @@ import os
 import streamlit as st
 
 from cliphar.ui._camera import Camera
+from cliphar.ui._intake import NO_CAMERA, gives_camera
 from cliphar.ui._session import backend, choose_actions
 
 __all__ = ["live_page"]
+
+_HELP = """
+- **Permission denied**: allow the camera for this page, by the sign beside its address, and press Start again.
+- **Requested device not found**: plug a camera in.
+- **Could not start video source**: another program has the camera; close that.
+- **mediaDevices is undefined**: the page must be on https or localhost.
+- **It takes long**: pictures go over UDP, which something between here and the page holds up. Be on the same network,
+  or have who runs the page name a TURN server in `CLIPHAR_ICE_SERVERS`. The Photo page's camera needs no UDP.
+"""
 
 
 def live_page() -> None:
@@ -18,10 +28,9 @@ def live_page() -> None:
     left, right = st.columns([2, 3], gap="large")
     with left:
         labels = choose_actions()
-        st.caption(
-            "The picture goes from your browser to this page, and from there to the model only. "
-            "Browsers give the camera only to pages on localhost or https."
-        )
+        st.caption("The picture goes from your browser to this page, and from there to the model only.")
+        with st.expander("If the camera does not start", icon=":material/help:"):
+            st.markdown(_HELP)
     with right:
         if not labels:
             st.info("The list of actions is empty. Type at least one.", icon=":material/edit:")
@@ -30,6 +39,8 @@ def live_page() -> None:
         playing = _stream(camera)
         if playing:
             _speed(camera)
+        elif not gives_camera():
+            st.warning(NO_CAMERA, icon=":material/lock:")
         else:
             st.info("Press Start and allow the camera.", icon=":material/videocam:")
 
@@ -63,6 +74,9 @@ def _stream(camera: Camera) -> bool:
 
 @st.fragment(run_every=1.0)
 def _speed(camera: Camera) -> None:
+    if camera.trouble:
+        st.error(f"{camera.trouble}.", icon=":material/error:")
+        return
     speed = camera.speed()
     if speed is None:
         st.caption("Waiting for the first frames. If none come, the camera may be in use by another program.")

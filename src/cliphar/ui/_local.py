@@ -19,14 +19,13 @@ from cliphar.evaluation import bundled_evaluation, model_card
 from cliphar.labels import vocabularies
 from cliphar.recognizer import Lesson, Prediction, Recognizer
 from cliphar.runtime import Runtime, choose_runtime, load_runtime
-from cliphar.timeline import Progress, Segment, Timeline, stream_video
+from cliphar.timeline import Live, Progress, Segment, Timeline, stream_video
 from cliphar.ui._backend import About, Photo, Watch
 
 __all__ = ["LocalBackend"]
 
 _KEPT_EMBEDDINGS = 1000
 _TOP = 1000
-_HALF_LIFE_S = 0.5
 _LOADING = threading.Lock()  # visitors who come together load a model once
 
 
@@ -156,23 +155,18 @@ class LocalBackend:
 
 
 class _LocalWatch:
-    """Scores a mean of embeddings of which half is forgotten every half second, as the service's stream does."""
+    """Steadies answers as the service's stream does."""
 
     def __init__(self, recognizer: Recognizer, labels: tuple[str, ...]) -> None:
         self._recognizer, self._labels = recognizer, labels
-        self._mean: NDArray[np.float32] | None = None
-        self._seen_at = 0.0
+        self._live: Live | None = None
 
     def __call__(self, frame: NDArray[np.uint8]) -> Prediction:
         """The answer at this frame."""
-        embedding = self._recognizer.runtime.encode_images(self._recognizer.prepare(frame)[None])[0]
-        now = time.monotonic()
-        if self._mean is not None:
-            kept = 0.5 ** ((now - self._seen_at) / _HALF_LIFE_S)
-            embedding = kept * self._mean + (1 - kept) * embedding
-        self._mean, self._seen_at = embedding, now
-        return self._recognizer.score((embedding / np.linalg.norm(embedding))[None], self._labels)[0]
+        if self._live is None:
+            self._live = Live(self._recognizer, self._labels)
+        return self._live.push(frame, time.monotonic()).prediction
 
     def close(self) -> None:
         """Begin anew."""
-        self._mean = None
+        self._live = None

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -15,6 +15,7 @@ from urllib.parse import urlencode
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from websockets.exceptions import WebSocketException
 from websockets.sync.client import ClientConnection, connect
 
 from cliphar.bundle import Metrics
@@ -28,6 +29,7 @@ __all__ = ["RemoteBackend"]
 
 _TOP = 1000
 _FRESH_S = 5.0
+_ANSWER_S = 30.0  # for a camera's frame
 _CALL_PHOTOS, _CALL_BYTES = 16, 48 * 2**20
 
 
@@ -155,23 +157,31 @@ class _Watch:
         # the comma at the end makes a single word a list, not a vocabulary's name
         self._url = f"ws{url.removeprefix('http')}/v1/stream?{urlencode({'labels': ','.join([*labels, ''])})}"
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
-
         self._open = ExitStack()
         self._socket: ClientConnection | None = None
 
     def close(self) -> None:
         """Hang up; the next frame connects anew."""
         self._socket = None
-        self._open.close()
+        with suppress(OSError, WebSocketException):
+            self._open.close()
 
     def __call__(self, frame: NDArray[np.uint8]) -> Prediction:
         """The answer for a frame."""
-        if self._socket is None:
-            self._socket = self._open.enter_context(connect(self._url, additional_headers=self._headers))
         buffer = io.BytesIO()
         Image.fromarray(frame).save(buffer, "JPEG", quality=90)
-        self._socket.send(buffer.getvalue())
-        told = json.loads(self._socket.recv())
+        try:
+            if self._socket is None:
+                self._socket = self._open.enter_context(connect(self._url, additional_headers=self._headers))
+            self._socket.send(buffer.getvalue())
+            told = json.loads(self._socket.recv(_ANSWER_S))
+        except (OSError, WebSocketException) as error:  # a TimeoutError is an OSError
+            self.close()
+            where = self._url.partition("?")[0]
+            raise ClipharError(
+                f"no answer from {where} ({error or type(error).__name__}); look whether 'cliphar serve' is running "
+                "there and can be reached: the page goes on trying"
+            ) from error
         if "error" in told:
             raise ClipharError(told["error"])
         top = tuple(Score(one["label"], one["score"]) for one in told["top"])
