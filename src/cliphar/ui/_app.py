@@ -34,11 +34,10 @@ def app() -> None:
         for one in pages:
             st.page_link(one)
     try:
-        where = backend().where
         if refused := st.session_state.pop("refused", None):
             st.error(f"{refused}.", icon=":material/error:")
-        page.run()
-        st.caption(f"Answers by {where}. Photos are kept for this session only.")
+        page.run()  # its title stands before the model is there
+        st.caption(f"Answers by {backend().where}. Photos are kept for this session only.")
     except ClipharError as error:
         st.error(f"{error}.", icon=":material/error:")
 

@@ -30,7 +30,7 @@ _OPTIONS = {
     "theme.light.backgroundColor": "#ffffff",
     "theme.light.secondaryBackgroundColor": "#f2f5f5",
     "theme.light.textColor": "#17252a",
-    "theme.dark.primaryColor": "#3cc9bb",
+    "theme.dark.primaryColor": "#118a81",
     "theme.dark.backgroundColor": "#10181b",
     "theme.dark.secondaryBackgroundColor": "#1b262a",
     "theme.dark.textColor": "#e8f0ef",
@@ -56,7 +56,7 @@ def launch(host: str, port: int, *, api: str | None = None, model: str | None = 
     environment = {k: v for k, v in os.environ.items() if k not in settings and not k.startswith("STREAMLIT_")}
     environment |= {name: value for name, value in settings.items() if value}
     flags = _OPTIONS | {"server.address": host, "server.port": str(port)}
-    command = [sys.executable, "-m", "streamlit", "run", str(Path(__file__).with_name("_app.py"))]
+    command = [sys.executable, "-m", "cliphar.ui._serve", "run", str(Path(__file__).with_name("_app.py"))]
     command += [f"--{name}={value}" for name, value in flags.items()]
     shown = f"[{host}]" if ":" in host else host
     print(f"cliphar: the page is on http://{shown}:{port}; Ctrl+C stops it", file=sys.stderr, flush=True)
