@@ -174,8 +174,12 @@ def test_an_action_is_taught_kept_and_used(page: Page, photos: list[Path]) -> No
 
 
 def test_a_photo_is_taken_with_the_camera(page: Page) -> None:
-    page.get_by_role("tab", name="Camera").click()
-    page.get_by_text("Turn on the camera").click()
+    switch = page.get_by_text("Turn on the camera")
+    end = time.monotonic() + 60
+    while not switch.is_visible() and time.monotonic() < end:  # a page that is still being drawn may forget a click
+        page.get_by_role("tab", name="Camera").click()
+        page.wait_for_timeout(500)
+    switch.click()
     # Chromium's camera takes a moment, and a photo taken before its first picture is empty
     page.wait_for_function("document.querySelector('[data-testid=stCameraInput] video')?.readyState >= 2")
     page.get_by_role("button", name="Take Photo").click()
