@@ -27,7 +27,7 @@ def photo_page() -> None:
     with left:
         take_in(_SHELF)
         labels = choose_actions()
-        coverage = choose_coverage()
+        coverage = choose_coverage(labels)
     with right:
         shown = list(photos(_SHELF).values())
         if not shown:

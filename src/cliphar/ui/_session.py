@@ -167,8 +167,8 @@ def choose_actions() -> tuple[str, ...]:
     return tuple(words)
 
 
-def choose_coverage() -> float:
-    """How often the set of filled bars should hold the true action, 0.5 to 0.99."""
+def choose_coverage(labels: Sequence[str]) -> float:
+    """How often the set of filled bars should hold the true one of the labels, 0.5 to 0.99."""
     coverage: float = st.select_slider(
         "How often the filled bars should hold the true action",
         [0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99],
@@ -178,4 +178,6 @@ def choose_coverage() -> float:
         persist_state="session",
         help="More certainty takes more labels. Measured on photos that the model never saw.",
     )
+    if taught := [name for name in backend().taught if name in labels]:
+        st.caption(f"Not measured for what was taught ({', '.join(taught)}): there the share may be another.")
     return coverage

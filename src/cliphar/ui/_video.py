@@ -33,7 +33,7 @@ def video_page() -> None:
     with left:
         upload = st.file_uploader("Drop a clip here, or choose one", type=_TYPES, max_upload_size=_MAX_MB, key="clip")
         labels = choose_actions()
-        coverage = choose_coverage()
+        coverage = choose_coverage(labels)
     state = st.session_state
     if upload is not None and state.get("clip_seen") != upload.file_id:
         state.clip_seen, state.clip_file = upload.file_id, (upload.name, upload.getvalue())
@@ -96,7 +96,8 @@ def _show(name: str, content: bytes, found: Timeline) -> None:
                 icon=":material/play_arrow:",
                 help="The action is one of: " + ", ".join(segment.set),
             )
-    st.image(_sheet(content, found.segments), caption="The middle of each segment", width="stretch")
+    pictures = ", ".join(f"{segment.label} at {_clock(segment.start_s)}" for segment in found.segments)
+    st.image(_sheet(content, found.segments), caption="The middle of each segment", alt=pictures, width="stretch")
     stem = Path(name).stem
     with st.container(horizontal=True):
         st.download_button("Table (CSV)", to_csv(found.segments), f"{stem}.csv", "text/csv", on_click="ignore")
@@ -161,18 +162,18 @@ def _annotated(content: bytes, segments: tuple[Segment, ...]) -> bytes:
 
 @st.cache_data(show_spinner=False)
 def _sample_clip() -> bytes:
-    """The sample photos, three seconds each, with a slow zoom."""
+    """The sample photos, seven seconds each, with a slow zoom."""
     import av
 
     buffer = io.BytesIO()
-    width, height, rate = 640, 360, 15
+    width, height, rate, seconds = 640, 360, 10, 7
     with av.open(buffer, "w", format="mp4") as file:
         stream = file.add_stream("libx264", rate=rate)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for _, data in sample_photos():
             photo = decode_image(data)
-            for k in range(3 * rate):
-                zoom = 1 - 0.15 * k / (3 * rate)
+            for k in range(seconds * rate):
+                zoom = 1 - 0.15 * k / (seconds * rate)
                 w = min(photo.width, photo.height * width / height) * zoom
                 h = w * height / width
                 x, y = (photo.width - w) / 2, (photo.height - h) / 4  # heads are in the upper half
