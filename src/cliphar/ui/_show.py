@@ -57,6 +57,7 @@ STYLE = """<style>
 .cl-wall figure { margin: 0; }
 .cl-wall img { width: 100%; aspect-ratio: 1; object-fit: cover; border-radius: .5rem; }
 .cl-wall figcaption { font-size: .85rem; overflow-wrap: anywhere; }
+@media (max-width: 30rem) { .st-key-pages a :has(> [data-testid="stIconMaterial"]) { display: none; } }
 .st-key-card table { font-size: .85rem; display: block; overflow-x: auto; }
 </style>"""
 
