@@ -253,6 +253,8 @@ def test_unknown_targets_and_too_few_photos(tmp_path: Path, samples: Path) -> No
     mini = find_bundle(packaged("mini"))
     with pytest.raises(UsageError, match="cannot export to 'abacus'; choose among onnx-fp32"):
         export_bundle(mini, ["abacus"])
+    with pytest.raises(UsageError, match="no bfloat16 arithmetic on CPUs; choose openvino-bf16"):
+        export_bundle(mini, ["onnx-bf16"])
     with pytest.raises(DataError, match="holds 3 readable photos; give at least 16"):
         export_bundle(mini, ["onnx-fp32"], photos=samples, out=tmp_path / "out")
     assert {"onnx-int8", "openvino-int8"} <= set(TARGETS)

@@ -36,6 +36,7 @@ from cliphar.models import (  # noqa: E402
 from cliphar.recognizer import load  # noqa: E402
 from cliphar.training import Surroundings, load_recipe, train  # noqa: E402
 
+torch.set_num_threads(1)  # what is trained here is too small to share
 COLOURS = {"jumping": (220, 40, 40), "running": (40, 200, 60), "sleeping_late": (50, 60, 220)}
 PHOTOS = 14
 

@@ -1,9 +1,10 @@
-"""Top-1 against photos for each action: zero-shot, gda, probe and full, on har15 with the embedded mini.
+"""Top-1 against photos for each action: zero-shot, gda, probe, lora and full, on har15 with the embedded mini.
 
-python benchmarks/training/few_shot.py ../shared/data/har15.tar OUT [FULL_SHOTS...]
+python benchmarks/training/few_shot.py ../shared/data/har15.tar OUT [TRAINED_SHOTS...]
 
 Writes OUT/few-shot.md and OUT/few-shot.svg. The parts are those that a recipe draws. zero-shot, gda and probe are means
-of three draws of photos (of one, where all are taken); full, which takes minutes, is one draw and only for FULL_SHOTS.
+of three draws of photos (of one, where all are taken); lora and full, which take minutes, are one draw and only for
+TRAINED_SHOTS (0 for all).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from cliphar.training._methods import METHODS
 from cliphar.training._package import package
 
 SHOTS, DRAWS = (1, 2, 4, 8, 16), 3
-METHOD_NAMES = ("zero-shot", "gda", "probe", "full")
+CLOSED, TRAINED = ("zero-shot", "gda", "probe"), ("lora", "full")
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,11 @@ class _Embedded(Job):
 def _recipe(method: str, source: Path, work: Path) -> Any:
     tree: dict[str, Any] = {"method": method, "name": "bench", "output": str(work / method)}
     tree["data"] = {"source": str(source)}
+    if method in TRAINED:
+        tree["train"] = {"epochs": 4, "batch_size": 32, "size": 128}
     if method == "full":
-        frozen = ["image.backbone._conv_stem.*", "image.backbone._bn0.*", "image.backbone._blocks.[0-6].*"]
-        tree["train"] = {"epochs": 4, "batch_size": 32, "size": 160, "freeze": frozen}
+        tree["train"]["freeze"] = ["image.backbone._conv_stem.*", "image.backbone._bn0.*", "image.backbone._blocks.?.*"]
+        tree["wise"] = {"shares": [0.5, 1.0]}
     (work / f"{method}.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
     return load_recipe(work / f"{method}.yaml")
 
@@ -66,29 +69,29 @@ def _top1(job: _Embedded, method: str) -> float:
     return evaluation.analysis.report.top1
 
 
-def measure(source: Path, full_shots: list[int]) -> tuple[dict[str, dict[int, float]], dict[str, float]]:
+def measure(source: Path, trained_shots: list[int]) -> tuple[dict[str, dict[int, float]], dict[str, float]]:
     """Top-1 by method and shots (0 for all), and what stands beside it."""
     log = lambda line: print(time.strftime("%H:%M:%S"), line, file=sys.stderr, flush=True)  # noqa: E731
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         opened = open_job(_recipe("zero-shot", source, work), Surroundings(log=log))
         whole = np.zeros((len(opened.photos), opened.bundle.info.embedding_dim), np.float32)
-        for part in (TRAIN, VAL, TEST) if full_shots else (TRAIN, TEST):
+        for part in (TRAIN, VAL, TEST) if trained_shots else (TRAIN, TEST):
             whole[opened.rows(part)] = opened.features(part)
         job = _Embedded(**vars(opened), whole=whole)
-        found: dict[str, dict[int, float]] = {method: {} for method in METHOD_NAMES}
+        found: dict[str, dict[int, float]] = {method: {} for method in (*CLOSED, *TRAINED)}
         for shots in (*SHOTS, 0):
-            for method in METHOD_NAMES[:3]:
+            for method in CLOSED:
                 chosen = replace(job, recipe=_recipe(method, source, work))
                 draws = DRAWS if shots and method != "zero-shot" else 1
                 scores = [_top1(_draw(chosen, shots or None, draw), method) for draw in range(draws)]
                 found[method][shots] = float(np.mean(scores))
                 log(f"{method} {shots or 'all'}: {found[method][shots]:.3f}")
-            if shots in full_shots:
-                chosen = replace(job, recipe=_recipe("full", source, work))
+            for method in TRAINED if shots in trained_shots else ():
+                chosen = replace(job, recipe=_recipe(method, source, work))
                 began = time.monotonic()
-                found["full"][shots] = _top1(_draw(chosen, shots or None, 0), "full")
-                log(f"full {shots or 'all'}: {found['full'][shots]:.3f} in {time.monotonic() - began:.0f} s")
+                found[method][shots] = _top1(_draw(chosen, shots or None, 0), method)
+                log(f"{method} {shots or 'all'}: {found[method][shots]:.3f} in {time.monotonic() - began:.0f} s")
         test = job.features(TEST) @ job.start_vectors().T
         shipped = float((test.argmax(1) == job.targets[job.rows(TEST)]).mean())
         return found, {"shipped": shipped, "test": len(job.rows(TEST)), "train": len(job.rows(TRAIN))}
@@ -103,6 +106,7 @@ def write(found: dict[str, dict[int, float]], beside: dict[str, float], out: Pat
         "| photos of each action | " + " | ".join(str(shots or "all") for shots in columns) + " |",
         "|---|" + "---|" * len(columns),
     ]
+    found = {method: scores for method, scores in found.items() if scores}
     for method, scores in found.items():
         cells = [f"{scores[shots]:.3f}" if shots in scores else "" for shots in columns]
         lines.append(f"| `{method}` | " + " | ".join(cells) + " |")

@@ -58,6 +58,10 @@ def export_bundle(
         BundleError: image.onnx cannot be brought back to float, or the place cannot be written to.
         DataError: too few photos.
     """
+    if "onnx-bf16" in targets:
+        raise UsageError(
+            "ONNX Runtime has no bfloat16 arithmetic on CPUs; choose openvino-bf16, or onnx-fp16 for a GPU"
+        )
     unknown = [target for target in targets if target not in TARGETS]
     if unknown or not targets:
         raise UsageError(f"cannot export to '{', '.join(unknown)}'; choose among {', '.join(TARGETS)}")
