@@ -6,7 +6,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,17 @@ from cliphar.models import (  # noqa: E402
 from cliphar.recognizer import load  # noqa: E402
 from cliphar.training import Surroundings, load_recipe, train  # noqa: E402
 
-torch.set_num_threads(1)  # what is trained here is too small to share
 COLOURS = {"jumping": (220, 40, 40), "running": (40, 200, 60), "sleeping_late": (50, 60, 220)}
 PHOTOS = 14
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """What is trained here is too small to share; the workers below do the same, as bits hang on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -238,7 +246,10 @@ def test_clips_are_trained_on(recipe: Callable[..., Path], clip_base: Path, tmp_
 _WORKER = """
 import os, sys
 from pathlib import Path
+import torch
 from cliphar.training import Surroundings, Stopped, load_recipe, train
+
+torch.set_num_threads(1)
 
 def on_step(report):
     print("step", report.step, flush=True)
