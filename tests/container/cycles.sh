@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Start the API, wait until it is healthy, ask it, stop it; N times, and see that nothing is left: cycles.sh IMAGE N
+# Start the API, wait until it is healthy, ask it, stop it, N times, and see that the second to last leave nothing: cycles.sh IMAGE N
 set -euo pipefail
 image=$1 cycles=$2
 name=cliphar-cycles-$$
@@ -12,7 +12,6 @@ left() {
   grep -c "$last" /proc/mounts || true
   docker run --rm -v "$name:/models" --entrypoint find "$image" /models -type f | wc -l
 }
-last=none before=$(left)
 started=$SECONDS
 for cycle in $(seq "$cycles"); do
   last=$(docker run -d --name "$name" --read-only --tmpfs /tmp -v "$name:/models" -p 127.0.0.1::8000 "$image")
@@ -26,6 +25,8 @@ for cycle in $(seq "$cycles"); do
   [[ $volumes == 1 ]] || { echo "cycle $cycle: $volumes volumes, of which one is named"; exit 1; }
   [[ $code == 0 || $code == 143 ]] || { docker logs "$name"; echo "cycle $cycle: stopped with $code"; exit 1; }
   docker rm "$name" >/dev/null
+  # the first start keeps which runtime is the fastest, for the others
+  if ((cycle == 1)); then before=$(left); fi
 done
 after=$(left)
 [[ $before == "$after" ]] || { echo "left behind (containers, shims, mounts, files): $(echo $before) before, $(echo $after) after"; exit 1; }
