@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from playwright.async_api import Browser, Page, async_playwright, expect
+from playwright.async_api import Browser, Page, TimeoutError, async_playwright, expect
 from streamlit.proto.BackMsg_pb2 import BackMsg
 from streamlit.proto.Element_pb2 import Element
 from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
@@ -74,10 +74,16 @@ async def opened(browser: Browser, url: str) -> tuple[Page, float]:
     context.set_default_timeout(120_000)
     page = await context.new_page()
     await page.add_init_script(CLOCK)
-    since = time.perf_counter()
-    await page.goto(url)
-    await page.get_by_role("heading", name="What are they doing?").wait_for()
-    return page, time.perf_counter() - since
+    title = page.get_by_role("heading", name="What are they doing?")
+    while True:
+        since = time.perf_counter()
+        await page.goto(url)
+        try:
+            await title.wait_for(timeout=20_000)
+        except TimeoutError:  # Chromium drops what it loads when a container elsewhere changes the network
+            print("  (Chromium dropped the page; once more)")
+        else:
+            return page, time.perf_counter() - since
 
 
 async def answered(page: Page, photos: list[Path]) -> float:
@@ -91,6 +97,7 @@ async def choose_own_list(page: Page) -> None:
     await page.get_by_role("combobox", name="List of actions").click()
     await page.get_by_role("option", name="Your own").click()
     await page.get_by_text("The list of actions is empty").wait_for()
+    await page.keyboard.press("Escape")  # an open list hides the other fields
 
 
 async def edited(page: Page, word: str) -> float:
@@ -99,6 +106,7 @@ async def edited(page: Page, word: str) -> float:
     await page.evaluate("word => { window.awaited = word; }", word)
     await field.press("Enter")
     await page.wait_for_function("window.awaited === null")
+    await page.keyboard.press("Escape")
     took: float = await page.evaluate("window.took")
     return took
 
