@@ -103,6 +103,7 @@ def page(browser: Browser, address: str) -> Iterator[Page]:
     except TimeoutError:
         page.reload()  # Chromium drops what it loads when a container elsewhere on the machine changes the network
         answers.wait_for()
+    expect(page.get_by_test_id("stStatusWidget")).to_have_count(0)
     yield page
     context.close()
     own = re.compile(rf"(http|ws)://{re.escape(address.removeprefix('http://'))}/|data:|blob:")
