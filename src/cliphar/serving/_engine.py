@@ -1,7 +1,8 @@
 """Dynamic batching: photos of all requests share the model, a bounded queue, and nobody waits for a batch to fill.
 
-The event loop keeps the books, so they need no lock: decoding runs on threads while the model runs on one of its own.
-As soon as the model is free it takes what is decoded, one photo of each request in turn, up to ``max_batch``; so the
+The event loop takes photos in and hands answers out; between the two, threads decode and one thread runs the model, and
+they pass work on by themselves, so that a loop that is busy refusing others does not keep the model waiting. As soon as
+the model is free it takes what is decoded, one photo of each request in turn, up to ``max_batch``; so the
 batch grows with the load, and a caller with one photo is not behind another's hundred. A photo that is asked for twice
 at once is computed once, one that is asked for again soon (as by a page with other labels) is not computed again,
 and one that nobody waits for any more is not computed at all.
@@ -11,11 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,7 +31,8 @@ Square = NDArray[np.uint8]
 Embedding = NDArray[np.float32]
 Observer = Callable[[str, float], None]
 """Told (stage, seconds) of ``queue``, ``decode`` and ``model``, (``batch``, photos), (``pending``, change) and
-(``kept``, photos that had been computed before)."""
+(``kept``, photos that had been computed before). Called on several threads."""
+_CLOSE_S = 5.0
 
 
 @dataclass
@@ -90,15 +92,20 @@ class Engine:
         observe: Observer = lambda _stage, _value: None,
     ) -> None:
         self._prepare, self._encode, self._observe = prepare, encode, observe
-        self.queue_size, self._max_batch, self._decoders, self._keep = queue_size, max_batch, decoders, keep
-        self._threads = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
-        self._model = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self.queue_size, self._max_batch, self._keep = queue_size, max_batch, keep
         self._shared: dict[bytes, _Work] = {}
         self._kept: OrderedDict[bytes, Embedding] = OrderedDict()
-        self._to_decode, self._decoded = _Turns(), _Turns()
-        self._decoding, self._encoding, self._callers = 0, False, 0
+        self._callers = 0
         self._rate = 20.0
         self.pending = 0
+        self._lock = threading.Lock()
+        self._to_decode, self._undecoded = _Turns(), threading.Condition(self._lock)
+        self._decoded, self._unencoded = _Turns(), threading.Condition(self._lock)
+        self._closed = False
+        self._threads = [threading.Thread(target=self._decode_all, name="decode", daemon=True) for _ in range(decoders)]
+        self._threads.append(threading.Thread(target=self._encode_all, name="model", daemon=True))
+        for thread in self._threads:
+            thread.start()
 
     @property
     def drain_s(self) -> float:
@@ -168,8 +175,9 @@ class Engine:
             self._shared[key] = work
             self.pending += 1
             self._observe("pending", 1)
-            self._to_decode.add(caller, work)
-            self._decode_next()
+            with self._undecoded:
+                self._to_decode.add(caller, work)
+                self._undecoded.notify()
         else:
             work.waiters += 1
         return work
@@ -181,68 +189,68 @@ class Engine:
             self.pending -= 1
             self._observe("pending", -1)
 
-    def _decode_next(self) -> None:
-        while self._decoding < self._decoders and (taken := self._to_decode.take()) is not None:
-            self._decoding += 1
-            asyncio.get_running_loop().create_task(self._decode(*taken))
+    def _take(self, turns: _Turns, filled: threading.Condition, most: int) -> list[tuple[int, _Work]]:
+        """Up to so many pieces of work as soon as there is one; none when the engine is closed."""
+        with filled:
+            while not self._closed:
+                taken = [one for _ in range(most) if (one := turns.take()) is not None]
+                if taken:
+                    return taken
+                filled.wait()
+        return []
 
-    async def _decode(self, caller: int, work: _Work) -> None:
-        started = time.perf_counter()
-        self._observe("queue", started - work.since)
-        try:
-            work.square = await asyncio.get_running_loop().run_in_executor(self._threads, self._prepare, work.content)
+    def _decode_all(self) -> None:
+        while taken := self._take(self._to_decode, self._undecoded, 1):
+            caller, work = taken[0]
+            started = time.perf_counter()
+            self._observe("queue", started - work.since)
+            try:
+                work.square = self._prepare(work.content)
+            except Exception as error:
+                self._deliver([work], [error])
+                continue
             self._observe("decode", time.perf_counter() - started)
-            self._decoded.add(caller, work)
-        except MediaError as error:
-            self._finish(work, error)
-        except Exception as error:
-            self._fail([work], error)
-        finally:
-            self._decoding -= 1
-            self._decode_next()
-            self._encode_next()
+            with self._unencoded:
+                self._decoded.add(caller, work)
+                self._unencoded.notify()
 
-    def _encode_next(self) -> None:
-        if self._encoding:
-            return
-        batch: list[_Work] = []
-        while len(batch) < self._max_batch and (taken := self._decoded.take()) is not None:
-            batch.append(taken[1])
-        if batch:
-            self._encoding = True
-            asyncio.get_running_loop().create_task(self._encode_batch(batch))
-
-    async def _encode_batch(self, batch: list[_Work]) -> None:
-        started = time.perf_counter()
-        squares = np.stack([work.square for work in batch if work.square is not None])
-        try:
-            vectors = await asyncio.get_running_loop().run_in_executor(self._model, self._encode, squares)
+    def _encode_all(self) -> None:
+        while taken := self._take(self._decoded, self._unencoded, self._max_batch):
+            batch = [work for _, work in taken]
+            started = time.perf_counter()
+            try:
+                vectors = self._encode(np.stack([work.square for work in batch if work.square is not None]))
+            except Exception as error:
+                self._deliver(batch, [error] * len(batch))
+                continue
             took = time.perf_counter() - started
             self._rate += 0.2 * (len(batch) / took - self._rate)
             self._observe("model", took)
             self._observe("batch", len(batch))
-            for work, vector in zip(batch, vectors, strict=True):
-                self._finish(work, vector)
-        except Exception as error:
-            self._fail(batch, error)
-        finally:
-            self._encoding = False
-            self._encode_next()
+            self._deliver(batch, list(vectors))
+
+    def _deliver(self, works: Sequence[_Work], results: Sequence[Embedding | Exception]) -> None:
+        """Hand results to the event loop, all of a batch at once."""
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            works[0].done.get_loop().call_soon_threadsafe(self._finish, works, results)
 
     @staticmethod
-    def _finish(work: _Work, result: Embedding | MediaError) -> None:
-        work.square = None
-        if not work.done.done():
-            work.done.set_result(result)
-
-    @staticmethod
-    def _fail(works: Sequence[_Work], error: Exception) -> None:
-        for work in works:
-            if not work.done.done():
-                work.done.set_exception(error)
+    def _finish(works: Sequence[_Work], results: Sequence[Embedding | Exception]) -> None:
+        for work, result in zip(works, results, strict=True):
+            work.square = None
+            if work.done.done():
+                continue
+            if isinstance(result, Exception) and not isinstance(result, MediaError):
+                work.done.set_exception(result)
                 work.done.exception()  # seen here too, for it may be that nobody waits any more
+            else:
+                work.done.set_result(result)
 
     def close(self) -> None:
-        """Let the threads go."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        self._model.shutdown(wait=False, cancel_futures=True)
+        """Let the threads go, and wait for what they are at."""
+        with self._lock:
+            self._closed = True
+            self._undecoded.notify_all()
+            self._unencoded.notify_all()
+        for thread in self._threads:
+            thread.join(_CLOSE_S)

@@ -103,7 +103,9 @@ class Service:
             good = [one for one in found if not isinstance(one, MediaError)]
             if not good:
                 return [one for one in found if isinstance(one, MediaError)]
-            answers = iter(await asyncio.to_thread(self.score, np.stack(good), chosen, top_k, coverage))
+            asked = (np.stack(good), chosen, top_k, coverage)
+            # the model's own labels have their vectors already; words may need the text tower
+            answers = iter(self.score(*asked) if chosen is None else await asyncio.to_thread(self.score, *asked))
         return [one if isinstance(one, MediaError) else next(answers) for one in found]
 
     def score(
@@ -124,7 +126,7 @@ class Service:
         return chosen
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:  # async, or FastAPI hands it to a thread
     service: Service = request.app.state.service
     return service
 
