@@ -157,6 +157,7 @@ def plot(results: dict[str, Any], target: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
+    mpl.rcParams["svg.fonttype"] = "none"  # text stays text
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
@@ -170,7 +171,7 @@ def plot(results: dict[str, Any], target: Path) -> None:
     for axes in (left, right):
         axes.set_xticks(CLIENTS, [str(clients) for clients in CLIENTS])
         axes.minorticks_off()
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, loc="center right")
     figure.savefig(target, metadata={"Date": None})
 
 
