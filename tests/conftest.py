@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,8 @@ from serving_process import serving
 PACKAGE = Path(cliphar.__file__).resolve().parent
 RUNTIME = {"CLIPHAR_RUNTIME": "onnx"}  # the same arithmetic in every process, and none of them measures which is faster
 os.environ |= RUNTIME
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background, and what is started here would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def unit(vectors: NDArray[Any]) -> NDArray[np.float32]:

@@ -207,10 +207,13 @@ def test_the_command_says_what_changes_until_ctrl_c(clean_env: dict[str, str], p
     with http_camera(port, photos[0].read_bytes()):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_env)
         with process:
-            assert process.stdout is not None
-            first = json.loads(process.stdout.readline())
-            process.send_signal(signal.SIGINT)
-            rest, errors = process.communicate(timeout=60)
+            try:
+                assert process.stdout is not None
+                first = json.loads(process.stdout.readline())
+                process.send_signal(signal.SIGINT)
+                rest, errors = process.communicate(timeout=60)
+            finally:
+                process.kill()
     assert process.returncode == 0, errors
     assert "Traceback" not in errors
     assert {"path", "at", "label", "score", "set", "since_s", "closed"} <= set(first)
