@@ -15,6 +15,7 @@ from cliphar.labels import (
     glossary,
     prompts,
     read_labels_file,
+    with_score,
 )
 
 
@@ -157,3 +158,8 @@ def test_prompts_fill_every_template_and_add_descriptions() -> None:
     assert tuple(described) == describe("archery")
     named, described = prompts("{} odd %s", ("a photo of {}",))
     assert (named, described) == (["a photo of {} odd %s"], [])
+
+
+def test_what_is_unknown_is_shown_without_a_score() -> None:
+    assert with_score("cooking", 0.874) == "cooking  87%"
+    assert with_score("unknown", 0.874) == "unknown"

@@ -7,6 +7,7 @@ import sys
 from datetime import datetime
 
 from cliphar.cli._output import printable
+from cliphar.labels import with_score
 from cliphar.media import Camera
 from cliphar.recognizer import Recognizer
 from cliphar.timeline import Live, LiveAnswer, Segment
@@ -53,6 +54,6 @@ def _show(name: str, answer: LiveAnswer, closed: list[Segment], as_json: bool) -
         row = {"path": name, "at": now.isoformat(timespec="milliseconds")} | answer.to_dict()
         print(json.dumps(row | {"closed": [one.to_dict() for one in closed]}, ensure_ascii=False), flush=True)
     elif sys.stdout.isatty():
-        print(f"{now:%H:%M:%S}  {said.label}  {said.score:.0%}", flush=True)
+        print(f"{now:%H:%M:%S}  {with_score(said.label, said.score)}", flush=True)
     else:
         print(f"{name}\t{now.isoformat(timespec='milliseconds')}\t{said.label}\t{said.score:.4f}", flush=True)

@@ -141,6 +141,8 @@ def _show(path: str, timeline: Timeline) -> None:
     from rich.console import Console
     from rich.text import Text
 
+    from cliphar.labels import with_score
+
     console = Console(highlight=False)
     console.print(Text(f"{path}  {timeline.duration_s:.1f} s", style="bold"))
     names = sorted({one.label for one in timeline.segments} - {"unknown"})
@@ -154,8 +156,7 @@ def _show(path: str, timeline: Timeline) -> None:
     console.print(bar)
     for one in timeline.segments:
         line = Text(f"  {one.start_s:8.1f} {one.end_s:8.1f} s  ")
-        line.append(one.label, style=colours[one.label])
-        line.append(f"  {one.score:.0%}")
+        line.append(with_score(one.label, one.score), style=colours[one.label])
         console.print(line)
 
 

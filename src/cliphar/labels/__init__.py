@@ -10,6 +10,7 @@ from cliphar.labels._labels import (
     prompts,
     read_labels_file,
     vocabularies,
+    with_score,
 )
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "prompts",
     "read_labels_file",
     "vocabularies",
+    "with_score",
 ]

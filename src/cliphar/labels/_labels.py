@@ -26,6 +26,7 @@ __all__ = [
     "prompts",
     "read_labels_file",
     "vocabularies",
+    "with_score",
 ]
 
 UNKNOWN = "unknown"
@@ -100,3 +101,8 @@ def vocabularies() -> dict[str, tuple[str, ...]]:
 def prompts(label: str, templates: Sequence[str]) -> tuple[list[str], list[str]]:
     """The sentences that stand for a label: its name in every template, and its descriptions (may be none)."""
     return [template.replace("{}", label) for template in templates], list(describe(label))
+
+
+def with_score(label: str, score: float) -> str:
+    """``cooking  87%``; ``unknown`` alone, for its score is that of the label that comes nearest."""
+    return label if label == UNKNOWN else f"{label}  {score:.0%}"

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from cliphar.errors import MediaError
-from cliphar.labels import UNKNOWN
+from cliphar.labels import UNKNOWN, with_score
 from cliphar.media import Frame, VideoLike, VideoReader
 from cliphar.timeline._types import Segment
 
@@ -47,8 +47,8 @@ def contact_sheet(source: VideoLike, segments: Sequence[Segment]) -> Image.Image
         if tile is not None:
             sheet.paste(tile, (left + (width - tile.width) // 2, top + (height - tile.height) // 2))
         draw.rectangle((left, top + height, left + 5, top + height + line - 4), fill=colours[segment.label])
-        draw.text((left + 11, top + height), segment.label[:36], fill="white", font=font)
-        times = f"{segment.start_s:.1f} to {segment.end_s:.1f} s   {segment.score:.0%}"
+        draw.text((left + 11, top + height), with_score(segment.label[:36], segment.score), fill="white", font=font)
+        times = f"{segment.start_s:.1f} to {segment.end_s:.1f} s"
         draw.text((left + 11, top + height + 15), times, fill="#bbbbbb", font=font)
     return sheet
 
@@ -140,7 +140,7 @@ class _Overlay:
         y = 6.0
         for segment in self._segments:
             if segment.start_s <= time_s < segment.end_s:
-                text = f"{segment.label}  {segment.score:.0%}"
+                text = with_score(segment.label, segment.score)
                 box = draw.textbbox((10, y), text, font=self._font)
                 draw.rectangle((4, box[1] - 4, box[2] + 6, box[3] + 4), fill="#000000")
                 draw.rectangle((4, box[1] - 4, 7, box[3] + 4), fill=self._colours[segment.label])
