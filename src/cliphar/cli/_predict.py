@@ -46,9 +46,8 @@ def predict(
 
         if out is None or out.suffix or as_json:
             raise UsageError("--ray writes Parquet files: give --out FOLDER, and no --json")
-        if runtime is not None:
-            raise UsageError("--ray has each worker take its fastest runtime; leave out --runtime")
-        predict_on_ray(files, out, model=model, provider=provider, labels=chosen, top_k=top_k, coverage=coverage)
+        engine = (runtime, provider)
+        predict_on_ray(files, out, model=model, engine=engine, labels=chosen, top_k=top_k, coverage=coverage)
         return
     with Writer(out) as writer:
         recognizer = load(model, runtime=runtime, provider=provider, threads=threads)

@@ -30,6 +30,7 @@ class _Task:
     folder: Path
     out: Path
     model: str
+    runtime: str | None
     provider: str | None
     labels: tuple[str, ...] | None
     top_k: int
@@ -44,7 +45,7 @@ class _Worker:
 
         os.chdir(task.folder)
         self._task = task
-        self._recognizer = load(task.model, provider=task.provider, threads=1)
+        self._recognizer = load(task.model, runtime=task.runtime, provider=task.provider, threads=1)
 
     def __call__(self, part: dict[str, Any]) -> dict[str, Any]:
         task, errors, done = self._task, [], 0
@@ -90,7 +91,7 @@ def predict_on_ray(
     out: Path,
     *,
     model: str | None,
-    provider: str | None,
+    engine: tuple[str | None, str | None],
     labels: tuple[str, ...] | None,
     top_k: int,
     coverage: float,
@@ -99,6 +100,7 @@ def predict_on_ray(
 
     ``out`` is a folder of Parquet files. A part that is there, by the same model and for the same question, is not
     done again, so a run that broke off goes on when it is called again. Files must be at the same place on every node.
+    ``engine`` is the runtime and the provider; None leaves that to each worker.
     """
     try:
         import pyarrow  # noqa: F401
@@ -108,7 +110,7 @@ def predict_on_ray(
     from cliphar.bundle import find_bundle
 
     bundle = find_bundle(model)
-    task = _Task(Path.cwd(), out.absolute(), str(bundle.path.absolute()), provider, labels, top_k, coverage)
+    task = _Task(Path.cwd(), out.absolute(), str(bundle.path.absolute()), *engine, labels, top_k, coverage)
     question = [bundle.info.model_dump(mode="json")["files"], labels, top_k, coverage]
     files = [path for path in paths if not path.endswith(".tar")]
     groups = [files[at : at + _PART] for at in range(0, len(files), _PART)]
