@@ -102,4 +102,7 @@ def borrow_weights(model: onnx.ModelProto, name: str, lender: bytes) -> onnx.Mod
         if at >= 0:
             set_external_data(tensor, name, offset=at, length=size)
             tensor.ClearField("raw_data")
+    del result.graph.value_info[:]
+    for node in result.graph.node:
+        node.ClearField("name")  # nobody asks for them, and beside so little else they are much
     return result

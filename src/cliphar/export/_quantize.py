@@ -56,7 +56,11 @@ def quantize(model: onnx.ModelProto, images: NDArray[np.uint8], float_nodes: Seq
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
                 calibrate_method=CalibrationMethod.MinMax,
-                extra_options={"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]},
+                extra_options={
+                    "MatMulConstBOnly": True,
+                    "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],
+                    "QuantizeBias": False,  # runtimes do it, and as floats image.onnx can lend them
+                },
             )
         finally:
             logging.disable(noisy)
