@@ -26,6 +26,7 @@ __all__ = ["LocalBackend"]
 
 _KEPT_EMBEDDINGS = 1000
 _TOP = 1000
+_PAUSE_S = 0.1
 _LOADING = threading.Lock()  # visitors who come together load a model once
 
 
@@ -34,7 +35,7 @@ def _load(model: str | None) -> tuple[Recognizer, str]:
     bundle = find_bundle(model)
     runtime = os.environ.get("CLIPHAR_RUNTIME") or choose_runtime(bundle).name
     recognizer = Recognizer(bundle, load_runtime(bundle, runtime))
-    # a list's first words take a moment each; the visitor is still looking at the page
+    # a list's first words take a moment each: little by little, so that the first visitor does not wait for them
     threading.Thread(target=_embed_ready_lists, args=(recognizer,), daemon=False).start()
     return recognizer, runtime
 
@@ -50,6 +51,7 @@ def _embed_ready_lists(recognizer: Recognizer) -> None:
             if not threading.main_thread().is_alive():  # the page is being stopped
                 return
             recognizer.embed_labels([label, "anything"])
+            time.sleep(_PAUSE_S)
 
 
 class LocalBackend:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from contextlib import suppress
@@ -10,12 +11,15 @@ from cliphar.errors import ClipharError
 
 
 def _warm() -> None:
+    import cliphar.ui._app  # noqa: F401 - imported early
     from cliphar.ui._local import LocalBackend
-    from cliphar.ui._remote import RemoteBackend  # noqa: F401 - imported early
 
     if not os.environ.get("CLIPHAR_API_URL"):
         with suppress(ClipharError):  # the page says so
             LocalBackend(os.environ.get("MODEL_PATH") or None)
+    # Streamlit collects garbage after each run of the script; what is here for good need not be looked through
+    gc.collect()
+    gc.freeze()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from importlib import resources
 import streamlit as st
 
 from cliphar.errors import ClipharError, MediaError, UsageError
-from cliphar.labels import clean_labels, glossary, vocabularies
+from cliphar.labels import clean_labels, vocabularies
 from cliphar.ui._backend import Backend, Photo
 from cliphar.ui._local import LocalBackend
 from cliphar.ui._remote import RemoteBackend
@@ -152,10 +152,11 @@ def choose_actions() -> tuple[str, ...]:
     st.selectbox("List of actions", list(lists), key="list_name", on_change=switch)
     st.multiselect(
         "Actions to choose from",
-        list(dict.fromkeys((*words, *glossary()))),
+        list(dict.fromkeys(word for some in (words, *state.ready_lists.values()) for word in some)),
         key="actions",
         on_change=edit,
         accept_new_options=True,
+        select_all=False,
         wrap=True,
         placeholder="Type an action and press Enter",
         help="Any words: type one and press Enter, or several with commas between. The cross takes one away.",
