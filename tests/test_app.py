@@ -226,6 +226,82 @@ def test_the_camera_is_answered_live(page: Page) -> None:
     expect(page.get_by_text("Press Start and allow")).to_be_visible()
 
 
+def reach(page: Page, name: str) -> None:
+    """Press Tab until what has this name is focused, which must be seen."""
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        found, seen = page.evaluate(
+            """() => {
+                const at = document.activeElement;
+                const field = at.matches("input");
+                const named = field || at.matches("a, button, [role=tab]");
+                const name = named ? (at.ariaLabel || at.innerText).replaceAll("\\n", " ") : "";
+                return [name, field || getComputedStyle(at).outlineStyle !== "none"];
+            }"""
+        )
+        if re.search(name, found):
+            assert seen, f"no outline around {found}"
+            return
+    raise AssertionError(f"Tab never comes to {name}")
+
+
+def test_a_keyboard_is_enough(page: Page, photos: list[Path]) -> None:
+    reach(page, "Try portrait")
+    page.keyboard.press("Enter")
+    expect(page.locator(".cl-answer")).to_have_count(1)
+    expect(page.locator(":focus")).to_be_visible()  # the button is gone, its place has the focus
+    with page.expect_download():
+        reach(page, "Download answers")
+        page.keyboard.press("Enter")
+    reach(page, "^Actions to choose from")
+    page.keyboard.type("waving a flag")
+    page.keyboard.press("Enter")
+    word = page.locator("[data-tag]", has_text="waving a flag")
+    expect(word).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("button", name="Restore this list")).to_be_visible()  # the page has drawn it too
+    expect(page.get_by_role("combobox", name="Actions to choose from")).to_be_focused()
+    page.keyboard.press("Backspace")
+    expect(word).to_have_count(0)
+    expect(page.get_by_role("button", name="Restore this list")).to_have_count(0)
+    reach(page, "^How often")
+    page.keyboard.press("ArrowLeft")
+    expect(page.get_by_text("85 %", exact=True)).to_be_visible()
+    expect(page.locator("input[type=range]")).to_be_focused()
+
+    reach(page, "Video")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", name="What happens when?")).to_be_visible()
+    reach(page, "Try the sample clip")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("button", name="Annotated video")).to_be_visible()
+    segment = page.get_by_role("button", name=re.compile(r"^\d:.* to ")).nth(1)
+    reach(page, re.escape(segment.inner_text().split("\n")[-1]))
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.querySelector('video')?.currentTime > 1")
+    expect(segment).to_be_focused()
+
+    reach(page, "Teach")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", name="Teach it an action")).to_be_visible()
+    reach(page, "Name of the action")
+    page.keyboard.type("standing for the camera")
+    with page.expect_file_chooser() as chooser:
+        reach(page, "Upload")
+        page.keyboard.press("Enter")
+    chooser.value.set_files([str(photo) for photo in photos])
+    expect(page.get_by_role("img", name="example: ")).to_have_count(3)
+    reach(page, "^Teach$")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("button", name="Keep it")).to_be_visible()
+    reach(page, "Keep it")
+    page.keyboard.press("Enter")
+    expect(page.get_by_text("standing for the camera, from 3 photos")).to_be_visible()
+    reach(page, "Forget")
+    page.keyboard.press("Space")
+    expect(page.get_by_text("standing for the camera, from 3 photos")).to_have_count(0)
+
+
 def test_a_model_is_measured_on_photos_of_ones_own(page: Page, photos: list[Path], tmp_path: Path) -> None:
     visit(page, "Models", "Which model answers?")
     expect(page.get_by_text("77.6 %")).to_be_visible()

@@ -16,7 +16,7 @@ from cliphar.labels import UNKNOWN, with_score
 from cliphar.media import Frame, VideoLike, VideoReader
 from cliphar.timeline._types import Segment
 
-__all__ = ["annotate", "contact_sheet"]
+__all__ = ["annotate", "colours", "contact_sheet"]
 
 # Okabe and Ito's colours, which people tell apart whatever their colour vision
 _COLOURS = ("#56b4e9", "#e69f00", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7")
@@ -40,13 +40,13 @@ def contact_sheet(source: VideoLike, segments: Sequence[Segment]) -> Image.Image
     rows = -(-len(shown) // columns)
     sheet = Image.new("RGB", (columns * (width + margin) + margin, rows * (height + line + margin) + margin), "#111111")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    colours = _colours(segments)
+    colour = colours(segments)
     for at, (segment, tile) in enumerate(zip(shown, tiles, strict=True)):
         left = margin + at % columns * (width + margin)
         top = margin + at // columns * (height + line + margin)
         if tile is not None:
             sheet.paste(tile, (left + (width - tile.width) // 2, top + (height - tile.height) // 2))
-        draw.rectangle((left, top + height, left + 5, top + height + line - 4), fill=colours[segment.label])
+        draw.rectangle((left, top + height, left + 5, top + height + line - 4), fill=colour[segment.label])
         draw.text((left + 11, top + height), with_score(segment.label[:36], segment.score), fill="white", font=font)
         times = f"{segment.start_s:.1f} to {segment.end_s:.1f} s"
         draw.text((left + 11, top + height + 15), times, fill="#bbbbbb", font=font)
@@ -123,7 +123,7 @@ class _Overlay:
     def __init__(self, segments: Sequence[Segment], size: tuple[int, int], duration_s: float | None) -> None:
         self._segments, self._size = segments, size
         self._duration = duration_s or max((segment.end_s for segment in segments), default=1.0)
-        self._colours = _colours(segments)
+        self._colours = colours(segments)
         self._bar = max(6, size[1] // 40)
         self._font = ImageFont.load_default(max(12, size[1] // 22))
 
@@ -149,6 +149,8 @@ class _Overlay:
         return np.asarray(image)
 
 
-def _colours(segments: Sequence[Segment]) -> dict[str, str]:
-    labels = sorted({segment.label for segment in segments} - {UNKNOWN})
-    return {label: _COLOURS[at % len(_COLOURS)] for at, label in enumerate(labels)} | {UNKNOWN: _GREY}
+def colours(segments: Sequence[Segment]) -> dict[str, str]:
+    """A colour, ``#rrggbb``, for each label of the segments, as the drawings have it."""
+    labels = sorted({segment.label for segment in segments})
+    named = [label for label in labels if label != UNKNOWN]
+    return {label: _COLOURS[named.index(label) % len(_COLOURS)] if label in named else _GREY for label in labels}

@@ -7,6 +7,7 @@ from pathlib import Path
 import streamlit as st
 
 from cliphar.errors import ClipharError
+from cliphar.ui._components import keep_focus
 from cliphar.ui._live import live_page
 from cliphar.ui._models import models_page
 from cliphar.ui._photo import photo_page
@@ -33,6 +34,7 @@ def app() -> None:
     with st.container(horizontal=True, gap="small", key="pages"):  # Streamlit's own bar hides behind a button on phones
         for one in pages:
             st.page_link(one)
+        keep_focus()
     try:
         if refused := st.session_state.pop("refused", None):
             st.error(f"{refused}.", icon=":material/error:")

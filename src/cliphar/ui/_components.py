@@ -1,5 +1,5 @@
-"""What Streamlit lacks: photos from the clipboard, and drawings that take the theme's colours. A few lines of script in
-the page itself, nothing fetched."""
+"""What Streamlit lacks: photos from the clipboard, drawings that take the theme's colours, and focus that stays when a
+button goes away. A few lines of script in the page itself, nothing fetched."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import binascii
 
 import streamlit as st
 
-__all__ = ["drawing", "pasted_photos"]
+__all__ = ["drawing", "keep_focus", "pasted_photos"]
 
 _PASTE_HTML = "<p>or paste one: <kbd>Ctrl</kbd> + <kbd>V</kbd></p>"
 _PASTE_CSS = """
@@ -54,6 +54,29 @@ export default function ({ data, parentElement }) {
   place.innerHTML = data.svg;
 }
 """
+_FOCUS_JS = """
+export default function () {
+  let places = [];
+  const remember = (event) => {
+    places = [];
+    for (let place = event.target; place && place !== document.body; place = place.parentElement) places.push(place);
+  };
+  const look = () => {
+    if (!places.length || places[0].isConnected || document.activeElement !== document.body) return;
+    const left = places.find((place) => place.isConnected);
+    if (!left) return;
+    left.tabIndex = -1;
+    left.focus({ preventScroll: true });
+  };
+  const observer = new MutationObserver(look);
+  document.addEventListener("focusin", remember);
+  observer.observe(document.body, { childList: true, subtree: true });
+  return () => {
+    document.removeEventListener("focusin", remember);
+    observer.disconnect();
+  };
+}
+"""
 
 
 def drawing(key: str, svg: str, *, wide: bool = False) -> None:
@@ -62,6 +85,11 @@ def drawing(key: str, svg: str, *, wide: bool = False) -> None:
         "cliphar_drawing", html="<div class='drawing'></div>", css=_DRAWING_CSS, js=_DRAWING_JS
     )
     component(key=key, data={"svg": svg, "wide": wide})
+
+
+def keep_focus() -> None:
+    """When the focused button goes away, focus what it stood in, so that Tab goes on from there."""
+    st.components.v2.component("cliphar_focus", js=_FOCUS_JS)(key="focus")
 
 
 def pasted_photos(key: str, max_mb: int) -> tuple[list[tuple[str, bytes]], list[str]]:

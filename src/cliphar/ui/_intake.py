@@ -59,7 +59,7 @@ def gives_camera() -> bool:
 
 def offer_samples(shelf: str) -> None:
     """The sample photos, each with a button that takes it."""
-    with st.container(horizontal=True):
+    with st.container(horizontal=True, key="samples"):
         for name, data in sample_photos():
             title = name.removesuffix(".jpg")
             with st.container(width=150):

@@ -24,7 +24,7 @@ _HELP = """
 
 def live_page() -> None:
     """Draw the page."""
-    st.title("What is happening now?")
+    st.title("What is happening now?", anchor=False)
     left, right = st.columns([2, 3], gap="large")
     with left:
         labels = choose_actions()

@@ -19,7 +19,7 @@ __all__ = ["models_page"]
 
 def models_page() -> None:
     """Draw the page."""
-    st.title("Which model answers?")
+    st.title("Which model answers?", anchor=False)
     answering = backend()
     about = answering.about()
     own: Evaluation | None = st.session_state.setdefault("evaluations", {}).get(answering.where)
@@ -33,7 +33,7 @@ def models_page() -> None:
                 "cliphar serve --model NAME, or MODEL_PATH.",
                 icon=":material/dns:",
             )
-        st.subheader("How good is it on yours?")
+        st.subheader("How good is it on yours?", anchor=False)
         evaluate_photos(answering, about.name, own)
     with right:
         good, fast, card = st.tabs(["How good", "How fast", "Model card"])
@@ -76,12 +76,12 @@ def _switch_runtime() -> None:
 
 def _good(about: About, own: Evaluation | None) -> None:
     if own is not None:
-        st.subheader(f"Your photos, {own.data}")
+        st.subheader(f"Your photos, {own.data}", anchor=False)
         _analysis("own", own.analysis)
         if own.mistakes:
-            st.subheader("The most confident mistakes")
+            st.subheader("The most confident mistakes", anchor=False)
             st.html(mistakes_html(own.mistakes))
-    st.subheader("Measured when it was made")
+    st.subheader("Measured when it was made", anchor=False)
     if about.evaluation is not None:
         _analysis("bundled", Analysis.from_dict(about.evaluation))
     for metrics in about.metrics.values():

@@ -22,7 +22,7 @@ _SHELF = "photo"
 
 def photo_page() -> None:
     """Draw the page."""
-    st.title("What are they doing?")
+    st.title("What are they doing?", anchor=False)
     left, right = st.columns([2, 3], gap="large")
     with left:
         take_in(_SHELF)

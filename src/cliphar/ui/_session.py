@@ -6,10 +6,10 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib import resources
 
 import streamlit as st
 
+from cliphar.bundle import packaged
 from cliphar.errors import ClipharError, MediaError, UsageError
 from cliphar.labels import clean_labels, vocabularies
 from cliphar.ui._backend import Backend, Photo
@@ -100,8 +100,7 @@ def add_photos(shelf: str, files: Sequence[tuple[str, bytes]]) -> list[str]:
 
 def sample_photos() -> list[tuple[str, bytes]]:
     """The photos that come with the package: name and encoded bytes."""
-    folder = resources.files("cliphar") / "assets" / "samples"
-    return sorted((file.name, file.read_bytes()) for file in folder.iterdir() if file.name.endswith(".jpg"))
+    return sorted((file.name, file.read_bytes()) for file in packaged("samples").glob("*.jpg"))
 
 
 def _lists() -> dict[str, list[str]]:

@@ -33,6 +33,9 @@ STYLE = """<style>
 .stMainBlockContainer h2, .stMainBlockContainer h3 { font-size: 1.35rem; }
 .stMultiSelect [data-tag] { background: color-mix(in srgb, #12948c 16%, transparent); color: inherit; }
 .stMultiSelect [role="group"] { max-height: 17rem; }
+.stApp :is(a, button, summary, [role="tab"], [tabindex="-1"]):focus-visible {
+  outline: 2px solid #12948c; outline-offset: 2px; }
+.st-key-samples img, .st-key-examples img { aspect-ratio: 1; object-fit: cover; }
 .cl-answer { line-height: 1.35; }
 .cl-answer h3 { font-size: 1.45rem; font-weight: 650; margin: 0; padding: 0; overflow-wrap: anywhere; }
 .cl-answer p { margin: .15rem 0 .7rem; opacity: .8; font-size: .92rem; }
@@ -58,6 +61,7 @@ STYLE = """<style>
 .cl-wall img { width: 100%; aspect-ratio: 1; object-fit: cover; border-radius: .5rem; }
 .cl-wall figcaption { font-size: .85rem; overflow-wrap: anywhere; }
 @media (max-width: 30rem) { .st-key-pages a :has(> [data-testid="stIconMaterial"]) { display: none; } }
+.st-key-card [data-testid="stHeaderActionElements"] { display: none; }
 .st-key-card table { font-size: .85rem; display: block; overflow-x: auto; }
 </style>"""
 

@@ -17,7 +17,7 @@ _FEWEST = 3
 
 def teach_page() -> None:
     """Draw the page."""
-    st.title("Teach it an action")
+    st.title("Teach it an action", anchor=False)
     left, right = st.columns([2, 3], gap="large")
     with left:
         name = st.text_input(
@@ -33,7 +33,7 @@ def teach_page() -> None:
         if asked and not name:
             st.warning("Give the action a name first.", icon=":material/edit:")
         elif asked and len(shown) < _FEWEST:
-            st.warning(f"{len(shown)} photos are too few: give 3 to 10 of them.", icon=":material/photo:")
+            st.warning(f"Give 3 to 10 photos of it; here are {len(shown)}.", icon=":material/photo:")
         elif asked:
             _teach(name)
     with right:
@@ -41,8 +41,8 @@ def teach_page() -> None:
         if lesson:
             _report(lesson)
         if shown:
-            st.subheader(f"{len(shown)} photos")
-            with st.container(horizontal=True):
+            st.subheader(f"Photos: {len(shown)}", anchor=False)
+            with st.container(horizontal=True, key="examples"):
                 for photo in shown.values():
                     st.image(photo.thumbnail, alt=f"example: {photo.name}", width=120)
             st.button("Clear these photos", on_click=clear_photos, args=(_SHELF,))
@@ -64,7 +64,7 @@ def _teach(name: str) -> None:
 
 def _report(lesson: Lesson) -> None:
     with st.container(border=True, key="lesson"):
-        st.subheader(lesson.name)
+        st.subheader(lesson.name, anchor=False)
         if lesson.recall is not None:
             right = round(lesson.recall * lesson.photos)
             st.metric("Recognised when held back", f"{right} of {lesson.photos}")
@@ -106,10 +106,10 @@ def _taught() -> None:
     taught = backend().taught
     if not taught:
         return
-    st.subheader("Taught so far")
+    st.subheader("Taught so far", anchor=False)
     for name, count in taught.items():
         with st.container(horizontal=True, vertical_alignment="center"):
-            st.write(f"**{name}**, from {count} photos")
+            st.write(f"**{name}**, from {count} {'photo' if count == 1 else 'photos'}")
             st.button("Forget", key=f"forget_{name}", on_click=_forget, args=(name,), type="tertiary")
 
 

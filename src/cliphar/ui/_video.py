@@ -14,21 +14,19 @@ import streamlit as st
 from PIL import Image
 
 from cliphar.errors import MediaError
-from cliphar.labels import UNKNOWN
 from cliphar.media import decode_image
-from cliphar.timeline import Progress, Segment, Timeline, annotate, contact_sheet, to_csv, to_webvtt
+from cliphar.timeline import Progress, Segment, Timeline, annotate, colours, contact_sheet, to_csv, to_webvtt
 from cliphar.ui._session import backend, choose_actions, choose_coverage, sample_photos
 
 __all__ = ["video_page"]
 
 _TYPES = ["mp4", "mov", "mkv", "webm", "avi", "m4v", "mpg", "mpeg", "ts", "3gp", "wmv", "ogv"]
 _MAX_MB = 60  # a service takes 64 MB in all
-_COLOURS = ("#12948c", "#e69f00", "#56b4e9", "#cc79a7", "#0072b2", "#d55e00", "#a3a500")
 
 
 def video_page() -> None:
     """Draw the page."""
-    st.title("What happens when?")
+    st.title("What happens when?", anchor=False)
     left, right = st.columns([2, 3], gap="large")
     with left:
         upload = st.file_uploader("Drop a clip here, or choose one", type=_TYPES, max_upload_size=_MAX_MB, key="clip")
@@ -62,9 +60,10 @@ def _read(content: bytes, labels: tuple[str, ...], coverage: float) -> Timeline:
     key = hashlib.sha256(
         repr((backend().where, hashlib.sha256(content).hexdigest(), labels, coverage)).encode()
     ).hexdigest()
+    bar = st.empty()  # also where there is nothing to read: what follows keeps its place, and so the focus
     if key in known:
         return known[key]
-    bar = st.progress(0.0, "Reading the clip")
+    bar.progress(0.0, "Reading the clip")
     since = time.monotonic()
     for item in backend().video(content, labels, coverage):
         if isinstance(item, Timeline):
@@ -82,8 +81,7 @@ def _show(name: str, content: bytes, found: Timeline) -> None:
     st.video(content, start_time=start, autoplay=start > 0, muted=start > 0)
     if found.warning:
         st.warning(f"{found.warning}.", icon=":material/info:")
-    colours = {label: _COLOURS[i % len(_COLOURS)] for i, label in enumerate(dict.fromkeys(_labels(found)))}
-    st.html(_bar(found, colours))
+    st.html(_bar(found))
     with st.container(border=True):
         for i, segment in enumerate(found.segments):
             share = f"{segment.score * 100:.0f} %"
@@ -113,10 +111,6 @@ def _show(name: str, content: bytes, found: Timeline) -> None:
         )
 
 
-def _labels(found: Timeline) -> list[str]:
-    return [segment.label for segment in found.segments if segment.label != UNKNOWN]
-
-
 def _jump(start_s: float) -> None:
     st.session_state.clip_start = start_s
 
@@ -125,19 +119,19 @@ def _clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{seconds % 60:04.1f}"
 
 
-def _bar(found: Timeline, colours: dict[str, str]) -> str:
+def _bar(found: Timeline) -> str:
     """The timeline as one bar under the player; those who cannot see it have the list below."""
-    whole = max(found.duration_s, 0.001)
+    whole, colour = max(found.duration_s, 0.001), colours(found.segments)
     parts = "".join(
         f"<div title='{escape(segment.label, quote=True)}' style='position:absolute;top:0;bottom:0;"
         f"left:{segment.start_s / whole:.3%};width:{(segment.end_s - segment.start_s) / whole:.3%};"
-        f"background:{colours.get(segment.label, 'gray')}'></div>"
+        f"background:{colour[segment.label]}'></div>"
         for segment in found.segments
     )
     keys = "".join(
-        f"<span style='margin-right:1rem;white-space:nowrap'><span style='color:{colour}'>&#9632;</span> "
+        f"<span style='margin-right:1rem;white-space:nowrap'><span style='color:{shade}'>&#9632;</span> "
         f"{escape(label)}</span>"
-        for label, colour in colours.items()
+        for label, shade in colour.items()
     )
     return (
         "<div class='cl-timeline' aria-hidden='true'><div style='position:relative;height:1.1rem;border-radius:.4rem;"
