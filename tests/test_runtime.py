@@ -115,6 +115,15 @@ def test_any_batch_gives_the_same_embeddings(runtime: OnnxRuntime, noise: NDArra
     np.testing.assert_allclose(np.concatenate(parts), whole, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+def test_the_number_of_threads_does_not_change_the_embeddings(
+    runtime: OnnxRuntime, noise: NDArray[np.uint8], count: int
+) -> None:
+    images = np.concatenate([noise, noise[:, ::-1], noise[:, :, ::-1]])[:count]
+    alone, shared = (OnnxRuntime(runtime.bundle, threads=threads).encode_images(images) for threads in (1, 3))
+    np.testing.assert_allclose(shared, alone, atol=1e-6)
+
+
 def test_different_photos_have_different_embeddings(mini: Recognizer, photos: list[Path]) -> None:
     embeddings = mini.runtime.encode_images(np.stack([mini.prepare(photo) for photo in photos]))
     cosines = embeddings @ embeddings.T

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["OnnxRuntime", "available_providers"]
 
 _LOG = logging.getLogger("cliphar.runtime")
+_LANES_BELOW = 128 * 2**20  # bytes of a graph: lanes hold its weights once more
 _NVIDIA = {"tensorrt", "cuda"}
 _PREFERENCE = {
     "tensorrt": "TensorrtExecutionProvider",
@@ -51,6 +54,9 @@ def _without_nvidia() -> bool:
 
 class OnnxRuntime:
     """A bundle's image.onnx, or another ONNX graph that export made of it, and its text.onnx.
+
+    On a CPU one photo is run by all threads together, and a batch is cut into a part for each, which run by themselves:
+    threads that share an operator wait for each other at its end, the more so if other work holds up one of them.
 
     Args:
         bundle: a bundle that was read.
@@ -82,6 +88,9 @@ class OnnxRuntime:
         self.bundle = bundle
         self.file = file
         self._image = _session(bundle, file, provider, self.threads)
+        self._single = self._image.get_inputs()[0].shape[0] == 1
+        self._lanes: tuple[onnxruntime.InferenceSession, ThreadPoolExecutor] | None = None
+        self._making_lanes = threading.Lock()
         self.provider = next(
             (short for short, name in _PREFERENCE.items() if name == self._image.get_providers()[0]), "cpu"
         )
@@ -91,12 +100,22 @@ class OnnxRuntime:
     def encode_images(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """See :class:`Runtime`; ValueError if the shape or dtype is not the bundle's."""
         check_images(self.bundle, images)
+        large = self.bundle.info.files[self.file].bytes >= _LANES_BELOW
+        if len(images) < max(2, self.threads) or self.provider != "cpu" or large:
+            return self._run(self._image, images)
+        with self._making_lanes:
+            if self._lanes is None:
+                pool = ThreadPoolExecutor(self.threads, thread_name_prefix="lane")
+                self._lanes = _session(self.bundle, self.file, self.provider, 1), pool
+            session, pool = self._lanes
+        parts = pool.map(lambda part: self._run(session, part), np.array_split(images, self.threads))
+        return np.concatenate(list(parts))
+
+    def _run(self, session: onnxruntime.InferenceSession, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         # a graph with a batch of one quantises by what is in the batch, so an answer would depend on its neighbours
-        step = 1 if self._image.get_inputs()[0].shape[0] == 1 else len(images)
-        parts = [
-            self._image.run(["embeddings"], {"images": images[at : at + step]})[0] for at in range(0, len(images), step)
-        ]
-        result: NDArray[np.float32] = np.concatenate(parts)
+        step = 1 if self._single else len(images)
+        parts = (images[at : at + step] for at in range(0, len(images), step))
+        result: NDArray[np.float32] = np.concatenate([session.run(["embeddings"], {"images": p})[0] for p in parts])
         return result
 
     def encode_text(self, texts: Sequence[str]) -> NDArray[np.float32]:

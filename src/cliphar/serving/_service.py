@@ -63,7 +63,9 @@ class Service:
             observe=metrics.observe,
         )
         service = cls(settings, recognizer, engine, State(settings.state, recognizer), metrics)
-        recognizer.predict(np.zeros((spec.size, spec.size, 3), np.uint8), ["standing", "anything else"])
+        blank = np.zeros((spec.size, spec.size, 3), np.uint8)
+        for photos in (1, settings.max_batch):  # a runtime makes ready for many when it first meets them
+            recognizer.predict([blank] * photos, ["standing", "anything else"])
         metrics.watch(engine, recognizer)
         service.ready = True
         return service
