@@ -54,11 +54,6 @@ class ContrastObjective(nn.Module):
         self.scale, self.losses = scale, losses
         self.gather: Callable[[Tensor], Tensor] = lambda rows: rows
 
-    def groups(self) -> list[tuple[list[nn.Parameter], float]]:
-        """Towers at the rate; class vectors, which are few and start well, at ten times it."""
-        towers = [p for name, p in self.named_parameters() if name != "class_vectors"]
-        return [(towers, 1.0), ([self.class_vectors], 10.0)]
-
     def embed(self, images: Tensor) -> Tensor:
         """uint8 or float [B,T,3,S,S] -> float [B,D], unit length: the direction of the frames' mean."""
         count, frames = images.shape[:2]

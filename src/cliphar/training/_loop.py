@@ -42,16 +42,12 @@ class Stopped(ClipharError):  # noqa: N818 - not an error
 class Objective(Protocol):
     """What a method trains: an ``nn.Module`` whose forward gives a batch's losses.
 
-    ``forward`` returns the mean over this process's part of the batch, ``loss`` and its named parts. ``groups`` gives
-    the parameters with their learning rates' factors. ``gather`` is set by the loop: it brings the rows of all
-    processes together, in order, with gradients; in one process it is the identity.
+    ``forward`` returns the mean over this process's part of the batch, ``loss`` and its named parts. ``gather`` is
+    set by the loop: it brings the rows of all processes together, in order, with gradients; in one process it is the
+    identity.
     """
 
     gather: Callable[[Tensor], Tensor]
-
-    def groups(self) -> list[tuple[list[nn.Parameter], float]]:
-        """Parameters and the factor of their learning rate."""
-        ...
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """Losses of a batch."""
@@ -195,8 +191,7 @@ def fit(
     if recipe.compile:
         module.compile()
     trained = [p for p in held.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(_groups(held, recipe, run.lr), run.lr)
-    rates = [group["lr"] for group in optimizer.param_groups]
+    optimizer = torch.optim.AdamW(_groups(trained, recipe.weight_decay), run.lr)
     scaler = torch.amp.GradScaler(run.device.type, enabled=recipe.precision == "fp16")
     average = _Average(trained, recipe.ema)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision]
@@ -220,8 +215,8 @@ def fit(
         first = state.step - state.epoch * len(batches)
         for batch in batches.epoch(state.epoch, first):
             factor = _rate(state.step, steps, recipe.warmup)
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * factor
+            for group in optimizer.param_groups:
+                group["lr"] = run.lr * factor
             torch.manual_seed(((run.seed << 40) + (state.step << 12) + ranks.rank) % 2**63)
             parts: dict[str, float] = {}
             for part in batch.to(run.device).split(recipe.accumulate):
@@ -294,17 +289,10 @@ class _State:
             self.ended = bool(patience) and self.without_gain >= patience
 
 
-def _groups(objective: nn.Module, recipe: LoopRecipe, lr: float) -> list[dict[str, Any]]:
-    groups = []
-    for parameters, factor in objective.groups():  # type: ignore[operator]
-        chosen = [p for p in parameters if p.requires_grad]
-        for decay, members in (
-            (recipe.weight_decay, [p for p in chosen if p.ndim > 1]),
-            (0.0, [p for p in chosen if p.ndim <= 1]),  # biases and gains
-        ):
-            if members:
-                groups.append({"params": members, "lr": lr * factor, "weight_decay": decay})
-    return groups
+def _groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Biases and gains do not decay."""
+    kinds = ((weight_decay, [p for p in parameters if p.ndim > 1]), (0.0, [p for p in parameters if p.ndim <= 1]))
+    return [{"params": members, "weight_decay": decay} for decay, members in kinds if members]
 
 
 def _resume(

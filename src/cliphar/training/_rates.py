@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 __all__ = ["learning_rate"]
 
-# (default, bound); for CLIP's own towers after CLIP-LoRA, FLYP and ViFi-CLIP: 1e-4 on all of its weights destroys it
+# (default, bound); for CLIP's own towers after CLIP-LoRA, FLYP and ViFi-CLIP: 1e-4 on all of its weights destroys it.
+# Measured on mini with 16 photos of each action, validation top-1 after 14 steps, from 0.76: full 0.75 at 5e-5 and 0.65
+# at 2e-4, lora 0.76 at 3e-4
 _TRANSFORMER = {"lora": (2e-4, 1e-3), "full": (1e-5, 3e-5), "temporal": (8e-6, 3e-5)}
-_CONVOLUTIONAL = {"lora": (1e-3, 5e-3), "full": (2e-4, 1e-3), "temporal": (1e-4, 1e-3)}
+_CONVOLUTIONAL = {"lora": (3e-4, 1e-3), "full": (5e-5, 2e-4), "temporal": (5e-5, 2e-4)}
 _PROBE_BOUND = 0.05
 
 
