@@ -64,7 +64,7 @@ class Service:
         )
         service = cls(settings, recognizer, engine, State(settings.state, recognizer), metrics)
         blank = np.zeros((spec.size, spec.size, 3), np.uint8)
-        for photos in (1, settings.max_batch):  # a runtime makes ready for many when it first meets them
+        for photos in (1, max(2, cpu_quota())):  # a runtime makes ready for many when it first meets them
             recognizer.predict([blank] * photos, ["standing", "anything else"])
         metrics.watch(engine, recognizer)
         service.ready = True
