@@ -53,6 +53,7 @@ class MlflowSink:
         # an absent server is found out in seconds, not the half hour that MLflow would try for
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         import logging
 
         from mlflow.tracking import MlflowClient
@@ -67,11 +68,13 @@ class MlflowSink:
         self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "cliphar"
         experiment = self._client.get_experiment_by_name(name)
+        kind = {"mlflow.experimentKind": "custom_model_development"}  # else its pages are those for language models
         self._experiment = (
-            experiment.experiment_id if experiment else self._client.create_experiment(name, artifact_location=place)
+            experiment.experiment_id if experiment else self._client.create_experiment(name, place, tags=kind)
         )
         self._model = run_name
-        self._run = self._client.create_run(self._experiment, run_name=run_name)
+        source = {"mlflow.source.name": "cliphar train"}
+        self._run = self._client.create_run(self._experiment, tags=source, run_name=run_name)
 
     def params(self, params: Mapping[str, Any]) -> None:
         """See :class:`Sink`."""
