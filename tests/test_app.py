@@ -32,6 +32,7 @@ from cliphar.recognizer import Prediction, Recognizer, Score, load
 from cliphar.ui._backend import Photo
 from cliphar.ui._camera import Camera
 from cliphar.ui._remote import RemoteBackend
+from cliphar.ui._speed import measure_round_trips
 from serving_process import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -376,6 +377,7 @@ def test_a_service_answers_where_there_is_one(
         found = backend.answer([*shown, Photo("bad", b"bad", "bad", b"")], labels, 0.9)
         assert [one.label for one in found if isinstance(one, Prediction)] == [one.label for one in expected]
         assert isinstance(found[-1], MediaError)
+        assert min(measure_round_trips(backend)) > 0
         about = backend.about()
         assert (about.name, about.evaluation) == ("mini", None)
         assert about.metrics["known"].n == 652

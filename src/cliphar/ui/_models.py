@@ -12,7 +12,7 @@ from cliphar.ui._evaluate import evaluate_photos
 from cliphar.ui._local import LocalBackend
 from cliphar.ui._session import backend, refusing, use_model
 from cliphar.ui._show import figures_html, mistakes_html, speeds_html
-from cliphar.ui._speed import known_speeds, measure_speeds
+from cliphar.ui._speed import known_speeds, measure_round_trips, measure_speeds
 
 __all__ = ["models_page"]
 
@@ -113,10 +113,7 @@ def _analysis(key: str, analysis: Analysis) -> None:
 
 def _fast(answering: Backend) -> None:
     if not isinstance(answering, LocalBackend):
-        st.info(
-            "The service runs on a machine of its own. Measure there: cliphar bench NAME, or read its /metrics.",
-            icon=":material/dns:",
-        )
+        _fast_service(answering)
         return
     st.caption("Each runtime in a process of its own, in turns. Answers here are slower meanwhile.")
     if st.button("Measure the speed on this machine", icon=":material/speed:"):
@@ -126,3 +123,18 @@ def _fast(answering: Backend) -> None:
         st.html(speeds_html(found["rows"]))
         for reason in found["skipped"].values():
             st.warning(f"{reason}.", icon=":material/info:")
+
+
+def _fast_service(answering: Backend) -> None:
+    state = st.session_state
+    st.caption(
+        "From this page to the service and back, while others use it too. What its runtimes do by themselves is "
+        "measured on its machine: cliphar bench NAME."
+    )
+    if st.button("Measure the service", icon=":material/speed:"):
+        with st.spinner("Asking about a sample photo, alone and 16 at once"):
+            state.round_trips = measure_round_trips(answering)
+    if found := state.get("round_trips"):
+        one, many = st.columns(2)
+        one.metric("From photo to answer", f"{found[0]:.0f} ms")
+        many.metric("Photos a second, 16 at once", f"{found[1]:.0f}")

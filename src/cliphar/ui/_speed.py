@@ -1,22 +1,29 @@
-"""The speed of a bundle's runtimes on this machine, as ``cliphar bench`` measures it."""
+"""The speed of a bundle's runtimes on this machine, as ``cliphar bench`` has it; of a service, as the page asks it."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import streamlit as st
 
-from cliphar.errors import ClipharError
+from cliphar.errors import ClipharError, MediaError
+from cliphar.labels import vocabularies
+from cliphar.ui._backend import Backend, Photo
+from cliphar.ui._session import sample_photos
 
-__all__ = ["known_speeds", "measure_speeds"]
+__all__ = ["known_speeds", "measure_round_trips", "measure_speeds"]
 
 _TURNS = 3
+_CALLS, _BATCHES, _BATCH = 15, 2, 16
 _MEASURING = threading.Lock()  # two at a time would measure each other
 _KNOWN: dict[Path, dict[str, Any]] = {}  # for all visitors: it is one machine
 
@@ -55,3 +62,39 @@ def measure_speeds(model: Path, runtimes: Sequence[str]) -> None:
     finally:
         _MEASURING.release()
         bar.empty()
+
+
+def measure_round_trips(backend: Backend) -> tuple[float, float]:
+    """The median milliseconds from a photo sent to its answer, and the photos answered a second when sent 16 at once.
+
+    Raises:
+        ClipharError: the service did not answer, or it is being measured for another visitor.
+    """
+    if not _MEASURING.acquire(blocking=False):
+        raise ClipharError("another visitor is measuring; try again in half a minute")
+    try:
+        labels = vocabularies()["Everyday actions"]
+        photos = _new_photos(1 + _CALLS + _BATCHES * _BATCH)
+        backend.answer([next(photos)], labels, 0.9)  # the words are embedded once
+        single = [_seconds(backend, [next(photos)], labels) for _ in range(_CALLS)]
+        many = min(_seconds(backend, [next(photos) for _ in range(_BATCH)], labels) for _ in range(_BATCHES))
+    finally:
+        _MEASURING.release()
+    return 1000 * statistics.median(single), _BATCH / many
+
+
+def _new_photos(count: int) -> Iterator[Photo]:
+    """A sample photo over and over, each time other bytes: a service keeps what it was asked before."""
+    name, data = sample_photos()[0]
+    mark = time.time_ns()
+    for number in range(count):
+        changed = data + f"{mark} {number}".encode()  # behind the end of a JPEG, where nobody looks
+        yield Photo(name, changed, hashlib.sha256(changed).hexdigest(), b"")
+
+
+def _seconds(backend: Backend, photos: list[Photo], labels: Sequence[str]) -> float:
+    since = time.perf_counter()
+    for answer in backend.answer(photos, labels, 0.9):
+        if isinstance(answer, MediaError):
+            raise answer
+    return time.perf_counter() - since

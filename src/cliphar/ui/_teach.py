@@ -44,7 +44,7 @@ def teach_page() -> None:
             st.subheader(f"Photos: {len(shown)}", anchor=False)
             with st.container(horizontal=True, key="examples"):
                 for photo in shown.values():
-                    st.image(photo.thumbnail, alt=f"example: {photo.name}", width=120)
+                    st.image(photo.thumbnail, alt=f"example: {photo.name}", width=108)
             st.button("Clear these photos", on_click=clear_photos, args=(_SHELF,))
         elif not lesson:
             st.info(
