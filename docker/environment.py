@@ -14,6 +14,13 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 
+# Every function returns the same table of functions that return nothing: to the caller of x265 an interface that cannot
+# allocate, to that of SVT-AV1 an error. ffmpeg reports both as an encoder that does not open.
+HOLLOW = """
+static void *nothing(void) { return 0; }
+static void *(*table[64])(void) = { [0 ... 63] = nothing };
+"""
+
 
 def requirements(project: dict, wanted: dict, target: str, variant: str) -> list[str]:
     """The plain dependencies, the target's extras with the extras they name, and the variant's own."""
@@ -26,6 +33,19 @@ def requirements(project: dict, wanted: dict, target: str, variant: str) -> list
     if "instead" in changes:
         found = [line for line in found if not line.startswith("onnxruntime")] + changes["instead"]
     return found + changes.get("add", [])
+
+
+def hollow(library: Path) -> None:
+    """Put in a library's place one of its name without its contents, for those beside it that are linked with it."""
+
+    def names(kind: str, *files: Path) -> set[str]:
+        nm = ["nm", "--dynamic", "--just-symbols", "--without-symbol-versions", kind, *map(str, files)]
+        return set(subprocess.run(nm, check=True, capture_output=True, text=True).stdout.split())
+
+    asked = names("--defined-only", library) & names("--undefined-only", *library.parent.glob("*.so*"))
+    code = HOLLOW + "".join(f"void *{name}(void) {{ return table; }}\n" for name in sorted(asked))
+    gcc = ["gcc", "-shared", "-nostdlib", "-Os", "-s", f"-Wl,-soname,{library.name}", "-o", str(library), "-x", "c", "-"]
+    subprocess.run(gcc, input=code, text=True, check=True)
 
 
 def main() -> None:
@@ -45,11 +65,15 @@ def main() -> None:
     for pattern in wanted["omit"]["files"]:
         for path in sorted(place.glob(pattern)):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for pattern in wanted["omit"]["hollow"]:
+        for library in place.glob(pattern):
+            hollow(library)
     # debug symbols; libraries that auditwheel moved (*.libs) do not load once stripped
     symbols = [str(path) for path in place.rglob("*.so*") if ".libs/" not in str(path) and path.is_file()]
     subprocess.run(["strip", "--strip-unneeded", *symbols], check=True)
     # checked by nothing: valid however the layer is copied, and the root is read-only
-    compile_all = ["-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash", str(place)]
+    left = ["-x", wanted["omit"]["bytecode"]]
+    compile_all = ["-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash", *left, str(place)]
     subprocess.run([python, *compile_all], check=True)
 
 
