@@ -44,8 +44,8 @@ def hollow(library: Path) -> None:
 
     asked = names("--defined-only", library) & names("--undefined-only", *library.parent.glob("*.so*"))
     code = HOLLOW + "".join(f"void *{name}(void) {{ return table; }}\n" for name in sorted(asked))
-    gcc = ["gcc", "-shared", "-nostdlib", "-Os", "-s", f"-Wl,-soname,{library.name}", "-o", str(library), "-x", "c", "-"]
-    subprocess.run(gcc, input=code, text=True, check=True)
+    build = ["gcc", "-shared", "-nostdlib", "-Os", "-s", f"-Wl,-soname,{library.name}", "-o", library, "-x", "c", "-"]
+    subprocess.run(build, input=code, text=True, check=True)
 
 
 def main() -> None:

@@ -21,7 +21,9 @@ clean() {
   done
   docker rm -f -v "$id" >/dev/null 2>&1 || true
   docker volume rm -f "$id" "${id}_postgres" >/dev/null 2>&1 || true
-  docker image rm -f "$image" "$id:app" "$id:train" "$id:changed" "$id-watch:api" "$id:openvino" "$id:prometheus" "$id:postgres" >/dev/null 2>&1 || true
+  docker image rm -f "$image" "$id:app" "$id:train" "$id:changed" "$id-watch:api" "$id-watch:app" "$id:openvino" "$id:prometheus" "$id:postgres" >/dev/null 2>&1 || true
+  # what `watch` built before the last change
+  docker images -q --filter dangling=true --filter "label=com.docker.compose.project=$id-watch" | xargs -r docker image rm >/dev/null 2>&1 || true
   rm -rf "$work"
 }
 trap clean EXIT
