@@ -346,6 +346,12 @@ def test_known_labels_use_their_class_vectors(fake: Recognizer, fake_runtime: An
     assert fake.calibration(["red", "blue"]) == fake.bundle.info.known
 
 
+def test_capitals_do_not_make_a_known_label_new(fake: Recognizer, fake_runtime: Any) -> None:
+    np.testing.assert_array_equal(fake.embed_labels(["Blue", "RED"]), fake.embed_labels(["blue", "red"]))
+    assert fake.predict(RED, ["Blue", "RED"]).label == "RED"
+    assert fake_runtime.sentences == []
+
+
 def test_one_new_word_puts_the_whole_list_through_the_text_tower(fake: Recognizer, fake_runtime: Any) -> None:
     vectors = fake.embed_labels(["red", "somersaulting oddly"])
     assert fake_runtime.sentences == [

@@ -21,7 +21,7 @@ from cliphar.bundle import Bundle, Calibration, find_bundle
 from cliphar.errors import MediaError, UsageError
 from cliphar.labels import clean_labels, prompts
 from cliphar.media import ImageLike, decode_image, to_square
-from cliphar.recognizer._scoring import to_predictions
+from cliphar.recognizer._scoring import mean_direction, to_predictions
 from cliphar.recognizer._taught import TAUGHT_FILE, Lesson, Taught, read_taught, write_taught
 from cliphar.recognizer._teaching import Background, gda_vectors, read_background
 from cliphar.recognizer._types import Prediction, Score
@@ -105,13 +105,20 @@ class Recognizer:
         """
         return self._vectors(labels, self._taught)
 
+    def _as_learnt(self, labels: Sequence[str], taught: dict[str, Taught]) -> list[str]:
+        """Labels that were trained or taught in capitals or without, as they were then."""
+        learnt = {name.casefold(): name for name in (*self._known, *taught)}
+        return [label if label in taught else learnt.get(label.casefold(), label) for label in labels]
+
     def _vectors(self, labels: Sequence[str], taught: dict[str, Taught]) -> NDArray[np.float32]:
+        labels = self._as_learnt(labels, taught)
         if self._are_known(labels, taught):
             return np.stack([taught[label].known if label in taught else self._known[label] for label in labels])
         texts = self._text_vectors([label for label in labels if label not in taught])
         return np.stack([taught[label].open if label in taught else texts[label] for label in labels])
 
     def _are_known(self, labels: Sequence[str], taught: dict[str, Taught]) -> bool:
+        labels = self._as_learnt(labels, taught)
         return bool(self._known) and all(label in self._known or label in taught for label in labels)
 
     def _text_vectors(self, labels: Sequence[str]) -> dict[str, NDArray[np.float32]]:
@@ -140,10 +147,10 @@ class Recognizer:
         at = 0
         for label, named_count, described_count in owners:
             named_end = at + named_count
-            vector = _direction(vectors[at:named_end])
+            vector = mean_direction(vectors[at:named_end])
             at = named_end + described_count
             if described_count:
-                vector = _direction(np.stack([vector, _direction(vectors[named_end:at])]))
+                vector = mean_direction(np.stack([vector, mean_direction(vectors[named_end:at])]))
             self._cache[label] = vector
 
     def calibration(self, labels: Sequence[str]) -> Calibration:
@@ -389,9 +396,3 @@ def _raising(answers: Generator[Prediction | MediaError, None, None]) -> Iterato
             if isinstance(answer, MediaError):
                 raise answer
             yield answer
-
-
-def _direction(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    mean = vectors.mean(0)
-    unit: NDArray[np.float32] = (mean / np.linalg.norm(mean)).astype(np.float32)
-    return unit

@@ -10,7 +10,14 @@ from cliphar.errors import UsageError
 from cliphar.labels import UNKNOWN
 from cliphar.recognizer._types import Prediction, Score
 
-__all__ = ["conformal_threshold", "probabilities", "to_predictions"]
+__all__ = ["conformal_threshold", "mean_direction", "probabilities", "to_predictions"]
+
+
+def mean_direction(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The direction of the rows' mean: float32 [N,D] -> float32 [D], unit length."""
+    mean = vectors.mean(0)
+    unit: NDArray[np.float32] = (mean / np.linalg.norm(mean)).astype(np.float32)
+    return unit
 
 
 def probabilities(cosines: NDArray[np.float32], logit_scale: float) -> NDArray[np.float64]:

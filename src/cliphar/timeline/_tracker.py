@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from cliphar.bundle import Calibration
 from cliphar.errors import UsageError
 from cliphar.labels import UNKNOWN, clean_labels
-from cliphar.recognizer import Recognizer, to_predictions
+from cliphar.recognizer import Recognizer, mean_direction, to_predictions
 from cliphar.timeline._types import Segment
 from cliphar.timeline._viterbi import Viterbi
 
@@ -181,9 +181,7 @@ class Tracker:
         self._pool.append((time_s, embedding))
         while self._pool[0][0] <= time_s - self.choice.window_s:
             self._pool.popleft()
-        mean = np.mean([vector for _, vector in self._pool], axis=0)
-        unit: NDArray[np.float32] = (mean / np.linalg.norm(mean)).astype(np.float32)
-        return unit
+        return mean_direction(np.stack([vector for _, vector in self._pool]))
 
     def _segment(self, state: int, start_s: float, end_s: float, cosines: NDArray[np.float32]) -> Segment:
         choice = self.choice

@@ -16,7 +16,7 @@ from cliphar.bundle import Bundle
 from cliphar.data import PhotoSet, load_photos, open_source, split_grouped
 from cliphar.errors import DataError
 from cliphar.labels import prompts
-from cliphar.recognizer import Recognizer
+from cliphar.recognizer import Recognizer, mean_direction
 from cliphar.runtime import OnnxRuntime
 from cliphar.training._base import find_base
 from cliphar.training._loop import StepReport
@@ -124,13 +124,10 @@ def text_vectors(recognizer: Recognizer, labels: Sequence[str]) -> NDArray[np.fl
     vectors = []
     for label in labels:
         parts = [texts for texts in prompts(label, info.text.templates) if texts]
-        vectors.append(_direction(np.stack([_direction(recognizer.runtime.encode_text(texts)) for texts in parts])))
+        vectors.append(
+            mean_direction(np.stack([mean_direction(recognizer.runtime.encode_text(texts)) for texts in parts]))
+        )
     return np.stack(vectors)
-
-
-def _direction(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    mean = vectors.mean(0)
-    return np.asarray(mean / np.linalg.norm(mean), np.float32)
 
 
 def embed_rows(recognizer: Recognizer, photos: PhotoSet, rows: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -140,7 +137,7 @@ def embed_rows(recognizer: Recognizer, photos: PhotoSet, rows: NDArray[np.int64]
     found = []
     for i in rows:
         vectors = [next(embedded) for _ in range(len(photos.frames(int(i))))]
-        found.append(_direction(np.stack([vector for vector in vectors if isinstance(vector, np.ndarray)])))
+        found.append(mean_direction(np.stack([vector for vector in vectors if isinstance(vector, np.ndarray)])))
     return np.stack(found)
 
 
