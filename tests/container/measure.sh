@@ -24,8 +24,8 @@ echo '| image | MB | built with nothing cached but downloads, s |'
 echo '|---|---|---|'
 echo "| base | $(size python:3.11-slim-bookworm) | |"
 t=$(seconds build --no-cache --target api -t "$id:api"); echo "| \`api\` | $(size "$id:api") | $t |"
-t=$(seconds build --target app -t "$id:app"); echo "| \`app\` | $(size "$id:app") | $t more |"
-t=$(seconds build --target api --build-arg VARIANT=openvino -t "$id:openvino"); echo "| \`api\`, OpenVINO | $(size "$id:openvino") | $t more |"
+t=$(seconds build --no-cache-filter dependencies-app --target app -t "$id:app"); echo "| \`app\` | $(size "$id:app") | $t more |"
+t=$(seconds build --no-cache-filter dependencies-api --target api --build-arg VARIANT=openvino -t "$id:openvino"); echo "| \`api\`, OpenVINO | $(size "$id:openvino") | $t more |"
 t=$(seconds docker compose --profile train build --no-cache train); echo "| \`train\`, CPU | $(size "$id:train") | $t |"
 echo
 echo '| what | s |'
