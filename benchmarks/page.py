@@ -110,6 +110,7 @@ async def edited(page: Page, word: str) -> float:
     await field.press("Enter")
     took = await _took(page)
     await page.keyboard.press("Escape")
+    await page.wait_for_timeout(300)  # a person does not type the next word before the page is at rest
     return took
 
 
