@@ -42,7 +42,7 @@ class _Embedded(Job):
 
 
 def _recipe(method: str, source: Path, work: Path, photos: int = 1) -> Any:
-    tree: dict[str, Any] = {"method": method, "name": "bench", "output": str(work / method)}
+    tree: dict[str, Any] = {"method": method, "name": "bench", "output": str(work / f"{method}-{photos}")}
     tree["data"] = {"source": str(source)}
     if method in TRAINED:
         tree["train"] = {"epochs": max(2, STEPS // max(1, photos // BATCH)), "batch_size": BATCH, "size": 128}
