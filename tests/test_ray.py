@@ -33,7 +33,7 @@ def cli(clean_env: dict[str, str], tmp_path: Path) -> Cli:
         command = [sys.executable, "-m", "cliphar", *map(str, arguments)]
         quiet = {"RAY_DEDUP_LOGS": "0", "OMP_NUM_THREADS": "1", "RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": 2})}
         return subprocess.run(
-            command, capture_output=True, text=True, env=clean_env | quiet, cwd=tmp_path, timeout=300, check=False
+            command, capture_output=True, text=True, env=clean_env | quiet, cwd=tmp_path, timeout=900, check=False
         )
 
     return run
@@ -98,7 +98,7 @@ def test_the_job_of_the_cluster_file(clean_env: dict[str, str], photos: list[Pat
         def submit(**other: str) -> subprocess.CompletedProcess[str]:
             job = [sys.executable, "-m", *command]
             return subprocess.run(
-                job, capture_output=True, text=True, env=environment | other, timeout=300, check=False
+                job, capture_output=True, text=True, env=environment | other, timeout=900, check=False
             )
 
         stranger = submit(RAY_AUTH_TOKEN=secrets.token_hex(16), RAY_py_gcs_connect_timeout_s="1")
