@@ -171,7 +171,7 @@ def plot(results: dict[str, Any], target: Path) -> None:
     for axes in (left, right):
         axes.set_xticks(CLIENTS, [str(clients) for clients in CLIENTS])
         axes.minorticks_off()
-    left.legend(fontsize=8, loc="center right")
+    left.legend(fontsize=7, loc="upper left", bbox_to_anchor=(0, 0.93))
     figure.savefig(target, metadata={"Date": None})
 
 
