@@ -110,6 +110,13 @@ def test_a_trained_action_can_be_taught_again_and_forgotten(pupil: Recognizer) -
     assert np.array_equal(pupil.embed_labels(["blue"]), trained)
 
 
+def test_an_action_taught_in_capitals_leaves_the_trained_one_alone(pupil: Recognizer) -> None:
+    trained = pupil.embed_labels(["red", "green"])
+    pupil.teach("RED", tints((200, 200, 40)))
+    np.testing.assert_array_equal(pupil.embed_labels(["red", "green"]), trained)
+    assert np.abs(pupil.embed_labels(["RED"])[0] - trained[0]).max() > 0.01
+
+
 def test_bad_photos_are_named_and_the_others_teach(pupil: Recognizer, tmp_path: Path) -> None:
     lesson = pupil.teach("yellow", [b"no image", *tints((240, 230, 10), 3), tmp_path / "absent.jpg"])
     assert lesson.photos == 3

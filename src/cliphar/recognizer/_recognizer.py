@@ -103,22 +103,22 @@ class Recognizer:
         the glossary describes it, of its descriptions' in equal parts. These are cached. A taught label keeps what
         its photos taught, in the form that is compared with text.
         """
-        return self._vectors(labels, self._taught)
+        taught = self._taught
+        return self._vectors(self._as_learnt(labels, taught), taught)
 
     def _as_learnt(self, labels: Sequence[str], taught: dict[str, Taught]) -> list[str]:
-        """Labels that were trained or taught in capitals or without, as they were then."""
-        learnt = {name.casefold(): name for name in (*self._known, *taught)}
-        return [label if label in taught else learnt.get(label.casefold(), label) for label in labels]
+        """Labels that differ in capitals only from what was trained or taught, as they were then."""
+        names = dict.fromkeys((*self._known, *taught))
+        learnt = {name.casefold(): name for name in names}
+        return [label if label in names else learnt.get(label.casefold(), label) for label in labels]
 
     def _vectors(self, labels: Sequence[str], taught: dict[str, Taught]) -> NDArray[np.float32]:
-        labels = self._as_learnt(labels, taught)
         if self._are_known(labels, taught):
             return np.stack([taught[label].known if label in taught else self._known[label] for label in labels])
         texts = self._text_vectors([label for label in labels if label not in taught])
         return np.stack([taught[label].open if label in taught else texts[label] for label in labels])
 
     def _are_known(self, labels: Sequence[str], taught: dict[str, Taught]) -> bool:
-        labels = self._as_learnt(labels, taught)
         return bool(self._known) and all(label in self._known or label in taught for label in labels)
 
     def _text_vectors(self, labels: Sequence[str]) -> dict[str, NDArray[np.float32]]:
@@ -155,7 +155,8 @@ class Recognizer:
 
     def calibration(self, labels: Sequence[str]) -> Calibration:
         """The calibration that holds for these labels: ``known`` if all were trained or taught, else ``open``."""
-        return self._calibration(labels, self._taught)
+        taught = self._taught
+        return self._calibration(self._as_learnt(labels, taught), taught)
 
     def _calibration(self, labels: Sequence[str], taught: dict[str, Taught]) -> Calibration:
         return self.bundle.info.known if self._are_known(labels, taught) else self.bundle.info.open
@@ -289,7 +290,8 @@ class Recognizer:
             raise UsageError(f"top-k {top_k} is below 1")
         if not 0 < coverage < 1:
             raise UsageError(f"coverage {coverage} is not between 0 and 1; 0.9 is usual")
-        return chosen, self._vectors(chosen, taught), self._calibration(chosen, taught)
+        learnt = self._as_learnt(chosen, taught)
+        return chosen, self._vectors(learnt, taught), self._calibration(learnt, taught)
 
     def _run(
         self,
