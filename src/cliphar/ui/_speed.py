@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import statistics
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,29 +41,37 @@ def measure_speeds(model: Path, runtimes: Sequence[str]) -> None:
     Raises:
         ClipharError: nothing could be measured, or it is being measured for another visitor.
     """
-    if not _MEASURING.acquire(blocking=False):
-        raise ClipharError("another visitor is measuring; try again in half a minute")
-    bar = st.progress(0.0, "Starting")
     command = [sys.executable, "-m", "cliphar", "bench", str(model), "--runtime", ",".join(runtimes)]
     command += ["--batch", "1,8", "--seconds", "1", "--json"]
     steps, last = len(runtimes) + _TURNS, "it ended early"
+    with _measuring():
+        bar = st.progress(0.0, "Starting")
+        try:
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+                try:
+                    assert process.stdout is not None and process.stderr is not None  # noqa: S101 - both are pipes
+                    for step, line in enumerate(process.stderr):
+                        last = line.strip()
+                        bar.progress(min(1.0, step / steps), last.capitalize())
+                    told = process.stdout.read()
+                except BaseException:  # the visitor went to another page, which ends this script
+                    process.kill()
+                    raise
+            if process.returncode != 0:
+                raise ClipharError(f"the speed was not measured: {last.removeprefix('cliphar: ')}")
+            _KNOWN[model] = json.loads(told)
+        finally:
+            bar.empty()
+
+
+@contextmanager
+def _measuring() -> Iterator[None]:
+    if not _MEASURING.acquire(blocking=False):
+        raise ClipharError("another visitor is measuring; try again in half a minute")
     try:
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            try:
-                assert process.stdout is not None and process.stderr is not None  # noqa: S101 - both are pipes
-                for step, line in enumerate(process.stderr):
-                    last = line.strip()
-                    bar.progress(min(1.0, step / steps), last.capitalize())
-                told = process.stdout.read()
-            except BaseException:  # the visitor went to another page, which ends this script
-                process.kill()
-                raise
-        if process.returncode != 0:
-            raise ClipharError(f"the speed was not measured: {last.removeprefix('cliphar: ')}")
-        _KNOWN[model] = json.loads(told)
+        yield
     finally:
         _MEASURING.release()
-        bar.empty()
 
 
 def measure_round_trips(backend: Backend) -> tuple[float, float]:
@@ -70,24 +80,20 @@ def measure_round_trips(backend: Backend) -> tuple[float, float]:
     Raises:
         ClipharError: the service did not answer, or it is being measured for another visitor.
     """
-    if not _MEASURING.acquire(blocking=False):
-        raise ClipharError("another visitor is measuring; try again in half a minute")
-    try:
+    with _measuring():
         labels = vocabularies()["Everyday actions"]
-        photos = _new_photos(1 + _CALLS + _BATCHES * _BATCH)
+        photos = _new_photos()
         backend.answer([next(photos)], labels, 0.9)  # the words are embedded once
         single = [_seconds(backend, [next(photos)], labels) for _ in range(_CALLS)]
         many = min(_seconds(backend, [next(photos) for _ in range(_BATCH)], labels) for _ in range(_BATCHES))
-    finally:
-        _MEASURING.release()
     return 1000 * statistics.median(single), _BATCH / many
 
 
-def _new_photos(count: int) -> Iterator[Photo]:
+def _new_photos() -> Iterator[Photo]:
     """A sample photo over and over, each time other bytes: a service keeps what it was asked before."""
     name, data = sample_photos()[0]
     mark = time.time_ns()
-    for number in range(count):
+    for number in itertools.count():
         changed = data + f"{mark} {number}".encode()  # behind the end of a JPEG, where nobody looks
         yield Photo(name, changed, hashlib.sha256(changed).hexdigest(), b"")
 
