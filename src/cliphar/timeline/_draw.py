@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +152,6 @@ class _Overlay:
 
 def colours(segments: Sequence[Segment]) -> dict[str, str]:
     """A colour, ``#rrggbb``, for each label of the segments, as the drawings have it."""
+    named = cycle(_COLOURS)
     labels = sorted({segment.label for segment in segments})
-    named = [label for label in labels if label != UNKNOWN]
-    return {label: _COLOURS[named.index(label) % len(_COLOURS)] if label in named else _GREY for label in labels}
+    return {label: _GREY if label == UNKNOWN else next(named) for label in labels}
