@@ -23,14 +23,15 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, TimeoutError, expect, sync_playwright
 from streamlit.testing.v1 import AppTest
 
-from cliphar.bundle import packaged, write_bundle
+from cliphar.bundle import packaged, read_bundle, write_bundle
 from cliphar.client import Client
-from cliphar.errors import ClipharError, MediaError, UsageError
+from cliphar.errors import ClipharError, DataError, MediaError, UsageError
 from cliphar.evaluation import Evaluation, analyse
 from cliphar.labels import clean_labels, vocabularies
 from cliphar.recognizer import Prediction, Recognizer, Score, load
 from cliphar.ui._backend import Photo
 from cliphar.ui._camera import Camera
+from cliphar.ui._evaluate import _check_sizes
 from cliphar.ui._remote import RemoteBackend
 from cliphar.ui._speed import measure_round_trips
 from serving_process import free_port
@@ -233,7 +234,8 @@ def reach(page: Page, name: str) -> None:
         page.keyboard.press("Tab")
         found, seen = page.evaluate(
             """() => {
-                const at = document.activeElement;
+                let at = document.activeElement;
+                while (at.contentDocument) at = at.contentDocument.activeElement;
                 const field = at.matches("input");
                 const named = field || at.matches("a, button, [role=tab]");
                 const name = named ? (at.ariaLabel || at.innerText).replaceAll("\\n", " ") : "";
@@ -250,6 +252,7 @@ def test_a_keyboard_is_enough(page: Page, photos: list[Path]) -> None:
     reach(page, "Try portrait")
     page.keyboard.press("Enter")
     expect(page.locator(".cl-answer")).to_have_count(1)
+    expect(page.locator(".cl-answer").get_by_role("heading")).to_have_text("smiling for a portrait")  # of its own list
     expect(page.locator(":focus")).to_be_visible()  # the button is gone, its place has the focus
     with page.expect_download():
         reach(page, "Download answers")
@@ -292,9 +295,16 @@ def test_a_keyboard_is_enough(page: Page, photos: list[Path]) -> None:
         page.keyboard.press("Enter")
     chooser.value.set_files([str(photo) for photo in photos])
     expect(page.get_by_role("img", name="example: ")).to_have_count(3)
+    keep = page.get_by_role("button", name="Keep it")
     reach(page, "^Teach$")
     page.keyboard.press("Enter")
-    expect(page.get_by_role("button", name="Keep it")).to_be_visible()
+    expect(keep).to_be_visible()
+    reach(page, "Discard it")
+    page.keyboard.press("Enter")
+    expect(keep).to_have_count(0)
+    reach(page, "^Teach$")
+    page.keyboard.press("Enter")
+    expect(keep).to_be_visible()
     reach(page, "Keep it")
     page.keyboard.press("Enter")
     expect(page.get_by_text("standing for the camera, from 3 photos")).to_be_visible()
@@ -302,10 +312,20 @@ def test_a_keyboard_is_enough(page: Page, photos: list[Path]) -> None:
     page.keyboard.press("Space")
     expect(page.get_by_text("standing for the camera, from 3 photos")).to_have_count(0)
 
+    reach(page, "Live")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", name="What is happening now?")).to_be_visible()
+    for button, said in (("Start", "From frame to answer"), ("Stop", "Press Start and allow")):
+        expect(page.frame_locator("iframe[title*=webrtc]").get_by_role("button", name=button)).to_be_visible()
+        reach(page, f"^{button}$")
+        page.keyboard.press("Enter")
+        expect(page.get_by_text(said)).to_be_visible()
+
 
 def test_a_model_is_measured_on_photos_of_ones_own(page: Page, photos: list[Path], tmp_path: Path) -> None:
     visit(page, "Models", "Which model answers?")
-    expect(page.get_by_text("77.6 %")).to_be_visible()
+    top1 = read_bundle(packaged("mini")).info.metrics["known"].values["top1"]
+    expect(page.get_by_text(f"{100 * top1:.1f} %")).to_be_visible()
     archive = tmp_path / "mine.zip"
     with zipfile.ZipFile(archive, "w") as file:
         for photo in photos:
@@ -319,8 +339,12 @@ def test_a_model_is_measured_on_photos_of_ones_own(page: Page, photos: list[Path
     with page.expect_download() as download:
         page.get_by_role("button", name="Report (JSON)").click()
     assert json.loads(download.value.path().read_text())["labels"] == ["being a cat", "standing"]
-    page.get_by_role("tab", name="How fast").click()
-    page.get_by_role("button", name="Measure the speed").click()
+    reach(page, "How good")
+    page.keyboard.press("ArrowRight")
+    expect(page.get_by_role("tab", name="How fast")).to_be_focused()
+    page.keyboard.press("Enter")
+    reach(page, "Measure the speed")
+    page.keyboard.press("Enter")
     expect(page.get_by_text(re.compile(r"^\d+ photos a second$")).first).to_be_visible(timeout=180_000)
     page.get_by_role("tab", name="Model card").click()
     expect(page.get_by_role("heading", name="Not good for")).to_be_visible()
@@ -483,3 +507,11 @@ def test_a_taken_port_is_one_line() -> None:
 @pytest.mark.parametrize("name", vocabularies())
 def test_ready_lists_are_clean(name: str) -> None:
     assert clean_labels(vocabularies()[name]) == vocabularies()[name]
+
+
+def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path: Path) -> None:
+    archive = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("a/1.jpg", bytes(51 * 2**20))
+    with pytest.raises(DataError, match=r"a/1\.jpg in bomb\.zip has 51 MB"):
+        _check_sizes(archive)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 import httpx
 import numpy as np
@@ -84,6 +84,11 @@ BAD = {
     "no labels": {"json": {"images": ["aaaa"], "labels": []}},
     "top_k": {"content": b"x", "headers": {"content-type": "image/png"}, "params": {"top_k": "0"}},
     "coverage": {"content": b"x", "headers": {"content-type": "image/png"}, "params": {"coverage": "nan"}},
+    "half a surrogate pair": {
+        "content": rb'{"images": ["aaaa"], "labels": ["\ud800", "sleeping"]}',
+        "headers": {"content-type": "application/json"},
+    },
+    "too deep": {"content": b"[" * 100_000, "headers": {"content-type": "application/json"}},
     "a reserved label": {"json": {"images": ["aaaa"], "labels": ["unknown"]}},
     "an empty body": {"content": b"", "headers": {"content-type": "image/png"}},
 }
@@ -353,7 +358,10 @@ def test_past_capacity_the_answer_is_no_at_once() -> None:
         gate.set()
         assert len(await waiting) == 3
         assert len(await one.embed([b"\x04", b"\x05"], 10)) == 2
+        assert len(await one.embed([bytes([i]) for i in range(9)], 10)) == 9  # all that a request may hold, if alone
         one.close()
+        with pytest.raises(ProblemError, match="just been changed"):
+            await one.embed([b"\x01"], 10)
 
     asyncio.run(ask())
 
@@ -447,6 +455,10 @@ def test_a_stream_is_refused(api: str) -> None:
     with pytest.raises(InvalidStatus) as refused:
         connect(address, additional_headers={"Origin": "http://elsewhere.example"})
     assert refused.value.response.status_code == 403
+    many = quote(",".join(f"a rather long label {i}" for i in range(450)))
+    with connect(f"{address}?labels={many}") as camera:
+        camera.send(b"no photo")
+        assert "not an image" in json.loads(camera.recv(20))["error"]
     with connect(f"{address}?labels=unknown") as camera:
         assert "cannot be a label" in json.loads(camera.recv(20))["error"]
 

@@ -13,18 +13,26 @@ import sys
 import threading
 import time
 from collections import Counter
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
+import numpy as np
 import psutil
 import pytest
+from fastapi.testclient import TestClient
+from safetensors.numpy import load_file, save
+from websockets.sync.client import connect
 
-from cliphar.bundle import packaged
+from cliphar.bundle import packaged, read_bundle, write_bundle
 from cliphar.client import AsyncClient, Client
 from cliphar.recognizer import Prediction
+from cliphar.serving import Service, Settings, create_app
 from serving_process import free_port, problem, serving
+
+HEAD = "{} HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {}\r\n\r\n"
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +83,17 @@ def test_a_restart_under_fire_loses_no_request(env: dict[str, str], photos: list
 def test_a_new_model_without_downtime(env: dict[str, str], tmp_path: Path, photos: list[Path]) -> None:
     model = tmp_path / "model"
     shutil.copytree(packaged("mini"), model)
-    with serving(env, "--model", str(model)) as (url, process), Client(url, retry_s=0) as client:
+    content = photos[0].read_bytes()
+    with (
+        serving(env, "--model", str(model)) as (url, process),
+        Client(url, retry_s=0) as client,
+        connect(f"{url.replace('http', 'ws')}/v1/stream") as camera,
+    ):
+        camera.send(content)
+        assert "label" in json.loads(camera.recv(20))
+        address = urlsplit(url)
+        slow = socket.create_connection((address.hostname, address.port or 0), timeout=60)
+        slow.sendall(HEAD.format("POST /v1/predict", len(content)).encode() + content[:100])
         assert client.model()["description"].startswith("A small")
         manifest = (model / "bundle.json").read_text()
         (model / "bundle.json").write_text("{")
@@ -91,6 +109,56 @@ def test_a_new_model_without_downtime(env: dict[str, str], tmp_path: Path, photo
             time.sleep(0.05)
         assert isinstance(client.predict(photos[:1])[0], Prediction)
         assert client.predict(photos[:1], ["waving", "sleeping"])
+        slow.sendall(content[100:])  # what the old model began it finishes
+        assert slow.recv(100).startswith(b"HTTP/1.1 200")
+        slow.close()
+        camera.send(content)
+        assert "label" in json.loads(camera.recv(20))  # and a camera goes on with the new one
+
+
+def test_what_is_taught_belongs_to_one_model(env: dict[str, str], tmp_path: Path, photos: list[Path]) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(packaged("mini"), model)
+    with serving(env, "--model", str(model)) as (url, process), Client(url) as client:
+        client.teach("waving", [photo.read_bytes() for photo in photos])
+        info = read_bundle(model).info
+        head = load_file(model / "head.safetensors")
+        other = save({"class_vectors": np.ascontiguousarray(head["class_vectors"][::-1])})
+        files: dict[str, Path | bytes] = {name: packaged("mini") / name for name in info.files}
+        write_bundle(model, info, files | {"head.safetensors": other}, overwrite=True)
+        process.send_signal(signal.SIGHUP)
+        end = time.monotonic() + 20
+        while httpx.get(f"{url}/v1/actions").json():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+    with serving(env) as (url, _):
+        assert httpx.get(f"{url}/v1/actions").json() == {
+            "waving": len(photos)
+        }  # it is there for the model that learnt it
+
+
+def test_what_nobody_foresaw_is_a_problem_too(env: dict[str, str], tmp_path: Path, photos: list[Path]) -> None:
+    service = Service.start(Settings(state=tmp_path))
+    service.recognizer = None  # type: ignore[assignment]
+    with TestClient(create_app(service), raise_server_exceptions=False) as client:
+        assert "its log says more" in problem(client.post("/v1/predict", files={"images": photos[0].read_bytes()}), 500)
+        assert 'status="500"' in client.get("/metrics").text
+    service.engine.close()
+
+
+def test_bodies_are_bounded_in_all(env: dict[str, str]) -> None:
+    with serving(env, "--max-body", "1") as (url, _), ExitStack() as stack:
+        address = urlsplit(url)
+
+        def ask(what: str, size: int) -> socket.socket:
+            one = stack.enter_context(socket.create_connection((address.hostname, address.port or 0), timeout=20))
+            one.sendall(HEAD.format(what, size).encode() + b"x")
+            return one
+
+        for what in ("POST /v1/predict", "PUT /v1/labels/x") * 2:
+            ask(what, 2**20)
+        for _ in range(2):  # a refusal gives nothing back that it did not take
+            assert ask("POST /v1/predict", 2**20).recv(100).startswith(b"HTTP/1.1 503")
 
 
 def test_overload_is_refused_before_it_is_read_and_the_queue_stays_short(

@@ -14,7 +14,7 @@ import pytest
 
 from cliphar.serving import Settings, _urls
 from cliphar.serving._problems import ProblemError
-from cliphar.serving._urls import fetch_image, is_public
+from cliphar.serving._urls import Budget, fetch_image, is_public
 from serving_process import problem, serving
 
 PRIVATE = [
@@ -61,7 +61,7 @@ def site() -> Iterator[str]:
 
 def fetch(url: str, **changes: object) -> bytes:
     settings = Settings.model_validate({"image_urls": True, "max_body_mb": 1} | changes)
-    return asyncio.run(fetch_image(url, settings))
+    return asyncio.run(fetch_image(url, settings, Budget(settings.max_body_mb)))
 
 
 def test_what_is_refused(site: str) -> None:
@@ -74,6 +74,7 @@ def test_what_is_refused(site: str) -> None:
         ("http://[nonsense/photo", 422),
         ("http://example.org:99999/photo", 422),
         ("file:///etc/passwd", 422),
+        ("http://m\u00fcnchen.invalid/photo", 422),
     ):
         with pytest.raises(ProblemError) as refused:
             fetch(url)
@@ -89,6 +90,10 @@ def test_what_is_fetched(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
         fetch(f"http://{site}/moved")
     with pytest.raises(ProblemError, match="over 1 MB"):
         fetch(f"http://{site}/large")
+    budget = Budget(1)
+    budget.take(2**20 - 20)  # by another image of the same request
+    with pytest.raises(ProblemError, match="over 1 MB in all"):
+        asyncio.run(fetch_image(f"http://{site}/photo", Settings(image_urls=True), budget))
 
 
 def test_one_address_that_gives_nothing_does_not_cost_the_others(clean_env: dict[str, str], photos: list[Path]) -> None:

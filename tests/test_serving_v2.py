@@ -101,6 +101,8 @@ BAD = {
         {},
     ),
     "inputs of another kind": (b'{"inputs":[3]}', {}),
+    "no inputs": (b'{"inputs":null}', {}),
+    "inputs in a list": (b'{"inputs":[[1]]}', {}),
 }
 
 

@@ -77,6 +77,8 @@ def serve(
         if shared:
             # read when prometheus-client is imported: the workers' counts are added up there
             os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", shared)
+        # read when websockets is imported: the labels of WS /v1/stream are in its address
+        os.environ.setdefault("WEBSOCKETS_MAX_LINE_LENGTH", str(2**17))
         from cliphar.serving import Settings, run
 
         given = {"state": state} if state else {}

@@ -49,7 +49,7 @@ def up(
         _wait(f"{page}/_stcore/health", "the web page", children)
         print(f"API       {api}  (its documentation: {api}/docs)")
         print(f"Web page  {page}")
-        print(f"Try       curl -F images=@{_sample()} {api}/v1/predict", flush=True)
+        print(f"Try       {shlex.join(_example(api))}", flush=True)
         while True:
             _ended(children)
             time.sleep(0.2)
@@ -57,10 +57,11 @@ def up(
         _stop(children)
 
 
-def _sample() -> str:
+def _example(api: str) -> list[str]:
     from cliphar.bundle import packaged
 
-    return shlex.quote(str(packaged("samples") / "photographer.jpg"))
+    photo, words = packaged("samples") / "portrait.jpg", "smiling for a portrait, taking a photo, cooking"
+    return ["curl", "-F", f"images=@{photo}", "-F", f"labels={words}", f"{api}/v1/predict"]
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:

@@ -38,7 +38,8 @@ def clean_labels(labels: Iterable[str]) -> tuple[str, ...]:
     """Trim, turn underscores and runs of blanks into one space, drop empty ones and repeats; order is kept.
 
     Raises:
-        UsageError: nothing is left, too many, or one is too long or is the reserved word ``unknown``.
+        UsageError: nothing is left, too many, or one is too long, is no Unicode text (half of a surrogate pair) or is
+            the reserved word ``unknown``.
     """
     if isinstance(labels, str):
         labels = labels.split(",")
@@ -51,6 +52,8 @@ def clean_labels(labels: Iterable[str]) -> tuple[str, ...]:
     for label in cleaned:
         if len(label) > MAX_LABEL_LENGTH:
             raise UsageError(f"label {label[:30]!r}... has {len(label)} characters; at most {MAX_LABEL_LENGTH}")
+        if any("\ud800" <= sign <= "\udfff" for sign in label):
+            raise UsageError(f"label {label[:30]!r} is no text: it holds half of a surrogate pair")
         if label.lower() == UNKNOWN:
             raise UsageError(f"{UNKNOWN!r} cannot be a label: it is the answer when none of them fits")
     return tuple(cleaned)

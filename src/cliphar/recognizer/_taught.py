@@ -20,7 +20,7 @@ from cliphar.bundle import Bundle
 from cliphar.errors import BundleError, MediaError
 from cliphar.recognizer._types import Score
 
-__all__ = ["TAUGHT_FILE", "Lesson", "Taught", "read_taught", "write_taught"]
+__all__ = ["TAUGHT_FILE", "Lesson", "Taught", "read_taught", "taught_key", "write_taught"]
 
 TAUGHT_FILE = "taught.safetensors"
 
@@ -62,8 +62,8 @@ class Lesson:
         }
 
 
-def _identity(bundle: Bundle) -> str:
-    """What taught vectors depend on: the towers, the class vectors and the background, but not their runtimes."""
+def taught_key(bundle: Bundle) -> str:
+    """A digest of what taught vectors depend on: towers, class vectors and background, but not their runtimes."""
     files = bundle.info.files
     parts = ("image.onnx", "text.onnx", "head.safetensors", "background.safetensors")
     return hashlib.sha256(
@@ -78,7 +78,7 @@ def _content(bundle: Bundle, taught: Mapping[str, Taught]) -> bytes:
         for form in ("known", "open")
     }
     counts = {name: one.photos for name, one in taught.items()}
-    return save(vectors, {"bundle": _identity(bundle), "photos": json.dumps(counts, ensure_ascii=False)})
+    return save(vectors, {"bundle": taught_key(bundle), "photos": json.dumps(counts, ensure_ascii=False)})
 
 
 def write_taught(path: Path, bundle: Bundle, taught: Mapping[str, Taught]) -> None:
@@ -112,8 +112,8 @@ def read_taught(path: Path, bundle: Bundle) -> dict[str, Taught]:
         rows = zip(counts.items(), known, open_, strict=True)
         taught = {str(name): Taught(a, b, int(photos)) for (name, photos), a, b in rows}
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise BundleError(f"cannot read taught actions from {path}: {error}; teach them again") from error
-    if about.get("bundle") != _identity(bundle):
+        raise BundleError(f"cannot read taught actions from {path}: {error}; remove it and teach them again") from error
+    if about.get("bundle") != taught_key(bundle):
         raise BundleError(
             f"the actions in {path} were taught to another model than '{bundle.info.name}'; "
             "use that one, or teach them again"

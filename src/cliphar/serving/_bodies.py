@@ -16,7 +16,7 @@ from cliphar.errors import MediaError
 from cliphar.recognizer import Prediction
 from cliphar.serving._problems import ProblemError
 from cliphar.serving._settings import Settings
-from cliphar.serving._urls import fetch_image
+from cliphar.serving._urls import Budget, fetch_image
 
 __all__ = ["PREDICT_BODY", "Answers", "Asked", "answers", "decode_base64", "read_asked"]
 
@@ -111,7 +111,8 @@ async def read_asked(request: Request, settings: Settings) -> tuple[Sequence[byt
     if kind == "application/json":
         asked = _checked(await _json(request))
         settings.check_images(len(asked.images))  # before any of them is fetched
-        return await asyncio.gather(*(_image(text, settings) for text in asked.images)), asked
+        budget = Budget(settings.max_body_mb)
+        return await asyncio.gather(*(_image(text, settings, budget) for text in asked.images)), asked
     if kind == "multipart/form-data":
         async with request.form(max_files=1000, max_fields=1000) as form:
             contents = [await part.read() for part in form.getlist("images") if isinstance(part, UploadFile)]
@@ -121,11 +122,11 @@ async def read_asked(request: Request, settings: Settings) -> tuple[Sequence[byt
     raise ProblemError(415, "send multipart/form-data with images, a raw image/* body, or application/json")
 
 
-async def _image(text: str, settings: Settings) -> bytes | MediaError:
+async def _image(text: str, settings: Settings, budget: Budget) -> bytes | MediaError:
     if not text.startswith(("http://", "https://")):
         return decode_base64(text)
     try:
-        return await fetch_image(text, settings)
+        return await fetch_image(text, settings, budget)
     except ProblemError as problem:
         if problem.status == 403:
             raise
@@ -135,7 +136,7 @@ async def _image(text: str, settings: Settings) -> bytes | MediaError:
 async def _json(request: Request) -> Any:
     try:
         return await request.json()
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ProblemError(422, f"the body is not JSON: {error}") from error
 
 

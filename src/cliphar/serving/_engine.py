@@ -113,8 +113,9 @@ class Engine:
         return self.pending / self._rate
 
     def check_room(self, photos: int, deadline_s: float) -> None:
-        """ProblemError 503 if so many more photos have no room, or could not be answered in time."""
-        if self.pending + photos > self.queue_size or self.drain_s > deadline_s:
+        """ProblemError 503 if so many more photos have no room, or could not be answered in time; all find room where
+        nothing waits."""
+        if (self.pending and self.pending + photos > self.queue_size) or self.drain_s > deadline_s:
             raise ProblemError(503, "the queue is full; try again later", retry_after_s=self.drain_s)
 
     @asynccontextmanager
@@ -138,8 +139,10 @@ class Engine:
             again: whether they may be asked for again; a camera's frames are not, and are not kept.
 
         Raises:
-            ProblemError: 503 when the queue is full or the deadline passes.
+            ProblemError: 503 when the queue is full, the deadline passes, or the engine is closed.
         """
+        if self._closed:
+            raise ProblemError(503, "the model has just been changed; try again", retry_after_s=1)
         keys = [hashlib.blake2b(content, digest_size=16).digest() for content in contents]
         if new := sum(key not in self._kept for key in keys):
             self.check_room(new, deadline_s)

@@ -14,7 +14,7 @@ from cliphar.errors import MediaError
 from cliphar.serving._bodies import decode_base64
 from cliphar.serving._problems import PROBLEM_RESPONSES, ProblemError
 from cliphar.serving._service import Service, TheService
-from cliphar.serving._urls import fetch_image
+from cliphar.serving._urls import Budget, fetch_image
 
 __all__ = ["router"]
 
@@ -61,7 +61,7 @@ async def predict(asked: _Asked, service: TheService) -> dict[str, Any]:
     if asked.image_data is not None:
         content = decode_base64(asked.image_data)
     else:
-        content = await fetch_image(asked.image_url or "", service.settings)
+        content = await fetch_image(asked.image_url or "", service.settings, Budget(service.settings.max_body_mb))
     return await _answer(service, content, asked.top_k)
 
 

@@ -11,10 +11,11 @@ from urllib.parse import urlsplit
 import structlog
 from fastapi import FastAPI
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cliphar.serving._keys import Keys
-from cliphar.serving._problems import ProblemError, refusal
+from cliphar.serving._problems import ProblemError, problem_response, refusal
 from cliphar.serving._service import Service
 
 __all__ = ["Around"]
@@ -68,26 +69,36 @@ class Around:
             await send(message)
 
         body = _Body(receive, service.settings.max_body_mb * 2**20, service.settings.deadline_s)
-        expected = 0
+        held = 0
+        scope.setdefault("state", {})["service"] = service
+        service.users += 1
         try:
             if scope["path"] not in _OPEN:
                 self._check_caller(headers, scope)
             expected = body.expected(headers)
             if scope["method"] == "POST":  # before its body is read
                 service.engine.check_room(1, service.settings.deadline_s)
-                self._hold(expected, service)
+            held = self._hold(expected, service)
             await self._unless_gone(scope, body, answer)
         except ProblemError as problem:  # raised here, or by the body inside a handler that let it pass
             await refusal(problem)(scope, receive, answer)
+        except ClientDisconnect:
+            pass
+        except Exception as error:
+            _log.error("failed", error=type(error).__name__, exc_info=error)
+            if status != 499:  # half an answer is out: end the connection
+                raise
+            await problem_response(500, "the service failed on this request; its log says more")(scope, receive, answer)
         finally:
-            if scope["method"] == "POST":
-                self._held = max(0, self._held - expected)
+            service.users -= 1
+            self._held -= held
             self._record(service, scope, status, time.perf_counter() - started)
 
-    def _hold(self, size: int, service: Service) -> None:
-        self._held += size
-        if self._held > _BODIES_AT_ONCE * service.settings.max_body_mb * 2**20:
+    def _hold(self, size: int, service: Service) -> int:
+        if self._held + size > _BODIES_AT_ONCE * service.settings.max_body_mb * 2**20:
             raise ProblemError(503, "too many large bodies at once; try again later", retry_after_s=1)
+        self._held += size
+        return size
 
     @staticmethod
     def _record(service: Service, scope: Scope, status: int, took: float) -> None:

@@ -129,7 +129,7 @@ async def teach(name: _Name, request: Request, service: TheService) -> dict[str,
     async with request.form(max_files=1000, max_fields=1000) as form:
         photos = [await part.read() for part in form.getlist("images") if isinstance(part, UploadFile)]
     service.settings.check_images(len(photos))
-    lesson = await asyncio.to_thread(service.state.teach, name, photos)
+    lesson = await asyncio.to_thread(service.teach, name, photos)
     return lesson.to_dict()
 
 

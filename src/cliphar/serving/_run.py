@@ -115,14 +115,15 @@ class _Server(uvicorn.Server):
         log = structlog.get_logger()
         try:
             new = await asyncio.to_thread(Service.start, old.settings, old.metrics)
-        except ClipharError as error:
-            log.error("not reloaded, the old model goes on", reason=str(error))
+        except Exception as error:
+            unforeseen = None if isinstance(error, ClipharError) else error
+            log.error("not reloaded, the old model goes on", reason=str(error), exc_info=unforeseen)
             return
         if not old.ready:  # it was told to stop meanwhile
             return
         self._app.state.service = new
         log.info("reloaded", model=new.recognizer.bundle.info.name)
-        while old.engine.pending:
+        while old.users or old.engine.pending:
             await asyncio.sleep(0.1)
         old.engine.close()
 

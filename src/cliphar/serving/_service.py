@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from cliphar.errors import MediaError
 from cliphar.labels import clean_labels
 from cliphar.media import decode_image, to_square
-from cliphar.recognizer import Prediction, Recognizer, load
+from cliphar.recognizer import Lesson, Prediction, Recognizer, load
 from cliphar.runtime import cpu_quota
 from cliphar.serving._engine import Engine
 from cliphar.serving._metrics import Metrics
@@ -35,7 +35,11 @@ class Service:
     engine: Engine
     state: State
     metrics: Metrics
+    prepare: Callable[[bytes], NDArray[np.uint8]]
+    """Encoded bytes -> uint8 [S,S,3]; raises MediaError."""
     ready: bool = False
+    users: int = 0
+    """Requests that are being answered; while there are any, the engine stays open."""
 
     @classmethod
     def start(cls, settings: Settings, metrics: Metrics | None = None) -> Service:
@@ -53,6 +57,10 @@ class Service:
             image = decode_image(content, min_side=spec.size, max_pixels=settings.max_pixels)
             return to_square(image, spec.size, spec.max_aspect)
 
+        state = State(settings.state, recognizer)
+        blank = np.zeros((spec.size, spec.size, 3), np.uint8)
+        for photos in (1, max(2, cpu_quota())):  # a runtime makes ready for many when it first meets them
+            recognizer.predict([blank] * photos, ["standing", "anything else"])
         engine = Engine(
             prepare,
             recognizer.runtime.encode_images,
@@ -62,13 +70,8 @@ class Service:
             keep=settings.keep_photos,
             observe=metrics.observe,
         )
-        service = cls(settings, recognizer, engine, State(settings.state, recognizer), metrics)
-        blank = np.zeros((spec.size, spec.size, 3), np.uint8)
-        for photos in (1, max(2, cpu_quota())):  # a runtime makes ready for many when it first meets them
-            recognizer.predict([blank] * photos, ["standing", "anything else"])
         metrics.watch(engine, recognizer)
-        service.ready = True
-        return service
+        return cls(settings, recognizer, engine, state, metrics, prepare, ready=True)
 
     async def refresh(self) -> None:
         """Take in what another worker was told or taught."""
@@ -110,6 +113,19 @@ class Service:
             answers = iter(self.score(*asked) if chosen is None else await asyncio.to_thread(self.score, *asked))
         return [one if isinstance(one, MediaError) else next(answers) for one in found]
 
+    def teach(self, name: str, photos: Sequence[bytes]) -> Lesson:
+        """Teach an action from encoded photos, and keep it."""
+        squares: list[NDArray[np.uint8]] = []
+        refused: list[MediaError] = []
+        for photo in photos:
+            try:
+                squares.append(self.prepare(photo))
+            except MediaError as error:
+                refused.append(error)
+        if refused and not squares:
+            raise MediaError(f"cannot teach '{name}': no photo can be read, the first because {refused[0]}")
+        return replace(self.state.teach(name, squares), refused=tuple(refused))
+
     def score(
         self, embeddings: NDArray[np.float32], labels: Sequence[str] | None, top_k: int, coverage: float
     ) -> list[Prediction]:
@@ -129,7 +145,7 @@ class Service:
 
 
 async def _service(request: Request) -> Service:  # async, or FastAPI hands it to a thread
-    service: Service = request.app.state.service
+    service: Service = request.state.service  # the one that answers this request, though the model change meanwhile
     return service
 
 

@@ -7,13 +7,16 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import structlog
+
 from cliphar.errors import ClipharError, UsageError
 from cliphar.labels import clean_labels, vocabularies
-from cliphar.recognizer import Lesson, Recognizer
+from cliphar.media import ImageLike
+from cliphar.recognizer import Lesson, Recognizer, taught_key
 
 __all__ = ["State"]
 
@@ -21,12 +24,17 @@ __all__ = ["State"]
 class State:
     """Named vocabularies and taught actions under one directory. Safe to share between threads.
 
-    Files are replaced whole; before each use their time of change is compared, so several workers agree.
+    Files are replaced whole; before each use their time of change is compared, so several workers agree. What was
+    taught to a model is of no use to another, not even to one of the same name, so each has a file of its own.
     """
 
     def __init__(self, directory: Path, recognizer: Recognizer) -> None:
         self._vocabularies = directory / "vocabularies.json"
-        self._taught = directory / f"taught-{recognizer.bundle.info.name}.safetensors"
+        name = recognizer.bundle.info.name
+        self._taught = directory / f"taught-{name}-{taught_key(recognizer.bundle)[:12]}.safetensors"
+        others = [file.name for file in directory.glob(f"taught-{name}-{'[0-9a-f]' * 12}.safetensors")]
+        if others and self._taught.name not in others:
+            structlog.get_logger().warning("taught to another model of this name, not used", files=others)
         self._recognizer = recognizer
         self._seen: dict[Path, int] = {}
         self._named: dict[str, tuple[str, ...]] = {}
@@ -87,18 +95,16 @@ class State:
     def put_vocabulary(self, name: str, labels: tuple[str, ...]) -> None:
         """Keep a list of labels under a name."""
         with self._writing():
-            self._named = self._named | {name: clean_labels(labels)}
-            self._write_vocabularies()
+            self._write_vocabularies(self._named | {name: clean_labels(labels)})
 
     def delete_vocabulary(self, name: str) -> None:
         """Drop a list that was put here; UsageError if there is none."""
         with self._writing():
             if name not in self._named:
                 raise UsageError(f"no vocabulary '{name}' was put here; there are: {', '.join(self._named) or 'none'}")
-            self._named = {key: labels for key, labels in self._named.items() if key != name}
-            self._write_vocabularies()
+            self._write_vocabularies({key: labels for key, labels in self._named.items() if key != name})
 
-    def teach(self, name: str, photos: list[bytes]) -> Lesson:
+    def teach(self, name: str, photos: Iterable[ImageLike]) -> Lesson:
         """Teach an action and keep it."""
         with self._writing():
             lesson = self._recognizer.teach(name, photos)
@@ -115,15 +121,16 @@ class State:
         self._recognizer.save_taught(self._taught)
         self._changed(self._taught)
 
-    def _write_vocabularies(self) -> None:
+    def _write_vocabularies(self, named: dict[str, tuple[str, ...]]) -> None:
         handle, partial = tempfile.mkstemp(prefix=".vocabularies.", dir=self._vocabularies.parent)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(self._named, file, ensure_ascii=False, indent=1)
+                json.dump(named, file, ensure_ascii=False, indent=1)
             Path(partial).replace(self._vocabularies)
         finally:
             with suppress(FileNotFoundError):
                 Path(partial).unlink()
+        self._named = named
         self._changed(self._vocabularies)
 
 

@@ -49,12 +49,15 @@ async def stream(
 ) -> None:
     """Binary messages, an encoded image each; for each that is answered a text message, JSON: ``frame`` (its number,
     from 0), ``latency_ms``, and what a ``LiveAnswer`` holds with its ``evidence``, or ``error``."""
+
+    def watch(service: Service) -> Live:
+        return Live(service.recognizer, service.labels(labels), coverage=coverage, top_k=top_k)
+
     service: Service = websocket.app.state.service
     await websocket.accept()
     try:
         await service.refresh()
-        chosen = service.labels(labels)
-        live = await asyncio.to_thread(Live, service.recognizer, chosen, coverage=coverage, top_k=top_k)
+        live = await asyncio.to_thread(watch, service)
     except (ProblemError, UsageError) as error:
         await websocket.send_json({"error": str(error)})
         await websocket.close(_POLICY)
@@ -62,15 +65,18 @@ async def stream(
     newest = _Newest()
 
     async def answer() -> None:
+        nonlocal service, live
         while True:
             number, frame, came = await newest.take()
             try:
+                if service is not (now := websocket.app.state.service):  # the model was changed
+                    service, live = now, await asyncio.to_thread(watch, now)
                 (found,) = await service.embed([frame], again=False)
                 if isinstance(found, MediaError):
                     raise found
                 steady = await asyncio.to_thread(live.push_embedding, found, came)
                 said = steady.to_dict() | {"evidence": round(steady.prediction.evidence, 6)}
-            except (MediaError, ProblemError) as error:
+            except (MediaError, ProblemError, UsageError) as error:
                 said = {"error": str(error)}
             latency_ms = round(1e3 * (time.perf_counter() - came), 1)
             await websocket.send_json({"frame": number, "latency_ms": latency_ms} | said)

@@ -80,7 +80,7 @@ def read_infer(body: bytes, header_length: str | None) -> Infer:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ProblemError(400, f"{where}: {first['msg']}; see docs/serving.md") from error
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ProblemError(400, f"the request is not JSON of the open inference protocol: {error}") from error
     at = cut
     for tensor in infer.inputs:

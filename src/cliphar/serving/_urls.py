@@ -12,9 +12,10 @@ import httpx
 from cliphar.serving._problems import ProblemError
 from cliphar.serving._settings import Settings
 
-__all__ = ["fetch_image", "is_public"]
+__all__ = ["Budget", "fetch_image", "is_public"]
 
 _TIMEOUT_S = 10.0
+_AT_ONCE = 8
 
 
 def is_public(address: str) -> bool:
@@ -29,8 +30,22 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast
 
 
-async def fetch_image(url: str, settings: Settings) -> bytes:
-    """The bytes at an http(s) address.
+class Budget:
+    """Bytes that the images of one request may have in all, few of them on their way at a time."""
+
+    def __init__(self, limit_mb: int) -> None:
+        self.limit_mb, self.left = limit_mb, limit_mb * 2**20
+        self.turns = asyncio.Semaphore(_AT_ONCE)
+
+    def take(self, size: int) -> None:
+        """ProblemError 413 if so many more are too many."""
+        self.left -= size
+        if self.left < 0:
+            raise ProblemError(413, f"the images by address have over {self.limit_mb} MB in all")
+
+
+async def fetch_image(url: str, settings: Settings, budget: Budget) -> bytes:
+    """The bytes at an http(s) address, within the request's budget.
 
     The host's name is resolved once and the connection made to the address that was checked, so a name that resolves
     differently the second time gains nothing.
@@ -41,35 +56,37 @@ async def fetch_image(url: str, settings: Settings) -> bytes:
     if not settings.image_urls:
         raise ProblemError(403, "images by address are switched off here; send the image itself")
     try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
-    except ValueError as error:
+        urlsplit(url)  # is the stricter of the two
+        target = httpx.URL(url)
+    except (ValueError, httpx.InvalidURL) as error:
         raise ProblemError(422, f"{url[:100]!r} is not an address") from error
-    if parts.scheme not in ("http", "https") or not host or parts.username is not None:
+    host = target.raw_host.decode()  # a name in other letters than ASCII is written as DNS knows it
+    if target.scheme not in ("http", "https") or not host or target.userinfo:
         raise ProblemError(422, f"{url[:100]!r} is not a plain http or https address")
     try:
-        async with asyncio.timeout(_TIMEOUT_S):
-            return await _get(url, host, port, parts.netloc, settings.max_body_mb)
+        async with budget.turns, asyncio.timeout(_TIMEOUT_S):
+            return await _get(target, host, budget)
     except TimeoutError as error:
         raise ProblemError(422, f"{host} did not give the image within {_TIMEOUT_S:g} s") from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ProblemError(422, f"cannot get the image from {host}: {type(error).__name__}") from error
 
 
-async def _get(url: str, host: str, port: int, netloc: str, limit_mb: int) -> bytes:
+async def _get(url: httpx.URL, host: str, budget: Budget) -> bytes:
+    port = url.port or (443 if url.scheme == "https" else 80)
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, ValueError) as error:
         raise ProblemError(422, f"cannot find {host}") from error
     if not all(is_public(str(one[4][0])) for one in found):
         raise ProblemError(403, f"{host} is not a public address")
-    target = httpx.URL(url).copy_with(host=str(found[0][4][0]))
+    target = url.copy_with(host=str(found[0][4][0]))
     async with (
         httpx.AsyncClient(timeout=_TIMEOUT_S, trust_env=False, follow_redirects=False) as client,
         client.stream(
             "GET",
             target,
-            headers={"Host": netloc, "Accept-Encoding": "identity"},
+            headers={"Host": url.netloc.decode(), "Accept-Encoding": "identity"},
             extensions={"sni_hostname": host},
         ) as response,
     ):
@@ -77,7 +94,6 @@ async def _get(url: str, host: str, port: int, netloc: str, limit_mb: int) -> by
             raise ProblemError(422, f"{host} answered {response.status_code}, not an image")
         content = bytearray()
         async for chunk in response.aiter_raw():
+            budget.take(len(chunk))
             content += chunk
-            if len(content) > limit_mb * 2**20:
-                raise ProblemError(413, f"the image has over {limit_mb} MB")
     return bytes(content)

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Header, Request, Response
 
 from cliphar._version import __version__
 from cliphar.errors import MediaError
+from cliphar.labels import MAX_LABELS
 from cliphar.serving._problems import PROBLEM_RESPONSES, ProblemError
 from cliphar.serving._service import Service, TheService
 from cliphar.serving._tensors import Infer, Wanted, images_of, pack, read_infer, texts_of
@@ -106,15 +107,16 @@ async def infer(
         raise ProblemError(400, "the inputs are images and, if you like, labels")
     await service.refresh()
     chosen = service.labels(texts_of(labels)) if labels is not None else None
-    names = list(chosen or service.recognizer.labels)
+    own = service.recognizer.labels
     async with service.in_time():
         found = await service.embed(images_of(images))
         bad = [one for one in found if isinstance(one, MediaError)]
         if bad:
             raise ProblemError(422, "; ".join(dict.fromkeys(str(one) for one in bad)))
         vectors = np.stack([one for one in found if not isinstance(one, MediaError)])
-        predictions = await asyncio.to_thread(service.score, vectors, chosen, len(names), 0.9)
+        predictions = await asyncio.to_thread(service.score, vectors, chosen, len(own) + MAX_LABELS, 0.9)
     scored = [dict(prediction.top) for prediction in predictions]
+    names = [name for name in dict.fromkeys((*(chosen or own), *scored[0])) if name in scored[0]]  # taught meanwhile
     made: dict[str, Any] = {
         "label": [prediction.label for prediction in predictions],
         "score": np.array([prediction.score for prediction in predictions], np.float32),

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import lzma
+import tarfile
 import tempfile
 import time
+import zipfile
+import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -26,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["evaluate_photos"]
 
 _MAX_MB = 500
+_MAX_PHOTO_MB = 50
 _AT_ONCE = 16
 _MISTAKES = 24
 _COVERAGE = 0.9
@@ -74,6 +80,7 @@ def _evaluate(backend: Backend, model: str, upload: UploadedFile) -> Evaluation:
 
 
 def _measure(backend: Backend, model: str, archive: Path) -> Evaluation:
+    _check_sizes(archive)
     total, labels = 0, set()
     for _, label in _labelled(archive):
         total += 1
@@ -110,6 +117,27 @@ def _measure(backend: Backend, model: str, archive: Path) -> Evaluation:
         count = "1 photo" if refused == 1 else f"{refused} photos"
         st.toast(f"{count} could not be read, and so left out.", icon=":material/info:")
     return Evaluation(model=model, data=archive.name, analysis=analyse(answers, truth, chosen), mistakes=mistakes)
+
+
+def _check_sizes(archive: Path) -> None:
+    """What is packed small may be large, and each photo is read whole.
+
+    Raises:
+        DataError: a file in the archive is larger than a photo may be.
+    """
+    sizes: dict[str, int] = {}
+    with suppress(
+        zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError
+    ):  # told when read
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as opened:
+                sizes = {member.filename: member.file_size for member in opened.infolist()}
+        else:
+            with tarfile.open(archive) as tar:
+                sizes = {member.name: member.size for member in tar}
+    for name, size in sizes.items():
+        if size > _MAX_PHOTO_MB * 2**20:
+            raise DataError(f"{name} in {archive.name} has {size >> 20} MB; a photo may have {_MAX_PHOTO_MB}")
 
 
 def _labelled(archive: Path) -> Iterator[tuple[Photo, str]]:

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 import streamlit as st
 
 from cliphar.ui._components import pasted_photos
-from cliphar.ui._session import add_photos, photos, sample_photos
+from cliphar.ui._session import add_photos, photos, sample_photos, use_sample_list
 
 __all__ = ["NO_CAMERA", "clear_photos", "gives_camera", "offer_samples", "take_in"]
 
@@ -58,7 +58,7 @@ def gives_camera() -> bool:
 
 
 def offer_samples(shelf: str) -> None:
-    """The sample photos, each with a button that takes it."""
+    """The sample photos, each with a button that takes it and the list of actions that goes with them."""
     with st.container(horizontal=True, key="samples"):
         for name, data in sample_photos():
             title = name.removesuffix(".jpg")
@@ -69,6 +69,7 @@ def offer_samples(shelf: str) -> None:
 
 def _add_sample(shelf: str, name: str, data: bytes) -> None:
     add_photos(shelf, [(name, data)])
+    use_sample_list()
 
 
 def clear_photos(shelf: str) -> None:

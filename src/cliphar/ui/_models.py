@@ -72,6 +72,7 @@ def _switch_runtime() -> None:
     with refusing():
         if isinstance(answering, LocalBackend):
             answering.use_runtime(st.session_state.runtime)
+            st.session_state.lesson = None  # what was not kept is gone
 
 
 def _good(about: About, own: Evaluation | None) -> None:

@@ -11,7 +11,7 @@ import streamlit as st
 
 from cliphar.bundle import packaged
 from cliphar.errors import ClipharError, MediaError, UsageError
-from cliphar.labels import clean_labels, vocabularies
+from cliphar.labels import clean_labels, read_labels_file, vocabularies
 from cliphar.ui._backend import Backend, Photo
 from cliphar.ui._local import LocalBackend
 from cliphar.ui._remote import RemoteBackend
@@ -28,6 +28,7 @@ __all__ = [
     "refusing",
     "sample_photos",
     "use_model",
+    "use_sample_list",
 ]
 
 MAX_PHOTOS = 50
@@ -35,6 +36,7 @@ _MAX_BYTES = 150 * 2**20
 _THUMBNAIL = 480
 _KNOWN = "What the model knows"
 _OWN = "Your own"
+_SAMPLES = "For the samples"
 
 
 def backend() -> Backend:
@@ -101,6 +103,15 @@ def add_photos(shelf: str, files: Sequence[tuple[str, bytes]]) -> list[str]:
 def sample_photos() -> list[tuple[str, bytes]]:
     """The photos that come with the package: name and encoded bytes."""
     return sorted((file.name, file.read_bytes()) for file in packaged("samples").glob("*.jpg"))
+
+
+def use_sample_list() -> None:
+    """Choose the list of actions that goes with the sample photos."""
+    lists, state = _lists(), st.session_state
+    words = read_labels_file(packaged("samples") / "labels.txt")
+    for place in (lists, state.ready_lists):
+        place.setdefault(_SAMPLES, list(words))
+    state.current_list = _SAMPLES
 
 
 def _lists() -> dict[str, list[str]]:
