@@ -118,7 +118,13 @@ def test_old_frames_are_dropped() -> None:
 
 def test_what_is_no_camera_is_one_line() -> None:
     nobody = free_port()
-    for bad in (f"http://127.0.0.1:{nobody}/", f"rtsp://me:secret@127.0.0.1:{nobody}/", "/dev/video77"):
+    for bad in (
+        f"http://127.0.0.1:{nobody}/",
+        f"rtsp://me:secret@127.0.0.1:{nobody}/",
+        f"rtsp://me:a[#/?secret@127.0.0.1:{nobody}/",
+        f"http://127.0.0.1:{nobody}/video?user=me&pwd=secret",
+        "/dev/video77",
+    ):
         with pytest.raises(MediaError, match="cannot be reached") as caught:
             Camera(bad)
         assert "\n" not in str(caught.value)

@@ -208,6 +208,25 @@ def test_pull_again_leaves_a_whole_model_as_it_is(assets: Path, home: Path, larg
     check_pulled(pull("clip-b16", "/nowhere/at/all", say=said.append), home)
     assert (home / "clip-b16" / LARGE).stat().st_ino == before.st_ino
     assert said == []
+    manifest = assets / "clip-b16" / "bundle.json"
+    old = sha256_file(assets / "clip-b16" / "own.txt")
+    (assets / "clip-b16" / "own.txt").write_bytes(b"other")
+    new = sha256_file(assets / "clip-b16" / "own.txt")
+    manifest.write_text(manifest.read_text().replace(old, new))
+    made = pull("clip-b16", "/nowhere/at/all", say=said.append)  # what is the same is taken from the older one
+    assert made.file("own.txt").read_bytes() == b"other"
+    assert "of another version" in said[0]
+
+
+def test_the_embedded_model_is_found_whatever_the_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CLIPHAR_HOME", "XDG_CACHE_HOME", "MODEL_PATH"):
+        monkeypatch.delenv(name, raising=False)
+
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nobody)
+    assert find_bundle(verify=False).info.name == "mini"
 
 
 @pytest.mark.parametrize("damage", ["alter", "cut", "remove", "json", "empty"])

@@ -159,6 +159,33 @@ def test_clips_joined_end_to_end_are_one(tmp_path: Path, fake: Recognizer) -> No
     assert timeline.duration_s == pytest.approx(12, abs=0.5)
 
 
+def test_a_clock_that_jumps_is_told_of_and_the_gap_left_out(tmp_path: Path, fake: Recognizer) -> None:
+    times = [k / 10 for k in range(60)] + [1e6 + k / 10 for k in range(60)]
+    path = film(tmp_path / "joined.mkv", [RED] * 60 + [GREEN] * 60, times=times)
+    timeline = recognize_video(fake, path)
+    assert labels_of(timeline) == ["red", "green"]
+    assert timeline.segments[-1].end_s == pytest.approx(12, abs=0.3)
+    assert "clock jumps from 5.9 s" in str(timeline.warning)
+
+
+def test_what_nobody_saw_is_in_no_segment(fake: Recognizer) -> None:
+    tracker = Tracker(choose(fake, None, 0.9, False, None))
+    red, green = np.eye(3, dtype=np.float32)[:2]
+    segments = [segment for k in range(40) for segment in tracker.push(k / 4, red, False)]
+    for k in range(40):
+        segments += tracker.push(3600 + k / 4, green, False)
+    segments += tracker.flush(3610)
+    assert [(s.label, s.start_s, s.end_s) for s in segments] == [("red", 0, 10), ("green", 3600, 3610)]
+
+
+def test_of_several_actions_one_that_flickers_is_none_at_its_first_time_either(fake: Recognizer) -> None:
+    tracker = Tracker(choose(fake, None, 0.9, True, None))
+    red, green = np.eye(3, dtype=np.float32)[:2]
+    segments = [segment for k in range(40) for segment in tracker.push(k / 4, green if k == 20 else red, False)]
+    segments += tracker.push(10, green, False) + tracker.flush(10.25)
+    assert {segment.label for segment in segments} == {"red"}
+
+
 def test_a_cut_begins_anew_what_is_averaged(
     tmp_path: Path, make_info: Callable[..., BundleInfo], head: bytes, fake: Recognizer
 ) -> None:

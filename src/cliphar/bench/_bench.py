@@ -103,7 +103,8 @@ def run_bench(
 
     Args:
         bundle: a bundle that was read.
-        runtimes: of the bundle; none takes all, and ``pytorch``.
+        runtimes: of the bundle; none takes ``pytorch`` and all that are data: torch's programs, which run code of the
+            bundle's maker, are loaded only if named.
         batches: batch sizes.
         threads: numbers of CPU threads; none takes what the container's quota allows.
         seconds: for each batch of each runtime, in three turns; the turns of all runtimes alternate.
@@ -113,7 +114,8 @@ def run_bench(
     Raises:
         UsageError: an unknown runtime, or none that runs here.
     """
-    names = list(dict.fromkeys(runtimes)) or [EAGER, *bundle.runtimes]
+    data_only = [name for name, file in bundle.runtimes.items() if Path(file).suffix not in (".pt", ".pt2")]
+    names = list(dict.fromkeys(runtimes)) or [EAGER, *data_only]
     unknown = [name for name in names if name != EAGER and name not in bundle.runtimes]
     if unknown:
         raise UsageError(

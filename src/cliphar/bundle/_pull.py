@@ -28,7 +28,7 @@ TEACHER_SHA256 = "2d2da5e254d60501f138004788497e280fd80eb9dd877241aec41761be285d
 
 
 def pull(name: str, source: str | None = None, *, say: Callable[[str], None] = lambda _: None) -> Bundle:
-    """Put a complete bundle into the store; one that is already there and whole is left as it is.
+    """Put a complete bundle into the store; one that is already there, whole and of this version is left as it is.
 
     Args:
         name: one of ``PULLS``.
@@ -51,10 +51,15 @@ def pull(name: str, source: str | None = None, *, say: Callable[[str], None] = l
     target = store() / name
     if target.is_dir():
         try:
-            return read_bundle(target)
+            there = read_bundle(target)
         except BundleError:
-            say(f"{target} is damaged or older; making it again")
-    local = {sha256_file(file): file for folder in part.parent.iterdir() for file in folder.glob("*.*")}
+            say(f"{target} is damaged; making it again")
+        else:
+            shas = {file: about.sha256 for file, about in there.info.files.items()}
+            if all(shas.get(file) == about.sha256 for file, about in info.files.items()):
+                return there
+            say(f"{target} is of another version; making it again")
+    local = {sha256_file(file): file for folder in (*part.parent.iterdir(), target) for file in folder.glob("*.*")}
     with tempfile.TemporaryDirectory() as work:
         files: dict[str, Path | bytes] = {}
         for file_name, expected in info.files.items():

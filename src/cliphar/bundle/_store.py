@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,10 @@ def store() -> Path:
     if home:
         return Path(home)
     cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "cliphar" / "models"
+    try:
+        return (Path(cache) if cache else Path.home() / ".cache") / "cliphar" / "models"
+    except RuntimeError:  # a user without a home
+        return Path(tempfile.gettempdir()) / "cliphar" / "models"
 
 
 @dataclass(frozen=True)
@@ -67,14 +71,17 @@ def list_models() -> list[StoredModel]:
     """Models by name: those of the package and those in the store; the default comes first."""
     models: dict[str, StoredModel] = {}
     for root in (store(), _PACKAGED):
-        if root.is_dir():
-            for manifest in sorted(root.glob(f"*/{BUNDLE_JSON}")):
-                path = manifest.parent
-                if path.name.startswith("."):
-                    continue
-                whole = _is_whole(path) and not _is_outdated(path)
-                if path.name not in models or (whole and models[path.name].state != "ready"):
-                    models[path.name] = StoredModel(path.name, path, "ready" if whole else "to pull")
+        try:
+            manifests = sorted(root.glob(f"*/{BUNDLE_JSON}"))
+        except OSError:  # another user's home
+            continue
+        for manifest in manifests:
+            path = manifest.parent
+            if path.name.startswith("."):
+                continue
+            whole = _is_whole(path) and not _is_outdated(path)
+            if path.name not in models or (whole and models[path.name].state != "ready"):
+                models[path.name] = StoredModel(path.name, path, "ready" if whole else "to pull")
     return sorted(models.values(), key=lambda model: (model.name != DEFAULT_MODEL, model.name))
 
 

@@ -94,6 +94,11 @@ def pull(
             bundle = pull_open_clip(model, source, say=say)
             print(f"{bundle.info.name} is ready at {bundle.path}")
             return
+    if model not in PULLS and not find_spec("open_clip"):
+        raise UsageError(
+            f"nothing to pull for '{model}' here; can be pulled: {', '.join(PULLS)}, and open_clip's models, such as "
+            "clip-vit-b32, once they can be read: pip install 'cliphar[train]'"
+        )
     bundle = fetch(model, source, say=say)
     print(f"{bundle.info.name} is ready at {bundle.path}")
 

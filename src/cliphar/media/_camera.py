@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from cliphar.errors import MediaError
 from cliphar.media._video import Frame, error_reason, require_av, video_stream
@@ -154,6 +153,6 @@ class Camera:
 
 
 def _without_password(address: str) -> str:
-    """The address as it may be shown: without the user and password in it."""
-    user, at, _ = urlsplit(address).netloc.rpartition("@")
-    return address.replace(user + at, "", 1) if at else address
+    """The address as it may be shown: without the user and password in it, and without values of its query. Passwords
+    hold any signs, so no parser of addresses is asked."""
+    return re.sub(r"(?<==)[^&#]+", "...", re.sub(r"(?<=://).*@", "", address))

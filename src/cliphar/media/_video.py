@@ -44,6 +44,7 @@ MAX_SIDE = 16_384
 _LUMA = (32, 32)  # width, height of the thumbnail that changes are measured on
 # formats that name other files or addresses: a clip from a stranger must not make us open those
 _PLAYLISTS = {"concat", "dash", "hls", "imf", "lavfi", "rtp", "rtsp", "sap", "sdp", "tty", "webm_dash_manifest"}
+_LONGEST_STILL_S = 300.0  # a longer one is a clock that jumped, as where recordings are joined
 _WORTH = 4  # frames not decoded that are worth a jump
 _TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 
@@ -210,6 +211,10 @@ class VideoReader:
                 time_s = self._time(raw, last, frame_s) + shift
                 if self._jumped and time_s <= last:  # a jump may land a little before where it was aimed
                     continue
+                if seen and not self._jumped and time_s > last + _LONGEST_STILL_S:
+                    self.problems.append(f"its clock jumps from {last:.1f} s to {time_s:.1f} s; the gap was left out")
+                    shift -= time_s - last - frame_s
+                    time_s = last + frame_s
                 self._jumped = False
                 if seen and time_s < last - 1:
                     if not anew:  # a frame that damage held back

@@ -10,7 +10,7 @@ import platform
 import tempfile
 import time
 from dataclasses import asdict, dataclass
-from importlib import metadata
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -116,9 +116,17 @@ def choose_runtime(bundle: Bundle, threads: int | None = None) -> RuntimeChoice:
 def _key(bundle: Bundle, candidates: dict[str, str], threads: int) -> str:
     facts = [bundle.info.files[file].sha256 for file in candidates.values()]
     engines = sorted({_ENGINES[Path(file).suffix] for file in candidates.values()})
-    facts += [f"{engine} {metadata.version(engine)}" for engine in engines]
+    facts += [f"{engine} {_version(engine)}" for engine in engines]
     facts += [_cpu_model(), str(threads)]
+    facts += [str(Path("/dev/nvidiactl").exists()), os.environ.get("CUDA_VISIBLE_DEVICES", "")]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]
+
+
+def _version(engine: str) -> str:
+    try:
+        return metadata.version(engine)
+    except metadata.PackageNotFoundError:  # a build for accelerators goes by another name: onnxruntime-gpu
+        return str(import_module(engine).__version__)
 
 
 def _cpu_model() -> str:

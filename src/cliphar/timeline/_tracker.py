@@ -26,6 +26,7 @@ LIVE_CHANGE = 3.0  # of a camera, where one waits for the answer
 PRESENT = 0.25  # of several actions at once: the share of the softmax at which one is as likely there as not
 _FLOOR = 1e-3  # no single frame may rule a label out
 _MAX_LAG_S = 20.0
+_LONGEST_GAP_S = 60.0  # between frames of a camera; after a longer one what is done now is another story
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ def choose(
 class _Chain:
     """One Viterbi, and the runs of equal states that it has decided."""
 
-    def __init__(self, states: int, max_lag: int) -> None:
-        self.viterbi = Viterbi(states, max_lag)
+    def __init__(self, states: int, max_lag: int, start: NDArray[np.float64] | None = None) -> None:
+        self.viterbi = Viterbi(states, max_lag, start)
         self._waiting: deque[tuple[float, NDArray[np.float32]]] = deque()
         self._state: int | None = None
         self._start_s = 0.0
@@ -117,19 +118,31 @@ class Tracker:
         self.choice = choice
         self._change = change
         self._lag = max(2, round(_MAX_LAG_S * choice.fps))
-        self._chains: dict[int, _Chain] = {}
-        if not choice.multi_label:
-            self._chains[-1] = _Chain(len(choice.labels) + 1, self._lag)
+        self._chains = self._fresh_chains()
         self._pool: deque[tuple[float, NDArray[np.float32]]] = deque()
         self._last_s: float | None = None
         self._recent: NDArray[np.float64] = np.zeros(len(choice.labels))
 
+    def _fresh_chains(self) -> dict[int, _Chain]:
+        return {} if self.choice.multi_label else {-1: _Chain(len(self.choice.labels) + 1, self._lag)}
+
     def push(self, time_s: float, embedding: NDArray[np.float32], cut: bool) -> list[Segment]:
         """Segments that this frame's embedding, float32 [D], decides."""
         step = 1 / self.choice.fps
-        passed = step if self._last_s is None else min(max(time_s - self._last_s, 0.0), 2 * step)
+        if self._last_s is not None and time_s - self._last_s > max(_LONGEST_GAP_S, 2 * step):  # nobody was looking
+            segments = self.flush(self._last_s + step)
+            self._chains, self._last_s = self._fresh_chains(), None
+            self._pool.clear()
+            return segments + self._push(time_s, embedding, cut, time_s, step)
+        if self._last_s is None:
+            return self._push(time_s, embedding, cut, 0.0, step)
         # the change came somewhere between two frames: halfway is the best guess
-        from_s = 0.0 if self._last_s is None else time_s - min((time_s - self._last_s) / 2, step)
+        from_s = time_s - min((time_s - self._last_s) / 2, step)
+        return self._push(time_s, embedding, cut, from_s, min(max(time_s - self._last_s, 0.0), 2 * step))
+
+    def _push(
+        self, time_s: float, embedding: NDArray[np.float32], cut: bool, from_s: float, passed: float
+    ) -> list[Segment]:
         first, self._last_s = self._last_s is None, time_s
         cosines = self._pooled(time_s, embedding, cut) @ self.choice.vectors.T
         before = None if self.choice.multi_label else self.current
@@ -143,7 +156,7 @@ class Tracker:
         segments = []
         for label, chance in enumerate(chances[:-1]):
             if label not in self._chains and chance > PRESENT:
-                self._chains[label] = _Chain(2, self._lag)
+                self._chains[label] = _Chain(2, self._lag, np.array([0.0, 0.0 if first else -cost]))
             if label in self._chains:
                 odds = _log_odds(chance) - _log_odds(PRESENT)
                 gain = np.array([-0.5, 0.5]) * weight * odds

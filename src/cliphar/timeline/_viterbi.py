@@ -12,11 +12,12 @@ class Viterbi:
     """Viterbi's algorithm (1967) over states that all cost the same to enter, with decisions as early as they are sure.
 
     A state is decided once every path that could still win agrees on it, or, so that memory stays bounded, once
-    ``max_lag`` later ones were seen (fixed-lag decoding).
+    ``max_lag`` later ones were seen (fixed-lag decoding). ``start``, float [S], is how likely each state is at first,
+    in nats; None holds all for alike.
     """
 
-    def __init__(self, states: int, max_lag: int) -> None:
-        self._scores = np.zeros(states)
+    def __init__(self, states: int, max_lag: int, start: NDArray[np.float64] | None = None) -> None:
+        self._scores = np.zeros(states) if start is None else start
         self._back: list[NDArray[np.intp]] = []
         self._max_lag = max_lag
 
