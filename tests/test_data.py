@@ -232,6 +232,13 @@ def test_groups_never_straddle_parts(photos: list[tuple[str, int]], fractions: t
     np.testing.assert_array_equal(parts, split_grouped(strata, groups, fractions, seed))
 
 
+@pytest.mark.parametrize("photos", [6, 8, 9, 10, 13])
+def test_few_photos_of_each_label_still_fill_every_part(photos: int) -> None:
+    strata = [label for label in "abc" for _ in range(photos)]
+    parts = split_grouped(strata, np.arange(len(strata)), (0.84, 0.08, 0.08), 7)
+    assert set(parts.tolist()) == {0, 1, 2}
+
+
 @PROPERTY
 @given(st.lists(st.integers(1, 4), min_size=20, max_size=60), st.integers(0, 1000))
 def test_small_groups_move_the_fractions_by_little(sizes: list[int], seed: int) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cliphar.data import PhotoSet, check_photos, load_photos, open_source, photo_stats
+from cliphar.data import PhotoSet, check_photos, copy_parts, load_photos, open_source, photo_stats
 from cliphar.errors import DataError
 
 LABELS = ("riding_a bike", "sleeping")
@@ -229,3 +229,31 @@ def test_malformed_sources_are_refused(tmp_path: Path, name: str, content: str, 
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=said):
         open_source(str(tmp_path / name))
+
+
+def test_a_folder_called_train_names_no_part(folder: Path) -> None:
+    source = folder.rename(folder.parent / "train")
+    photos = list(open_source(str(source)).read())
+    assert {photo.split for photo in photos} == {None}
+    assert {photo.label for photo in photos} == {"riding a bike", "sleeping"}
+
+
+def test_a_readme_does_not_make_a_tar_a_shard(folder: Path) -> None:
+    with tarfile.open(folder.parent / "set.tar", "w") as tar:
+        add(tar, "set/README.txt", b"two labels")
+        for file in sorted(folder.rglob("*.jpg")):
+            add(tar, file.relative_to(folder.parent).as_posix(), file.read_bytes())
+    found = open_source(str(folder.parent / "set.tar"))
+    assert found.kind == "tar"
+    assert len({photo.label for photo in found.read()}) == 2
+
+
+def test_a_file_named_twice_goes_under_both_labels(folder: Path, tmp_path: Path) -> None:
+    rows = [f"sleeping/{i}.jpg,{label}" for i in range(3) for label in ("sleeping", "resting")]
+    manifest = folder / "rows.csv"
+    manifest.write_text("\n".join(["file,label", *rows]))
+    source = open_source(str(manifest))
+    photos = load_photos(source, tmp_path / "cache", side=32, max_aspect=1.25)
+    counts = copy_parts(source, photos, np.zeros(len(photos), np.int64), tmp_path / "out")
+    assert counts["train"] == 6
+    assert len(list((tmp_path / "out/train/resting").iterdir())) == 3

@@ -47,6 +47,7 @@ def test_the_ready_recipes_load(name: str, kind: type) -> None:
         ("distill.learning_rate=1", "unknown key"),
         ("distill.schedul=[]", "did you mean schedule?"),
         ("distill.lr=0.5", "distill.lr"),
+        ("distill.replicas=9", "not a multiple of replicas 9"),
         ("distill.backbone=resnet", "lite0"),
         ("nonsense", "key=value"),
         ("seed.deep=1", "not a section"),
@@ -63,7 +64,7 @@ def test_distilling_changes_only_what_is_not_frozen(data: DistillData, tmp_path:
     tower = ImageTower("lite0", 32)
     before = {name: value.clone() for name, value in tower.state_dict().items()}
     average, vectors = distill(
-        tower, data, np.arange(12), TINY, checkpoint=tmp_path / "state", seed=0, log=lambda _: None
+        tower, data, np.arange(12), TINY, checkpoint=tmp_path / "state", identity="", seed=0, log=lambda _: None
     )
     changed = {name for name, value in tower.state_dict().items() if not torch.equal(before[name], value)}
     frozen = ("backbone._conv_stem", "backbone._bn0", "backbone._blocks.0.", "backbone._blocks.1.")
@@ -81,10 +82,51 @@ def test_replicas_sum_to_the_whole_batch(data: DistillData, tmp_path: Path) -> N
         torch.manual_seed(0)
         recipe = TINY.model_copy(update={"replicas": replicas, "frozen_blocks": 20, "lr": 1e-4})
         tower = ImageTower("lite0", 32)
-        distill(tower, data, np.arange(12), recipe, checkpoint=tmp_path / f"{len(ends)}", seed=0, log=lambda _: None)
+        distill(
+            tower,
+            data,
+            np.arange(12),
+            recipe,
+            checkpoint=tmp_path / f"{len(ends)}",
+            identity="",
+            seed=0,
+            log=lambda _: None,
+        )
         ends.append(tower.project.weight.detach().clone())
     assert torch.equal(ends[0], ends[1])  # one thread: the same bits
     assert torch.allclose(ends[0], ends[2], atol=2e-3)  # batch statistics of the last layer are of half a batch
+
+
+def test_replicas_draw_the_same_whichever_is_first(data: DistillData, tmp_path: Path) -> None:
+    ends = []
+    for run in range(3):
+        torch.manual_seed(0)
+        tower = ImageTower("lite0", 32, drop_path=0.5)
+        distill(
+            tower, data, np.arange(12), TINY, checkpoint=tmp_path / f"{run}", identity="", seed=0, log=lambda _: None
+        )
+        ends.append(tower.project.weight.detach().clone())
+    assert torch.equal(ends[0], ends[1])
+    assert torch.equal(ends[0], ends[2])
+
+
+def test_a_checkpoint_of_another_training_is_refused(data: DistillData, tmp_path: Path) -> None:
+    def train(identity: str) -> None:
+        tower = ImageTower("lite0", 32)
+        distill(
+            tower,
+            data,
+            np.arange(12),
+            TINY,
+            checkpoint=tmp_path / "state",
+            identity=identity,
+            seed=0,
+            log=lambda _: None,
+        )
+
+    train("one")
+    with pytest.raises(UsageError, match="of another recipe"):
+        train("other")
 
 
 def test_an_interrupted_training_ends_where_a_whole_one_does(data: DistillData, tmp_path: Path) -> None:
@@ -101,7 +143,7 @@ def test_an_interrupted_training_ends_where_a_whole_one_does(data: DistillData, 
                 raise KeyboardInterrupt
 
         try:
-            distill(tower, data, np.arange(12), recipe, checkpoint=checkpoint, seed=0, log=log)
+            distill(tower, data, np.arange(12), recipe, checkpoint=checkpoint, identity="", seed=0, log=log)
         except KeyboardInterrupt:
             return torch.zeros(0)
         return tower.project.weight.detach()

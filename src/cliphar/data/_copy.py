@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections import defaultdict, deque
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -23,22 +24,25 @@ def copy_parts(source: PhotoSource, photos: PhotoSet, parts: NDArray[np.int64], 
         parts: int64 [N], 0 for train, 1 for val, 2 for test.
         out: a folder that does not exist yet.
     """
-    place = {key: (part, label) for key, part, label in zip(photos.keys, parts, photos.labels, strict=True)}
+    places: dict[str, deque[tuple[int, str | None]]] = defaultdict(deque)  # a file may be named more than once
+    for key, part, label in zip(photos.keys, parts, photos.labels, strict=True):
+        places[key].append((int(part), label))
     counts = dict.fromkeys(SPLITS, 0)
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         for photo in source.read():
-            part, label = place.get(photo.key, (0, None))
+            waiting = places[photo.key]
+            part, label = waiting.popleft() if waiting else (0, None)
             if label is None:
                 continue
-            folder = work / SPLITS[int(part)] / label.replace(" ", "_").replace("/", "_")
+            folder = work / SPLITS[part] / label.replace(" ", "_").replace("/", "_")
             folder.mkdir(parents=True, exist_ok=True)
             name = PurePosixPath(photo.key).name
             while (folder / name).exists():  # files of one name from different folders
                 name = f"_{name}"
             (folder / name).write_bytes(photo.content)
-            counts[SPLITS[int(part)]] += 1
+            counts[SPLITS[part]] += 1
         work.chmod(0o755)
         work.rename(out)
     finally:

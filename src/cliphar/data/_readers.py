@@ -22,7 +22,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -125,9 +125,9 @@ def _folder(path: Path, source: str) -> PhotoSource:
 
     def read() -> Iterator[Photo]:
         for file in files:
-            photo = _labelled(file.relative_to(path.parent).as_posix(), file.read_bytes())
-            if photo is not None and file.parent != path:
-                yield photo
+            photo = _labelled(file.relative_to(path).as_posix(), file.read_bytes())
+            if photo is not None:
+                yield replace(photo, key=f"{path.name}/{photo.key}")
 
     return PhotoSource(source, "folder", _fingerprint(files), read)
 
@@ -144,12 +144,11 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _has_samples(path: Path) -> bool:
-    """Whether a tar holds KEY.cls, KEY.txt or KEY.json among its first files."""
+    """Whether a tar holds KEY.cls, KEY.txt or KEY.json beside KEY.jpg among its first files."""
     with tarfile.open(path, "r|*") as tar:
-        for _, member in zip(range(16), tar, strict=False):
-            if member.isfile() and PurePosixPath(member.name).suffix.removeprefix(".") in _TEXTS:
-                return True
-    return False
+        names = [member.name for _, member in zip(range(16), tar, strict=False) if member.isfile()]
+    texts = {name.rpartition(".")[0] for name in names if PurePosixPath(name).suffix.removeprefix(".") in _TEXTS}
+    return any(_is_media(name) and name.rpartition(".")[0] in texts for name in names)
 
 
 def _tar(path: Path, source: str) -> PhotoSource:

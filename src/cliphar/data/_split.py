@@ -17,20 +17,28 @@ def split_grouped(
     """Assign each photo to a part, int64 [N] in 0..len(fractions)-1.
 
     Each stratum (a label) is divided by ``fractions``, which sum to 1; a group goes whole to the part that its first
-    photo falls in, so parts may miss their fraction by the size of a group.
+    photo falls in, so parts may miss their fraction by the size of a group. Where the strata are so small that a part
+    would get nothing, they take turns in giving to it.
     """
     if not np.isclose(sum(fractions), 1.0):
         raise ValueError(f"fractions must sum to 1, got {sum(fractions)}")
-    random = np.random.default_rng(seed)
     members: dict[Hashable, list[int]] = defaultdict(list)
     for i, stratum in enumerate(strata):
         members[stratum].append(i)
-    part_of_group: dict[int, int] = {}
-    parts = np.zeros(len(strata), np.int64)
     bounds = np.cumsum(fractions)
-    for stratum in sorted(members, key=str):
-        order = random.permutation(members[stratum])
-        for rank, i in enumerate(order):
-            natural = int(np.searchsorted(bounds, (rank + 0.5) / len(order)))
-            parts[i] = part_of_group.setdefault(int(groups[i]), min(natural, len(fractions) - 1))
-    return parts
+
+    def assign(offsets: NDArray[np.float64]) -> NDArray[np.int64]:
+        random = np.random.default_rng(seed)
+        part_of_group: dict[int, int] = {}
+        parts = np.zeros(len(strata), np.int64)
+        for stratum, offset in zip(sorted(members, key=str), offsets, strict=True):
+            order = random.permutation(members[stratum])
+            for rank, i in enumerate(order):
+                natural = int(np.searchsorted(bounds, (rank + offset) / len(order)))
+                parts[i] = part_of_group.setdefault(int(groups[i]), min(natural, len(fractions) - 1))
+        return parts
+
+    parts = assign(np.full(len(members), 0.5))
+    if set(np.flatnonzero(fractions)) <= set(parts.tolist()):
+        return parts
+    return assign((np.arange(len(members)) + 0.5) / len(members))

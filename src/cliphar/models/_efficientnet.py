@@ -78,6 +78,7 @@ class _MBConv(nn.Module):
         self._bn2 = _batch_norm(width_out)
         self.residual = stride == 1 and width_in == width_out
         self.drop = drop
+        self.random: torch.Generator | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = x
@@ -88,8 +89,8 @@ class _MBConv(nn.Module):
         if not self.residual:
             return y
         if self.training and self.drop:
-            kept = torch.rand(y.shape[0], 1, 1, 1, device=y.device, dtype=y.dtype) >= self.drop
-            y = y * kept / (1 - self.drop)
+            kept = torch.rand(y.shape[0], 1, 1, 1, generator=self.random) >= self.drop
+            y = y * kept.to(y) / (1 - self.drop)
         total: Tensor = x + y
         return total
 
@@ -134,6 +135,13 @@ class EfficientNetLite(nn.Module):
     def first(self, blocks: int) -> list[nn.Module]:
         """The stem and the first ``blocks`` blocks; nothing for 0."""
         return [self._conv_stem, self._bn0, *list(self._blocks)[:blocks]] if blocks else []
+
+    def draw_from(self, random: torch.Generator) -> None:
+        """Draw the dropped paths from a generator of one's own, as replicas that train at once must; not together with
+        ``recompute``."""
+        for block in self._blocks:
+            if isinstance(block, _MBConv):
+                block.random = random
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu6(self._bn0(self._conv_stem(x)))

@@ -18,7 +18,13 @@ from cliphar.runtime import cpu_quota
 from cliphar.training._augment import random_frames
 from cliphar.training._method_recipe import LoopRecipe
 
-__all__ = ["Batch", "Batches", "TrainItems"]
+__all__ = ["Batch", "Batches", "TrainItems", "stack_views"]
+
+
+def stack_views(views: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """uint8 [T,S,S,3] each -> [N,T,S,S,3]; a photo among clips is a clip that stands still."""
+    longest = max(len(view) for view in views)
+    return np.stack([np.broadcast_to(view, (longest, *view.shape[1:])) for view in views])
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ class Batches:
                     done = [future.result() for future in ahead.popleft()]
                     if place + 2 < len(steps):
                         submit(*steps[place + 2])
-                    pixels = torch.from_numpy(np.stack([view for view, _ in done])).permute(0, 1, 4, 2, 3)
+                    pixels = torch.from_numpy(stack_views([view for view, _ in done])).permute(0, 1, 4, 2, 3)
                     yield Batch(
                         pixels.contiguous(),
                         torch.from_numpy(self._targets[numbers[self._share]]),

@@ -19,10 +19,10 @@ from cliphar.export import compress_weights, export_clip_text, export_image_towe
 from cliphar.labels import prompts
 from cliphar.media import to_square
 from cliphar.models import WEIGHTS_FILE, Towers, load_towers, save_weights
-from cliphar.training._batches import Batches, TrainItems
+from cliphar.training._batches import Batches, TrainItems, stack_views
 from cliphar.training._contrast import ContrastObjective, Losses
 from cliphar.training._job import TRAIN, VAL, Job, Outcome
-from cliphar.training._loop import Run, fit, pick_device
+from cliphar.training._loop import Run, fit, pick_device, stop_on_signals
 from cliphar.training._method_recipe import GradientRecipe
 from cliphar.training._rates import learning_rate
 
@@ -61,6 +61,11 @@ def train_towers(
     if recipe.train.checkpointing:
         towers.recompute()
     size = job.bundle.info.image.size
+    if towers.is_transformer and recipe.train.size not in (None, size):
+        raise UsageError(
+            f"train.size is {recipe.train.size}, but '{job.bundle.info.name}' takes {size} pixels only; "
+            "give train.size=null"
+        )
     batches = Batches(
         items, recipe.train, recipe.train.size or size, recipe.seed, job.around.ranks.rank, job.around.ranks.world
     )
@@ -82,7 +87,8 @@ def train_towers(
         ranks=job.around.ranks,
         stop=job.around.stop,
     )
-    measured = fit(objective, batches, recipe.train, run, validation)
+    with stop_on_signals(run.stop):
+        measured = fit(objective, batches, recipe.train, run, validation)
     if tuple(shares) != (1.0,):
         _interpolate(objective, start, shares, measured["score"], validation, job.around.log)
     finish(trained)
@@ -191,7 +197,7 @@ class _Validation:
                 )
                 for i in self._rows[at : at + batch]
             ]
-            out.append(torch.from_numpy(np.stack(views)).permute(0, 1, 4, 2, 3))
+            out.append(torch.from_numpy(stack_views(views)).permute(0, 1, 4, 2, 3))
         return out
 
 

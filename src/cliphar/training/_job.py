@@ -179,12 +179,14 @@ def _divide(recipe: MethodRecipe, photos: PhotoSet, targets: NDArray[np.int64]) 
     if (part < 0).all():
         fractions = (1 - data.val - data.test, data.val, data.test)
         part = split_grouped(photos.labels, photos.groups, fractions, data.seed)
-    elif not (part == VAL).any():  # train and test only: calibrate on some of train
-        inside = np.flatnonzero(part == TRAIN)
+    elif missing := [(which, share) for which, share in ((VAL, data.val), (TEST, data.test)) if which not in part]:
+        inside = np.flatnonzero(part == TRAIN)  # what the source does not name is drawn from what it trains on
+        shares = [share for _, share in missing]
         drawn = split_grouped(
-            [photos.labels[i] for i in inside], photos.groups[inside], (1 - data.val, data.val), data.seed
+            [photos.labels[i] for i in inside], photos.groups[inside], (1 - sum(shares), *shares), data.seed
         )
-        part[inside[drawn == 1]] = VAL
+        for number, (which, _) in enumerate(missing, 1):
+            part[inside[drawn == number]] = which
     if data.shots is not None:
         random = np.random.default_rng(data.seed)
         for target in range(int(targets.max()) + 1):

@@ -130,9 +130,12 @@ def _measure(job: Job, answers: list[Prediction], truth: list[str], what: str) -
 
 
 def _mistakes(job: Job, answers: list[Prediction], truth: list[str]) -> list[Mistake]:
-    rows = {Path(job.photos.keys[i]): int(i) for i in job.rows(TEST)}
-    worst = confident_mistakes(list(rows), answers, truth)
-    return [replace(mistake, image=job.photos.photo(rows[mistake.path])) for mistake in worst]
+    worst = confident_mistakes([Path(str(i)) for i in job.rows(TEST)], answers, truth)  # keys may be there twice
+    rows = [int(str(mistake.path)) for mistake in worst]
+    return [
+        replace(mistake, path=Path(job.photos.keys[i]), image=job.photos.photo(i))
+        for mistake, i in zip(worst, rows, strict=True)
+    ]
 
 
 def versions(*names: str) -> dict[str, str]:

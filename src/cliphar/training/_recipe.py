@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cliphar.errors import UsageError
 from cliphar.training._method_recipe import (
@@ -112,6 +112,12 @@ class DistillRecipe(_Model):
     feature_weight: float = Field(default=3.0, ge=0)
     rank_weight: float = Field(default=1.0, ge=0)
     label_weight: float = Field(default=1.0, ge=0)
+
+    @model_validator(mode="after")
+    def _shares_are_even(self) -> DistillRecipe:
+        if self.batch_size % self.replicas:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of replicas {self.replicas}")
+        return self
 
 
 class SpaceRecipe(_Model):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 import tempfile
 from collections.abc import Callable, Sequence
@@ -45,7 +47,7 @@ from cliphar.training._sources import LIMITS, MINI_SOURCES, SPACE_SOURCES
 from cliphar.training._teacher import TEACHER_SIZE, teacher_embeddings, teacher_weights
 from cliphar.training._text import Sentences, build_sentences, train_projection
 
-__all__ = ["finish_mini", "run"]
+__all__ = ["run"]
 
 TEMPLATES = (
     "{}",
@@ -133,20 +135,26 @@ def _mini(recipe: MiniRecipe, corpus: Corpus, teacher: NDArray[np.float32], log:
         unseen = (sports == _targets(corpus, val[~known], corpus.held_out)).mean()
         return f"actions {hits:.3f} unseen sports {unseen:.3f}"
 
+    checkpoint = recipe.data.cache / corpus.sha256[:16] / f"{recipe.name}.ckpt"
+    settings = recipe.model_dump(mode="json", exclude={"output", "description", "space", "data"})
+    parts = [corpus.sha256, corpus.part.tolist(), space.info.files["text.onnx"].sha256]
     tower, vectors = distill(
         tower,
         data,
         corpus.select(part=TRAIN),
         recipe.distill,
-        checkpoint=recipe.data.cache / corpus.sha256[:16] / f"{recipe.name}.ckpt",
+        checkpoint=checkpoint,
+        identity=hashlib.sha256(json.dumps([settings, parts]).encode()).hexdigest(),
         seed=recipe.seed,
         log=log,
         validate=validate,
     )
-    return finish_mini(recipe, corpus, tower, vectors[: len(corpus.actions)].numpy(), space, log)
+    bundle = _finish_mini(recipe, corpus, tower, vectors[: len(corpus.actions)].numpy(), space, log)
+    checkpoint.unlink()
+    return bundle
 
 
-def finish_mini(
+def _finish_mini(
     recipe: MiniRecipe, corpus: Corpus, tower: ImageTower, head: NDArray[np.float32], space: Bundle, log: Log
 ) -> Bundle:
     """Export a trained tower with its weights in 8 bits, calibrate and measure it, and write the bundle."""

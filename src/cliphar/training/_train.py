@@ -10,7 +10,6 @@ from cliphar.evaluation import write_report
 from cliphar.training._distributed import open_ranks
 from cliphar.training._gradient import checkpoint_of
 from cliphar.training._job import Job, Outcome, Surroundings, open_job
-from cliphar.training._loop import stop_on_signals
 from cliphar.training._method_recipe import GradientRecipe, MethodRecipe
 from cliphar.training._methods import METHODS
 from cliphar.training._package import package
@@ -46,8 +45,7 @@ def train(recipe: Recipe, around: Surroundings | None = None) -> Bundle:
         with ranks.first():  # it fills the caches that the others then read
             job = open_job(recipe, around)
         around.tracker.log_params(recipe.model_dump(mode="json") | {"processes": ranks.world})
-        with stop_on_signals(around.stop):
-            outcome = METHODS[recipe.method](job)
+        outcome = METHODS[recipe.method](job)
         if not ranks.rank:
             _keep(job, outcome)
         ranks.wait()
