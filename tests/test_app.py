@@ -239,7 +239,8 @@ def reach(page: Page, name: str) -> None:
                 const field = at.matches("input");
                 const named = field || at.matches("a, button, [role=tab]");
                 const name = named ? (at.ariaLabel || at.innerText).replaceAll("\\n", " ") : "";
-                return [name, field || getComputedStyle(at).outlineStyle !== "none"];
+                const ripples = at.ownerDocument !== document;  // the camera's buttons show it in another way
+                return [name, field || ripples || getComputedStyle(at).outlineStyle !== "none"];
             }"""
         )
         if re.search(name, found):
@@ -288,25 +289,20 @@ def test_a_keyboard_is_enough(page: Page, photos: list[Path]) -> None:
     reach(page, "Teach")
     page.keyboard.press("Enter")
     expect(page.get_by_role("heading", name="Teach it an action")).to_be_visible()
-    reach(page, "Name of the action")
-    page.keyboard.type("standing for the camera")
-    with page.expect_file_chooser() as chooser:
-        reach(page, "Upload")
+    for decide in ("Discard it", "Keep it"):
+        reach(page, "Name of the action")
+        page.keyboard.type("standing for the camera")
+        with page.expect_file_chooser() as chooser:
+            reach(page, "Upload")
+            page.keyboard.press("Enter")
+        chooser.value.set_files([str(photo) for photo in photos])
+        expect(page.get_by_role("img", name="example: ")).to_have_count(3)
+        reach(page, "^Teach$")
         page.keyboard.press("Enter")
-    chooser.value.set_files([str(photo) for photo in photos])
-    expect(page.get_by_role("img", name="example: ")).to_have_count(3)
-    keep = page.get_by_role("button", name="Keep it")
-    reach(page, "^Teach$")
-    page.keyboard.press("Enter")
-    expect(keep).to_be_visible()
-    reach(page, "Discard it")
-    page.keyboard.press("Enter")
-    expect(keep).to_have_count(0)
-    reach(page, "^Teach$")
-    page.keyboard.press("Enter")
-    expect(keep).to_be_visible()
-    reach(page, "Keep it")
-    page.keyboard.press("Enter")
+        expect(page.get_by_role("button", name=decide)).to_be_visible()
+        reach(page, decide)
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("button", name=decide)).to_have_count(0)
     expect(page.get_by_text("standing for the camera, from 3 photos")).to_be_visible()
     reach(page, "Forget")
     page.keyboard.press("Space")
@@ -317,7 +313,7 @@ def test_a_keyboard_is_enough(page: Page, photos: list[Path]) -> None:
     expect(page.get_by_role("heading", name="What is happening now?")).to_be_visible()
     for button, said in (("Start", "From frame to answer"), ("Stop", "Press Start and allow")):
         expect(page.frame_locator("iframe[title*=webrtc]").get_by_role("button", name=button)).to_be_visible()
-        reach(page, f"^{button}$")
+        reach(page, f"(?i)^{button}$")
         page.keyboard.press("Enter")
         expect(page.get_by_text(said)).to_be_visible()
 

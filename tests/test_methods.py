@@ -229,11 +229,6 @@ def test_a_photo_may_be_named_twice(recipe: Callable[..., Path], shapes: Path, t
     assert bundle.info.metrics["known"].n >= 6
 
 
-def test_outside_the_loop_a_signal_ends_the_run_at_once(recipe: Callable[..., Path]) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        run(recipe("gda"), log=lambda _: signal.raise_signal(signal.SIGINT))
-
-
 def test_clips_are_trained_on(recipe: Callable[..., Path], clip_base: Path, tmp_path: Path) -> None:
     av = pytest.importorskip("av")
     random = np.random.default_rng(0)

@@ -27,6 +27,7 @@ __all__ = [
     "photos",
     "refusing",
     "sample_photos",
+    "use_first_list",
     "use_model",
     "use_sample_list",
 ]
@@ -112,6 +113,11 @@ def use_sample_list() -> None:
     for place in (lists, state.ready_lists):
         place.setdefault(_SAMPLES, list(words))
     state.current_list = _SAMPLES
+
+
+def use_first_list() -> None:
+    """Choose what the model knows, or else the first ready list."""
+    st.session_state.current_list = next(iter(_lists()))
 
 
 def _lists() -> dict[str, list[str]]:

@@ -16,7 +16,7 @@ from PIL import Image
 from cliphar.errors import MediaError
 from cliphar.media import decode_image
 from cliphar.timeline import Progress, Segment, Timeline, annotate, colours, contact_sheet, to_csv, to_webvtt
-from cliphar.ui._session import backend, choose_actions, choose_coverage, sample_photos, use_sample_list
+from cliphar.ui._session import backend, choose_actions, choose_coverage, sample_photos, use_first_list
 
 __all__ = ["video_page"]
 
@@ -52,7 +52,7 @@ def video_page() -> None:
 
 def _take_sample() -> None:
     st.session_state.clip_file, st.session_state.clip_start = ("sample.mp4", _sample_clip()), 0.0
-    use_sample_list()
+    use_first_list()
 
 
 def _read(content: bytes, labels: tuple[str, ...], coverage: float) -> Timeline:
