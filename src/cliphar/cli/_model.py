@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from cliphar.cli._options import Model
-from cliphar.errors import UsageError
+from cliphar.errors import BundleError, UsageError
 
 __all__ = ["app"]
 
@@ -95,7 +95,7 @@ def pull(
             print(f"{bundle.info.name} is ready at {bundle.path}")
             return
     if model not in PULLS and not find_spec("open_clip"):
-        raise UsageError(
+        raise BundleError(
             f"nothing to pull for '{model}' here; can be pulled: {', '.join(PULLS)}, and open_clip's models, such as "
             "clip-vit-b32, once they can be read: pip install 'cliphar[train]'"
         )
