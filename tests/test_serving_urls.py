@@ -71,6 +71,7 @@ def test_what_is_refused(site: str) -> None:
         ("http://2130706433/photo", 403),  # 127.0.0.1 as one number
         ("ftp://example.org/photo", 422),
         ("http://me:secret@example.org/photo", 422),
+        ("http://@example.org/photo", 422),
         ("http://[nonsense/photo", 422),
         ("http://example.org:99999/photo", 422),
         ("file:///etc/passwd", 422),

@@ -87,18 +87,18 @@ def pull(
     def say(line: str) -> None:
         print(line, file=sys.stderr)
 
-    if model not in PULLS and find_spec("open_clip"):
+    if model not in PULLS:
+        if not find_spec("open_clip"):
+            raise BundleError(
+                f"nothing to pull for '{model}' here; can be pulled: {', '.join(PULLS)}, and open_clip's models, such "
+                "as clip-vit-b32, once they can be read: pip install 'cliphar[train]'"
+            )
         from cliphar.export import OPEN_CLIP_NAMES, pull_open_clip
 
         if model in OPEN_CLIP_NAMES or model.startswith("open_clip:"):
             bundle = pull_open_clip(model, source, say=say)
             print(f"{bundle.info.name} is ready at {bundle.path}")
             return
-    if model not in PULLS and not find_spec("open_clip"):
-        raise BundleError(
-            f"nothing to pull for '{model}' here; can be pulled: {', '.join(PULLS)}, and open_clip's models, such as "
-            "clip-vit-b32, once they can be read: pip install 'cliphar[train]'"
-        )
     bundle = fetch(model, source, say=say)
     print(f"{bundle.info.name} is ready at {bundle.path}")
 

@@ -56,15 +56,14 @@ async def fetch_image(url: str, settings: Settings, budget: Budget) -> bytes:
     if not settings.image_urls:
         raise ProblemError(403, "images by address are switched off here; send the image itself")
     try:
-        urlsplit(url)  # is the stricter of the two
-        target = httpx.URL(url)
+        parts, target = urlsplit(url), httpx.URL(url)  # the first is the stricter of the two
     except (ValueError, httpx.InvalidURL) as error:
         raise ProblemError(422, f"{url[:100]!r} is not an address") from error
     host = target.raw_host.decode()  # a name in other letters than ASCII is written as DNS knows it
-    if target.scheme not in ("http", "https") or not host or target.userinfo:
+    if target.scheme not in ("http", "https") or not host or parts.username is not None:
         raise ProblemError(422, f"{url[:100]!r} is not a plain http or https address")
     try:
-        async with budget.turns, asyncio.timeout(_TIMEOUT_S):
+        async with asyncio.timeout(_TIMEOUT_S), budget.turns:
             return await _get(target, host, budget)
     except TimeoutError as error:
         raise ProblemError(422, f"{host} did not give the image within {_TIMEOUT_S:g} s") from error

@@ -137,14 +137,15 @@ def _mini(recipe: MiniRecipe, corpus: Corpus, teacher: NDArray[np.float32], log:
 
     checkpoint = recipe.data.cache / corpus.sha256[:16] / f"{recipe.name}.ckpt"
     settings = recipe.model_dump(mode="json", exclude={"output", "description", "space", "data"})
-    parts = [corpus.sha256, corpus.part.tolist(), space.info.files["text.onnx"].sha256]
+    space_files = [space.info.files[name].sha256 for name in ("text.onnx", "head.safetensors")]
+    decides = json.dumps([settings, corpus.sha256, corpus.part.tolist(), space_files])
     tower, vectors = distill(
         tower,
         data,
         corpus.select(part=TRAIN),
         recipe.distill,
         checkpoint=checkpoint,
-        identity=hashlib.sha256(json.dumps([settings, parts]).encode()).hexdigest(),
+        identity=hashlib.sha256(decides.encode()).hexdigest(),
         seed=recipe.seed,
         log=log,
         validate=validate,
