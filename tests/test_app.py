@@ -230,7 +230,8 @@ def test_the_camera_is_answered_live(page: Page) -> None:
 
 def reach(page: Page, name: str) -> None:
     """Press Tab until what has this name is focused, which must be seen."""
-    for _ in range(60):
+    deadline = time.monotonic() + 60  # it may not be drawn yet
+    while time.monotonic() < deadline:
         page.keyboard.press("Tab")
         found, seen = page.evaluate(
             """() => {

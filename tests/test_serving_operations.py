@@ -288,6 +288,18 @@ def test_workers_agree_and_one_that_dies_is_replaced(env: dict[str, str], photos
         assert supervisor.wait(30) == 0
 
 
+def test_a_log_line_is_one_write(env: dict[str, str]) -> None:
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)  # keeps writes apart
+    ours.settimeout(60)
+    command = [sys.executable, "-m", "cliphar", "serve", "--port", "0"]
+    with ours, subprocess.Popen(command, env=env | {"PYTHONUNBUFFERED": "1"}, stderr=its) as process:
+        its.close()
+        written = ours.recv(65536)
+        process.terminate()
+    assert written.endswith(b"\n")
+    assert json.loads(written)["event"] == "ready"
+
+
 def test_the_runtime_by_flag_and_by_variable(env: dict[str, str]) -> None:
     command = [sys.executable, "-m", "cliphar", "serve", "--port", "0"]
     for told, flag in (({}, ["--runtime", "abacus"]), ({"CLIPHAR_RUNTIME": "abacus"}, [])):

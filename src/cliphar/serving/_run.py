@@ -160,7 +160,7 @@ def _set_up_logs() -> None:
     ]
     structlog.configure(
         processors=[*shared, structlog.processors.JSONRenderer()],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),  # a line in one write: workers share the stream
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler()
