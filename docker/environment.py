@@ -1,6 +1,6 @@
 """Fill a virtual environment with what an image needs, and nothing else.
 
-environment.py PYTHON TARGET VARIANT installs; environment.py --list TARGET prints what would be.
+environment.py PYTHON TARGET VARIANT installs; environment.py --list TARGET prints what it would.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 
-# Every function returns the same table of functions that return nothing: to the caller of x265 an interface that cannot
-# allocate, to that of SVT-AV1 an error. ffmpeg reports both as an encoder that does not open.
+# Every function returns the same table of functions that return nothing: to x265's caller an interface that cannot
+# allocate, to SVT-AV1's an error. ffmpeg says of both that the encoder does not open.
 HOLLOW = """
 static void *nothing(void) { return 0; }
 static void *(*table[64])(void) = { [0 ... 63] = nothing };
@@ -36,7 +36,7 @@ def requirements(project: dict, wanted: dict, target: str, variant: str) -> list
 
 
 def hollow(library: Path) -> None:
-    """Put in a library's place one of its name without its contents, for those beside it that are linked with it."""
+    """Replace a library by one of its name without its contents, for those linked with it."""
 
     def names(kind: str, *files: Path) -> set[str]:
         nm = ["nm", "--dynamic", "--just-symbols", "--without-symbol-versions", kind, *map(str, files)]
@@ -58,6 +58,7 @@ def main() -> None:
     python, target, variant = sys.argv[1:]
     pip = [str(Path(sys.executable).with_name("pip")), "--python", python]
     options = ["--quiet", "--no-compile", "--only-binary", ":all:", "--constraint", "constraints.txt"]
+    options += [f"--no-binary={name}" for name in wanted["variants"][variant].get("source", ())]
     subprocess.run([*pip, "install", *options, *requirements(project, wanted, target, variant)], check=True)
     subprocess.run([*pip, "uninstall", "--quiet", "--yes", *wanted["omit"]["packages"]], check=True)
     ask = "import sysconfig; print(sysconfig.get_path('platlib'))"
@@ -69,7 +70,7 @@ def main() -> None:
         for library in place.glob(pattern):
             hollow(library)
     # debug symbols; libraries that auditwheel moved (*.libs) do not load once stripped
-    symbols = [str(path) for path in place.rglob("*.so*") if ".libs/" not in str(path) and path.is_file()]
+    symbols = [str(path) for path in place.rglob("*.so*") if "libs/" not in str(path) and path.is_file()]
     subprocess.run(["strip", "--strip-unneeded", *symbols], check=True)
     # checked by nothing: valid however the layer is copied, and the root is read-only
     left = ["-x", wanted["omit"]["bytecode"]]

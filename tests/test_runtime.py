@@ -213,6 +213,20 @@ def test_a_build_for_gpus_says_that_none_is_seen_and_takes_the_cpu(
     ]
 
 
+@pytest.mark.parametrize("provider", [None, "cuda"])
+def test_a_gpu_that_is_seen_and_does_not_start_is_said(
+    runtime: OnnxRuntime, provider: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    build = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: build)
+    monkeypatch.setattr(_onnx, "_without_nvidia", lambda: False)
+    with pytest.warns(UserWarning, match="CUDAExecutionProvider"):  # this ONNX Runtime does not have it
+        assert OnnxRuntime(runtime.bundle, provider=provider).name == "onnx-cpu"
+    assert [record.message for record in caplog.records] == [
+        "cuda did not start, so cpu is used; 'cliphar doctor' says more"
+    ]
+
+
 MakeInfo = Callable[..., BundleInfo]
 
 

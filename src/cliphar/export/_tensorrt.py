@@ -34,7 +34,9 @@ def build_engine(model: onnx.ModelProto, cache: Path) -> bytes:
         import tensorrt as trt
         from cuda.bindings import runtime as cuda
     except ImportError as error:
-        raise UsageError(f"TensorRT is not here ({error}); run 'pip install tensorrt cuda-python'") from error
+        raise UsageError(
+            f"TensorRT is not here ({error}); run 'pip install tensorrt-cu13==10.14.1.48.post1 cuda-python'"
+        ) from error
     status, count = cuda.cudaGetDeviceCount()
     if status.value or not count:
         raise UsageError("a TensorRT engine is built on a machine with a GPU, and there is none here")

@@ -32,7 +32,9 @@ class TensorRtRuntime:
             import tensorrt
             from cuda.bindings import runtime as cuda
         except ImportError as error:
-            raise UsageError(f"TensorRT is not here ({error}); run 'pip install tensorrt cuda-python'") from error
+            raise UsageError(
+                f"TensorRT is not here ({error}); run 'pip install tensorrt-cu13==10.14.1.48.post1 cuda-python'"
+            ) from error
         self.bundle = bundle
         self.name = bundle.info.files[file].runtime or "tensorrt"
         self._cuda: Any = cuda
