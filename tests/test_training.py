@@ -3,17 +3,24 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+from PIL import Image
 
 torch = pytest.importorskip("torch", reason="training needs the [train] extra")
 
+from cliphar.bundle import Bundle, packaged, read_bundle  # noqa: E402
 from cliphar.errors import UsageError  # noqa: E402
 from cliphar.export import compress_weights, export_image_tower  # noqa: E402
 from cliphar.models import ImageTower, SentenceEncoder, TextProjection  # noqa: E402
+from cliphar.recognizer import Recognizer  # noqa: E402
+from cliphar.runtime import OnnxRuntime  # noqa: E402
 from cliphar.training import MiniRecipe, SpaceRecipe, load_recipe  # noqa: E402
 from cliphar.training._checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
+from cliphar.training._corpus import TRAIN, VAL, Corpus  # noqa: E402
 from cliphar.training._distill import DistillData, distill  # noqa: E402
 from cliphar.training._head import train_head  # noqa: E402
+from cliphar.training._job import text_vectors  # noqa: E402
 from cliphar.training._recipe import DistillRecipe, HeadRecipe  # noqa: E402
+from cliphar.training._run import _finish_mini  # noqa: E402
 from cliphar.training._text import prune_tokenizer  # noqa: E402
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -63,7 +70,7 @@ def test_distilling_changes_only_what_is_not_frozen(data: DistillData, tmp_path:
     torch.manual_seed(0)
     tower = ImageTower("lite0", 32)
     before = {name: value.clone() for name, value in tower.state_dict().items()}
-    average, vectors = distill(
+    average = distill(
         tower, data, np.arange(12), TINY, checkpoint=tmp_path / "state", identity="", seed=0, log=lambda _: None
     )
     changed = {name for name, value in tower.state_dict().items() if not torch.equal(before[name], value)}
@@ -71,7 +78,6 @@ def test_distilling_changes_only_what_is_not_frozen(data: DistillData, tmp_path:
     assert not [name for name in changed if name.startswith(frozen)]
     trainable = {name for name, p in tower.named_parameters() if not name.startswith(frozen)}
     assert trainable <= changed
-    assert vectors.shape == (3, 32)
     assert not any(p.requires_grad for p in tower.backbone.first(2)[0].parameters())
     assert torch.isfinite(average(torch.zeros(1, 3, 64, 64))).all()
 
@@ -173,6 +179,54 @@ def test_a_head_separates_what_its_text_does_not() -> None:
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     assert ((features @ text.T).argmax(1) == targets).mean() < 0.9
     assert ((features @ vectors.T).argmax(1) == targets).mean() > 0.95
+
+
+def test_mini_ends_with_class_vectors_from_what_its_own_tower_sees(photos: list[Path], tmp_path: Path) -> None:
+    mini = read_bundle(packaged("mini"))
+    recipe = load_recipe(RECIPES / "mini.yaml", (f"output={tmp_path / 'made'}", "data.root=.", "head.steps=60"))
+    assert isinstance(recipe, MiniRecipe)
+    corpus = _corpus(photos, ["drinking", "sleeping", "curling"])
+    space = Bundle(mini.path, mini.info.model_copy(update={"labels": tuple(corpus.actions)}))
+    made = _finish_mini(recipe, corpus, mini.file("image.onnx").read_bytes(), space, lambda _: None)
+    assert made.info.provenance.recipe["head"]["pull"] == 1
+    assert set(made.info.metrics) == {"known", "open", "retrieval"}
+    towers = Recognizer(mini, OnnxRuntime(mini))
+    train = corpus.select(source="actions", part=TRAIN)
+    seen = np.stack([z for z in towers.embed_images(corpus.photo(i) for i in train) if isinstance(z, np.ndarray)])
+    text = text_vectors(towers, made.info.labels)
+    targets = np.array([made.info.labels.index(str(corpus.labels[i])) for i in train])
+    expected = train_head(seen, targets, text, recipe.head, recipe.seed)
+    assert np.allclose(made.class_vectors(), expected, atol=1e-4)
+    assert not np.allclose(made.class_vectors(), text, atol=1e-2)
+
+
+def _corpus(photos: list[Path], labels: list[str]) -> Corpus:
+    """Of each photo twelve crops, one label: all parts of the first two labels, and the third is held out."""
+    random, crops, rows = np.random.default_rng(0), [], []
+    for photo, label in zip(photos, labels, strict=True):
+        whole = np.asarray(Image.open(photo).convert("RGB").resize((120, 120)))
+        for k in range(12):
+            left, top = random.integers(0, 40, 2)
+            crops.append(np.ascontiguousarray(whole[top : top + 80, left : left + 80]))
+            rows.append((label, "sports" if label == labels[-1] else "actions", k % 3))
+    rows += [(None, "captioned", VAL)] * 12
+    named, source, part = zip(*rows, strict=True)
+    crops += crops[:12]
+    held = [VAL + k % 2 if s == "sports" else k for s, k in zip(source, part, strict=True)]
+    return Corpus(
+        keys=[str(i) for i in range(len(crops))],
+        labels=list(named),
+        captions=[("somebody drinks",) if s == "captioned" else () for s in source],
+        source=list(source),
+        part=np.array(held),
+        actions=labels[:-1],
+        sports=labels[-1:],
+        held_out=labels[-1:],
+        sha256="0" * 64,
+        _pixels=np.concatenate([crop.ravel() for crop in crops]),
+        _offsets=np.arange(len(crops) + 1) * 80 * 80 * 3,
+        _shapes=np.array([crop.shape for crop in crops]),
+    )
 
 
 def test_compressed_weights_answer_alike_at_any_batch_size() -> None:

@@ -98,9 +98,7 @@ def _space(recipe: SpaceRecipe, corpus: Corpus, teacher: NDArray[np.float32], lo
         limits=LIMITS,
         provenance=_provenance(recipe, corpus),
     )
-    text = _text_vectors(info, files, corpus.actions)
-    rows = corpus.select(source="actions", part=TRAIN)
-    head = train_head(teacher[rows], _targets(corpus, rows, corpus.actions), text, recipe.head, recipe.seed)
+    head = _head(recipe, corpus, info, files, teacher)
     return _finish(recipe.output, info, files, head, corpus, log)
 
 
@@ -136,10 +134,10 @@ def _mini(recipe: MiniRecipe, corpus: Corpus, teacher: NDArray[np.float32], log:
         return f"actions {hits:.3f} unseen sports {unseen:.3f}"
 
     checkpoint = recipe.data.cache / corpus.sha256[:16] / f"{recipe.name}.ckpt"
-    settings = recipe.model_dump(mode="json", exclude={"output", "description", "space", "data"})
+    settings = recipe.model_dump(mode="json", exclude={"output", "description", "space", "data", "head"})
     space_files = [space.info.files[name].sha256 for name in ("text.onnx", "head.safetensors")]
     decides = json.dumps([settings, corpus.sha256, corpus.part.tolist(), space_files])
-    tower, vectors = distill(
+    tower = distill(
         tower,
         data,
         corpus.select(part=TRAIN),
@@ -150,18 +148,16 @@ def _mini(recipe: MiniRecipe, corpus: Corpus, teacher: NDArray[np.float32], log:
         log=log,
         validate=validate,
     )
-    bundle = _finish_mini(recipe, corpus, tower, vectors[: len(corpus.actions)].numpy(), space, log)
+    graph = compress_weights(export_image_tower(tower, recipe.distill.size)).SerializeToString()
+    bundle = _finish_mini(recipe, corpus, graph, space, log)
     checkpoint.unlink()
     return bundle
 
 
-def _finish_mini(
-    recipe: MiniRecipe, corpus: Corpus, tower: ImageTower, head: NDArray[np.float32], space: Bundle, log: Log
-) -> Bundle:
-    """Export a trained tower with its weights in 8 bits, calibrate and measure it, and write the bundle."""
-    size, aspect = recipe.distill.size, recipe.teacher.max_aspect
+def _finish_mini(recipe: MiniRecipe, corpus: Corpus, graph: bytes, space: Bundle, log: Log) -> Bundle:
+    """Fit class vectors on what the finished tower sees in its training photos, calibrate, measure, and write."""
     files: dict[str, Path | bytes] = {
-        "image.onnx": compress_weights(export_image_tower(tower, size)).SerializeToString(),
+        "image.onnx": graph,
         "text.onnx": space.file("text.onnx"),
         "tokenizer.json": space.file("tokenizer.json"),
     }
@@ -169,13 +165,14 @@ def _finish_mini(
         update={
             "name": recipe.name,
             "description": recipe.description,
-            "image": ImageSpec(size=size, max_aspect=aspect),
+            "image": ImageSpec(size=recipe.distill.size, max_aspect=recipe.teacher.max_aspect),
             "sources": MINI_SOURCES,
             "provenance": _provenance(recipe, corpus),
             "metrics": {},
             "files": {},
         }
     )
+    head = _head(recipe, corpus, info, files)
     return _finish(recipe.output, info, files, head, corpus, log)
 
 
@@ -184,13 +181,31 @@ def _targets(corpus: Corpus, rows: NDArray[np.int64], labels: Sequence[str]) -> 
     return np.array([number.get(str(corpus.labels[i]), -1) for i in rows], np.int64)
 
 
-def _text_vectors(info: BundleInfo, files: dict[str, Path | bytes], labels: Sequence[str]) -> NDArray[np.float32]:
-    """Text embeddings of labels as if none were known."""
+def _embed(recognizer: Recognizer, corpus: Corpus, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    found = list(recognizer.embed_images(corpus.photo(int(i)) for i in rows))
+    return np.stack([vector for vector in found if isinstance(vector, np.ndarray)])
+
+
+def _head(
+    recipe: SpaceRecipe | MiniRecipe,
+    corpus: Corpus,
+    info: BundleInfo,
+    files: dict[str, Path | bytes],
+    embedded: NDArray[np.float32] | None = None,
+) -> NDArray[np.float32]:
+    """Class vectors of the actions, float32 [C,D], from their words and what the image tower sees in TRAIN photos.
+
+    ``embedded`` is what it sees in all photos of the corpus, if that is known already.
+    """
+    rows = corpus.select(source="actions", part=TRAIN)
     with tempfile.TemporaryDirectory() as work:
-        bare = info.model_copy(update={"labels": ("nothing",)})
-        head = save({"class_vectors": np.zeros((1, info.embedding_dim), np.float32)})
-        bundle = write_bundle(Path(work) / "bundle", bare, files | {"head.safetensors": head})
-        return Recognizer(bundle, OnnxRuntime(bundle)).embed_labels(labels)
+        bare = info.model_copy(update={"labels": ("nothing",)})  # an action that is known would not be its words
+        none = save({"class_vectors": np.zeros((1, info.embedding_dim), np.float32)})
+        bundle = write_bundle(Path(work) / "bundle", bare, files | {"head.safetensors": none})
+        towers = Recognizer(bundle, OnnxRuntime(bundle))
+        text = towers.embed_labels(corpus.actions)
+        features = _embed(towers, corpus, rows) if embedded is None else embedded[rows]
+    return train_head(features, _targets(corpus, rows, corpus.actions), text, recipe.head, recipe.seed)
 
 
 def _finish(
@@ -206,22 +221,21 @@ def _finish(
     with tempfile.TemporaryDirectory() as work:
         bundle = write_bundle(Path(work) / "bundle", info, files)
         recognizer = Recognizer(bundle, OnnxRuntime(bundle))
-
-        def embed_rows(rows: NDArray[np.int64]) -> NDArray[np.float32]:
-            found = list(recognizer.embed_images(corpus.photo(int(i)) for i in rows))
-            return np.stack([vector for vector in found if isinstance(vector, np.ndarray)])
-
         parts: dict[str, tuple[list[str], NDArray[np.float32], NDArray[np.int64]]] = {}
         for kind, labels in (("known", corpus.actions), ("open", corpus.held_out)):
             vectors = recognizer.embed_labels(labels)
             for part, name in ((VAL, "val"), (TEST, "test")):
                 rows = corpus.select(part=part, labels=labels)
-                parts[f"{kind}-{name}"] = (labels, embed_rows(rows) @ vectors.T, _targets(corpus, rows, labels))
+                parts[f"{kind}-{name}"] = (
+                    labels,
+                    _embed(recognizer, corpus, rows) @ vectors.T,
+                    _targets(corpus, rows, labels),
+                )
         captioned = corpus.select(source="captioned", part=VAL)
         sentences = recognizer.runtime.encode_text([corpus.captions[i][0] for i in captioned])
-        hits = (sentences @ embed_rows(captioned).T).argmax(1) == np.arange(len(captioned))
+        hits = (sentences @ _embed(recognizer, corpus, captioned).T).argmax(1) == np.arange(len(captioned))
         some = corpus.select(source="captioned")[:_BACKGROUND_PHOTOS]
-        files[BACKGROUND_FILE] = fit_background(embed_rows(some)).to_bytes()
+        files[BACKGROUND_FILE] = fit_background(_embed(recognizer, corpus, some)).to_bytes()
     known = fit_calibration(parts["known-val"][1], parts["known-val"][2])
     unseen = fit_calibration(parts["open-val"][1], parts["open-val"][2])
     metrics = {}
