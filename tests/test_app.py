@@ -32,6 +32,7 @@ from cliphar.recognizer import Prediction, Recognizer, Score, load
 from cliphar.ui._backend import Photo
 from cliphar.ui._camera import Camera
 from cliphar.ui._evaluate import _check_sizes
+from cliphar.ui._launch import ice_servers, launch
 from cliphar.ui._remote import RemoteBackend
 from cliphar.ui._speed import measure_round_trips
 from serving_process import free_port
@@ -96,20 +97,20 @@ def page(browser: Browser, address: str) -> Iterator[Page]:
     context = browser.new_context(viewport={"width": 1280, "height": 900}, permissions=["camera"])
     context.set_default_timeout(60_000)
     page = context.new_page()
-    strange: list[str] = []
-    page.on("request", lambda request: strange.append(request.url))
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
     page.goto(address)
     answers = page.get_by_text("Answers by mini")
     try:
         answers.wait_for(timeout=30_000)
     except TimeoutError:
-        page.reload()  # Chromium drops what it loads when a container elsewhere on the machine changes the network
+        page.reload()  # Chromium drops what it loads when a container changes the machine's network
         answers.wait_for()
     expect(page.get_by_test_id("stStatusWidget")).to_have_count(0)
     yield page
     context.close()
     own = re.compile(rf"(http|ws)://{re.escape(address.removeprefix('http://'))}/|data:|blob:")
-    assert [url for url in strange if not own.match(url)] == []
+    assert [url for url in asked if not own.match(url)] == []
 
 
 def visit(page: Page, name: str, heading: str) -> None:
@@ -226,6 +227,18 @@ def test_the_camera_is_answered_live(page: Page) -> None:
     expect(page.get_by_text("From frame to answer")).to_be_visible()
     frame.get_by_role("button", name="Stop").click()
     expect(page.get_by_text("Press Start and allow")).to_be_visible()
+
+
+def test_ice_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    turn = '[{"urls": "turn:a?transport=tcp", "username": "u", "credential": "c"}]'
+    for text, urls in ("", []), ("stun:a, stun:b:1,", ["stun:a", "stun:b:1"]), (turn, ["turn:a?transport=tcp"]):
+        monkeypatch.setenv("CLIPHAR_ICE_SERVERS", text)
+        assert [url for server in ice_servers() for url in server["urls"]] == urls
+    assert ice_servers()[0]["credential"] == "c"
+    for wrong in ("turn:a", "a:1", "[", "[3]", turn.replace("credential", "x")):
+        monkeypatch.setenv("CLIPHAR_ICE_SERVERS", wrong)
+        with pytest.raises(UsageError, match="needs its"):
+            launch("127.0.0.1", free_port())
 
 
 def reach(page: Page, name: str) -> None:
@@ -490,13 +503,8 @@ def test_a_taken_port_is_one_line() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        done = subprocess.run(
-            [sys.executable, "-m", "cliphar", "app", "--port", str(taken.getsockname()[1])],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        command = [sys.executable, "-m", "cliphar", "app", "--port", str(taken.getsockname()[1])]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert re.fullmatch(r"cliphar: cannot listen on .*\n", done.stderr)
 

@@ -7,12 +7,17 @@ import socket
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
 from cliphar.errors import UsageError
 
-__all__ = ["launch"]
+__all__ = ["ice_servers", "launch"]
 
 MAX_UPLOAD_MB = 500
+# what both browsers and aiortc read
+_ADDRESS = r"^(stuns?:[^?:\s]+(:\d+)?|turns?:[^?:\s]+(:\d+)?(\?transport=(udp|tcp))?)$"
 
 _OPTIONS = {
     "server.headless": "true",
@@ -47,11 +52,12 @@ def launch(host: str, port: int, *, api: str | None = None, model: str | None = 
         model: the model's name or its bundle's path, where no API answers.
 
     Raises:
-        UsageError: Streamlit is not installed, or the port is taken.
+        UsageError: Streamlit is not installed, the port is taken, or CLIPHAR_ICE_SERVERS is wrong.
     """
     if find_spec("streamlit") is None:
         raise UsageError("the page needs Streamlit; run: pip install 'cliphar[app]'")
     _check_port(host, port)
+    ice_servers()
     settings = {"CLIPHAR_API_URL": api, "MODEL_PATH": model}
     environment = {k: v for k, v in os.environ.items() if k not in settings and not k.startswith("STREAMLIT_")}
     environment |= {name: value for name, value in settings.items() if value}
@@ -61,6 +67,40 @@ def launch(host: str, port: int, *, api: str | None = None, model: str | None = 
     shown = f"[{host}]" if ":" in host else host
     print(f"cliphar: the page is on http://{shown}:{port}; Ctrl+C stops it", file=sys.stderr, flush=True)
     os.execve(sys.executable, command, environment)  # noqa: S606 - the signals then reach Streamlit itself
+
+
+class _IceServer(BaseModel):
+    urls: Annotated[list[Annotated[str, Field(pattern=_ADDRESS)]], Field(min_length=1)]
+    username: str | None = None
+    credential: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_is_a_list(cls, given: Any) -> Any:
+        one = isinstance(given, dict) and isinstance(given.get("urls"), str)
+        return given | {"urls": [given["urls"]]} if one else given
+
+    @model_validator(mode="after")
+    def _turn_has_a_credential(self) -> _IceServer:
+        if any(url.startswith("turn") for url in self.urls) and not (self.username and self.credential):
+            raise ValueError("browsers refuse it")
+        return self
+
+
+def ice_servers() -> list[dict[str, Any]]:
+    """The servers of CLIPHAR_ICE_SERVERS as RTCIceServer dictionaries; UsageError if it is wrong."""
+    given = os.environ.get("CLIPHAR_ICE_SERVERS", "").strip()
+    try:
+        if given.startswith("["):
+            servers = TypeAdapter(list[_IceServer]).validate_json(given)
+        else:
+            servers = [_IceServer(urls=[url.strip()]) for url in given.split(",") if url.strip()]
+    except ValidationError:
+        raise UsageError(
+            "CLIPHAR_ICE_SERVERS is neither stun: addresses with commas between nor a JSON list such as "
+            '[{"urls": "turn:HOST:3478", "username": "U", "credential": "C"}]; turn: needs its username and credential'
+        ) from None  # the cause has the credential
+    return [server.model_dump(exclude_none=True) for server in servers]
 
 
 def _check_port(host: str, port: int) -> None:

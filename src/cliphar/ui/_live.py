@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import streamlit as st
 
 from cliphar.ui._camera import Camera
 from cliphar.ui._intake import NO_CAMERA, gives_camera
+from cliphar.ui._launch import ice_servers
 from cliphar.ui._session import backend, choose_actions
 
 __all__ = ["live_page"]
@@ -57,11 +56,11 @@ def _camera(labels: tuple[str, ...]) -> Camera:
 def _stream(camera: Camera) -> bool:
     from streamlit_webrtc import WebRtcMode, webrtc_streamer
 
-    servers = [{"urls": [url]} for url in os.environ.get("CLIPHAR_ICE_SERVERS", "").split(",") if url]
     context = webrtc_streamer(
         key="live",
         mode=WebRtcMode.SENDRECV,
-        rtc_configuration={"iceServers": servers},  # none unless asked for: no stranger learns who looks at this page
+        # none unless asked for: no stranger learns who looks at this page
+        rtc_configuration={"iceServers": ice_servers()},
         media_stream_constraints={"video": {"width": {"ideal": 640}, "height": {"ideal": 480}}, "audio": False},
         video_frame_callback=camera.recv,
         on_video_ended=camera.ended,

@@ -79,17 +79,15 @@ def answer_html(prediction: Prediction, coverage: float, bars: int) -> str:
     """The answer's headline, what it is worth in words, and a bar for each of the best labels."""
     best = prediction.top[0].label
     share = f"{coverage:.0%}".replace("%", " %")
+    kind, headline = "", escape(best)
     if prediction.label == UNKNOWN:
         kind, headline = " cl-unknown", "unknown"
         told = f"None of these actions fits well. The nearest is {escape(best)}."
     elif len(prediction.top) == 1:
-        kind, headline = "", escape(best)
         told = "With one action in the list there is nothing to compare it with: add others."
     elif len(prediction.set) == 1:
-        kind, headline = "", escape(best)
         told = f"Sure enough to name one: at {share} coverage it stands alone."
     else:
-        kind, headline = "", escape(best)
         told = f"The true action is one of {len(prediction.set)} (filled) in {share} of such photos."
     rows = []
     for label, score in prediction.top[:bars]:
