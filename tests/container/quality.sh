@@ -48,10 +48,13 @@ image: {repository: $id, tag: v1}
 model: {image: "$id:model"}
 apiKeys: {existingSecret: keys}
 env: {CLIPHAR_MAX_BATCH: 8, CLIPHAR_MAX_PIXELS: 50000000}
-page: {enabled: true}
+page: {enabled: true, env: {CLIPHAR_ICE_SERVERS: '[{"urls": "turn:t:3478", "username": "u", "credential": "c"}]'}}
 EOF
 cat >"$work/all.yaml" <<EOF
-image: {tag: v9, pullSecrets: [pull]}
+fullnameOverride: cliphar
+image: {tag: v9, pullSecrets: [pull, {name: other}]}
+env: {CLIPHAR_STATE: /state/own, OTEL_EXPORTER_OTLP_HEADERS: {secretKeyRef: {name: traces, key: headers}}}
+service: {type: LoadBalancer, annotations: {a: b}}
 model: {existingClaim: models, path: mine}
 state: {existingClaim: state}
 autoscaling: {enabled: true, queueImages: 8}
@@ -59,7 +62,11 @@ gpu: {enabled: true, runtimeClassName: nvidia}
 ingress: {enabled: true, host: api.example, tlsSecret: tls, className: nginx, annotations: {a: b}}
 networkPolicy: {from: [{podSelector: {}}], egress: [{ports: [{port: 4318}]}]}
 serviceMonitor: {enabled: true, labels: {release: prometheus}}
-page: {enabled: true, host: page.example, apiKeySecret: page}
+page:
+  {enabled: true, host: page.example, tlsSecret: page, apiKeySecret: page, egress: [{ports: [{port: 3478, protocol: UDP}]}],
+   podLabels: {a: b}, nodeSelector: {pool: web}, tolerations: [{key: web, operator: Exists}], affinity: {podAffinity: {}}}
+extraVolumes: [{name: ca, configMap: {name: ca}}]
+extraVolumeMounts: [{name: ca, mountPath: /ca}]
 podAnnotations: {a: b}
 nodeSelector: {pool: gpu}
 tolerations: [{key: dedicated, operator: Exists}]
@@ -72,7 +79,8 @@ for values in default some all; do
   helm template cliphar "$chart" -f "$work/$values.yaml" >"$work/chart-$values.yaml" || fail "helm template with $values.yaml"
   kubernetes-validate --strict --quiet --no-warn "$work/chart-$values.yaml" || fail "schema, with $values.yaml"
 done
-for wrong in 'replicas=many' 'repicas=3' 'env.BATCH=1' 'model.image=a,model.existingClaim=b' 'ingress.enabled=true' 'autoscaling.enabled=true,autoscaling.cpuPercent=0'; do
+[[ $(grep -c 'pool: gpu' "$work/chart-all.yaml") == 1 ]] || fail "the page is sent to the API's nodes"
+for wrong in 'replicas=many' 'repicas=3' 'env.BATCH=1' 'page.env.TURN=1' 'model.image=a,model.existingClaim=b' 'ingress.enabled=true' 'autoscaling.enabled=true,autoscaling.cpuPercent=0'; do
   if helm template cliphar "$chart" --set "$wrong" >/dev/null 2>&1; then fail "the chart takes $wrong"; fi
 done
 ok "the chart is valid with three sets of values, and refuses wrong ones"
@@ -164,7 +172,7 @@ curl -fsS "${key[@]}" -F images=@"$samples/cat.jpg" "$url/v1/predict" | grep '"l
 curl -fsS "${key[@]}" -X PUT -H 'Content-Type: application/json' -d '["reading", "writing"]' "$url/v1/labels/desk" >/dev/null || fail "the state"
 docker exec "$id" cliphar serve --help >"$work/help"
 docker exec "$id" cat /proc/1/environ | tr '\0' '\n' >"$work/environment"
-for name in $(grep -oE '\{name: (CLIPHAR_[A-Z_]+|MODEL_PATH)' "$work/chart-all.yaml" | cut -d' ' -f2 | grep -vE 'CLIPHAR_(APP_|API_URL|API_KEY$)' | sort -u); do
+for name in $(grep -oE '\{name: (CLIPHAR_[A-Z_]+|MODEL_PATH)' "$work/chart-all.yaml" | cut -d' ' -f2 | grep -vE 'CLIPHAR_(APP_|API_URL|API_KEY$|ICE_)' | sort -u); do
   grep -q "$name" "$work/help" || fail "'cliphar serve' knows no $name, which the chart sets"
 done
 grep -q '^CLIPHAR_MAX_BATCH=8$' "$work/environment" && grep -q '^CLIPHAR_MAX_PIXELS=50000000$' "$work/environment" || fail "env of the values does not arrive"

@@ -1,5 +1,6 @@
 {{- define "cliphar.name" -}}
-{{- if contains .Chart.Name .Release.Name }}{{ .Release.Name }}{{ else }}{{ .Release.Name }}-{{ .Chart.Name }}{{ end -}}
+{{- $name := ternary .Release.Name (print .Release.Name "-" .Chart.Name) (contains .Chart.Name .Release.Name) }}
+{{- .Values.fullnameOverride | default $name | trunc 58 | trimSuffix "-" }}{{/* "-page" follows; a service has 63 */ -}}
 {{- end }}
 
 {{- define "cliphar.image" -}}
@@ -16,21 +17,25 @@ app.kubernetes.io/component: {{ .component }}
 {{ include "cliphar.selector" . }}
 app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .root.Release.Service }}
-helm.sh/chart: {{ .root.Chart.Name }}-{{ .root.Chart.Version }}
+helm.sh/chart: {{ .root.Chart.Name }}-{{ .root.Chart.Version | replace "+" "_" }}
 {{- end }}
 
-{{/* What the pods of both have in common: the restricted pod security standard, and where they run. */}}
+{{/* A pod's metadata; "where" has the values of the API, or of the page. */}}
+{{- define "cliphar.podMetadata" -}}
+labels:
+  {{- include "cliphar.labels" . | nindent 2 }}
+  {{- with .where.podLabels }}{{ toYaml . | nindent 2 }}{{ end }}
+{{- with .where.podAnnotations }}
+annotations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/* What the pods of both have alike, and where they run. */}}
 {{- define "cliphar.pod" -}}
 serviceAccountName: {{ include "cliphar.name" .root }}
 automountServiceAccountToken: false
 enableServiceLinks: false  # a service named cliphar would set CLIPHAR_PORT to an address
-securityContext:
-  runAsNonRoot: true
-  runAsUser: 10001
-  runAsGroup: 10001
-  fsGroup: 10001
-  fsGroupChangePolicy: OnRootMismatch
-  seccompProfile: {type: RuntimeDefault}
+securityContext: {{- toYaml .root.Values.podSecurityContext | nindent 2 }}
 topologySpreadConstraints:
   {{- range tuple "kubernetes.io/hostname" "topology.kubernetes.io/zone" }}
   - maxSkew: 1
@@ -42,16 +47,16 @@ topologySpreadConstraints:
   {{- end }}
 {{- with .root.Values.image.pullSecrets }}
 imagePullSecrets: {{- range . }}
-  - name: {{ . }}
+  - {{ kindIs "map" . | ternary . (dict "name" .) | toJson }}
 {{- end }}
 {{- end }}
-{{- with .root.Values.nodeSelector }}
+{{- with .where.nodeSelector }}
 nodeSelector: {{- toYaml . | nindent 2 }}
 {{- end }}
-{{- with .root.Values.affinity }}
+{{- with .where.affinity }}
 affinity: {{- toYaml . | nindent 2 }}
 {{- end }}
-{{- with .root.Values.priorityClassName }}
+{{- with .where.priorityClassName }}
 priorityClassName: {{ . }}
 {{- end }}
 {{- end }}
@@ -62,4 +67,18 @@ securityContext:
   allowPrivilegeEscalation: false
   readOnlyRootFilesystem: true
   capabilities: {drop: [ALL]}
+{{- end }}
+
+{{/* Variables: the chart's own, whose place one of the values may take, so that none is there twice. */}}
+{{- define "cliphar.env" -}}
+{{- $all := .own }}
+{{- range $key, $value := .given }}{{ $_ := set $all $key $value }}{{ end }}
+{{- range $key, $value := $all }}
+{{- if kindIs "map" $value }}
+- {name: {{ $key }}, valueFrom: {{ toJson $value }}}
+{{- else }}
+{{- /* JSON writes large numbers out */}}
+- {name: {{ $key }}, value: {{ ternary $value (toJson $value) (kindIs "string" $value) | quote }}}
+{{- end }}
+{{- end }}
 {{- end }}
