@@ -24,7 +24,7 @@ from cliphar.training._method_recipe import MethodRecipe, TemporalRecipe
 from cliphar.training._ranks import OneProcess, Ranks
 from cliphar.training._tracker import NoTracker, Tracker
 
-__all__ = ["TEST", "TRAIN", "VAL", "Job", "Outcome", "Surroundings", "embed_rows", "open_job"]
+__all__ = ["TEST", "TRAIN", "VAL", "Job", "Outcome", "Surroundings", "embed_rows", "open_job", "text_vectors"]
 
 TRAIN, VAL, TEST = 0, 1, 2
 R = TypeVar("R", bound=MethodRecipe)

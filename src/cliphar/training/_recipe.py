@@ -134,17 +134,8 @@ class SpaceRecipe(_Model):
     head: HeadRecipe = HeadRecipe()
 
 
-class OwnHeadRecipe(HeadRecipe):
-    """Held nearer to the text: the tower has met these photos, and fits them better than any it will see."""
-
-    pull: float = Field(default=1.0, ge=0)
-
-
 class MiniRecipe(_Model):
-    """``kind: mini``: a small image tower taught by the teacher, in the space of ``space`` (a bundle's path).
-
-    ``head``: its class vectors, fitted at the end on what the finished tower sees in its training photos.
-    """
+    """``kind: mini``: a small image tower taught by the teacher, in the space of ``space`` (a bundle's path)."""
 
     kind: Literal["mini"]
     name: str
@@ -155,7 +146,7 @@ class MiniRecipe(_Model):
     data: DataRecipe
     teacher: TeacherRecipe = TeacherRecipe()
     distill: DistillRecipe = DistillRecipe()
-    head: OwnHeadRecipe = OwnHeadRecipe()
+    head: HeadRecipe = HeadRecipe()
 
 
 _KINDS: dict[str, type[SpaceRecipe | MiniRecipe]] = {"space": SpaceRecipe, "mini": MiniRecipe}

@@ -41,6 +41,7 @@ from cliphar.training._corpus import TEST, TRAIN, VAL, Corpus, build_corpus
 from cliphar.training._distill import DistillData, distill, embed
 from cliphar.training._fetch import fetch_imagenet, fetch_sentence_encoder
 from cliphar.training._head import train_head
+from cliphar.training._job import text_vectors
 from cliphar.training._recipe import MiniRecipe, SpaceRecipe
 from cliphar.training._revision import code_revision
 from cliphar.training._sources import LIMITS, MINI_SOURCES, SPACE_SOURCES
@@ -98,8 +99,7 @@ def _space(recipe: SpaceRecipe, corpus: Corpus, teacher: NDArray[np.float32], lo
         limits=LIMITS,
         provenance=_provenance(recipe, corpus),
     )
-    head = _head(recipe, corpus, info, files, teacher)
-    return _finish(recipe.output, info, files, head, corpus, log)
+    return _finish(recipe, corpus, info, files, log, teacher)
 
 
 def _mini(recipe: MiniRecipe, corpus: Corpus, teacher: NDArray[np.float32], log: Log) -> Bundle:
@@ -155,7 +155,7 @@ def _mini(recipe: MiniRecipe, corpus: Corpus, teacher: NDArray[np.float32], log:
 
 
 def _finish_mini(recipe: MiniRecipe, corpus: Corpus, graph: bytes, space: Bundle, log: Log) -> Bundle:
-    """Fit class vectors on what the finished tower sees in its training photos, calibrate, measure, and write."""
+    """A bundle of the finished tower's graph."""
     files: dict[str, Path | bytes] = {
         "image.onnx": graph,
         "text.onnx": space.file("text.onnx"),
@@ -172,8 +172,7 @@ def _finish_mini(recipe: MiniRecipe, corpus: Corpus, graph: bytes, space: Bundle
             "files": {},
         }
     )
-    head = _head(recipe, corpus, info, files)
-    return _finish(recipe.output, info, files, head, corpus, log)
+    return _finish(recipe, corpus, info, files, log)
 
 
 def _targets(corpus: Corpus, rows: NDArray[np.int64], labels: Sequence[str]) -> NDArray[np.int64]:
@@ -187,38 +186,32 @@ def _embed(recognizer: Recognizer, corpus: Corpus, rows: NDArray[np.int64]) -> N
 
 
 def _head(
-    recipe: SpaceRecipe | MiniRecipe,
-    corpus: Corpus,
-    info: BundleInfo,
-    files: dict[str, Path | bytes],
-    embedded: NDArray[np.float32] | None = None,
+    recipe: SpaceRecipe | MiniRecipe, corpus: Corpus, towers: Recognizer, embedded: NDArray[np.float32] | None
 ) -> NDArray[np.float32]:
-    """Class vectors of the actions, float32 [C,D], from their words and what the image tower sees in TRAIN photos.
-
-    ``embedded`` is what it sees in all photos of the corpus, if that is known already.
-    """
+    """Class vectors, float32 [C,D], from words and TRAIN photos."""
     rows = corpus.select(source="actions", part=TRAIN)
-    with tempfile.TemporaryDirectory() as work:
-        bare = info.model_copy(update={"labels": ("nothing",)})  # an action that is known would not be its words
-        none = save({"class_vectors": np.zeros((1, info.embedding_dim), np.float32)})
-        bundle = write_bundle(Path(work) / "bundle", bare, files | {"head.safetensors": none})
-        towers = Recognizer(bundle, OnnxRuntime(bundle))
-        text = towers.embed_labels(corpus.actions)
-        features = _embed(towers, corpus, rows) if embedded is None else embedded[rows]
+    features = _embed(towers, corpus, rows) if embedded is None else embedded[rows]
+    text = text_vectors(towers, corpus.actions)
     return train_head(features, _targets(corpus, rows, corpus.actions), text, recipe.head, recipe.seed)
 
 
 def _finish(
-    output: Path,
+    recipe: SpaceRecipe | MiniRecipe,
+    corpus: Corpus,
     info: BundleInfo,
     files: dict[str, Path | bytes],
-    head: NDArray[np.float32],
-    corpus: Corpus,
     log: Log,
+    embedded: NDArray[np.float32] | None = None,
 ) -> Bundle:
-    """Calibrate on VAL and measure on TEST, both through the bundle as it will serve, then write it."""
-    files = files | {"head.safetensors": save({"class_vectors": np.ascontiguousarray(head)})}
+    """Fit class vectors on TRAIN, then calibrate on VAL and measure on TEST, as the bundle will serve, and write it.
+
+    ``embedded`` is what the image tower sees in all photos, if that is known.
+    """
     with tempfile.TemporaryDirectory() as work:
+        none = save({"class_vectors": np.zeros((len(info.labels), info.embedding_dim), np.float32)})
+        bundle = write_bundle(Path(work) / "untrained", info, files | {"head.safetensors": none})
+        head = _head(recipe, corpus, Recognizer(bundle, OnnxRuntime(bundle)), embedded)
+        files = files | {"head.safetensors": save({"class_vectors": head})}
         bundle = write_bundle(Path(work) / "bundle", info, files)
         recognizer = Recognizer(bundle, OnnxRuntime(bundle))
         parts: dict[str, tuple[list[str], NDArray[np.float32], NDArray[np.int64]]] = {}
@@ -226,11 +219,8 @@ def _finish(
             vectors = recognizer.embed_labels(labels)
             for part, name in ((VAL, "val"), (TEST, "test")):
                 rows = corpus.select(part=part, labels=labels)
-                parts[f"{kind}-{name}"] = (
-                    labels,
-                    _embed(recognizer, corpus, rows) @ vectors.T,
-                    _targets(corpus, rows, labels),
-                )
+                cosines = _embed(recognizer, corpus, rows) @ vectors.T
+                parts[f"{kind}-{name}"] = (labels, cosines, _targets(corpus, rows, labels))
         captioned = corpus.select(source="captioned", part=VAL)
         sentences = recognizer.runtime.encode_text([corpus.captions[i][0] for i in captioned])
         hits = (sentences @ _embed(recognizer, corpus, captioned).T).argmax(1) == np.arange(len(captioned))
@@ -253,8 +243,8 @@ def _finish(
     )
     log(f"retrieval: {metrics['retrieval'].values}")
     info = info.model_copy(update={"known": known, "open": unseen, "metrics": metrics})
-    write_bundle(output, info, files, overwrite=True)
-    return read_bundle(output)
+    write_bundle(recipe.output, info, files, overwrite=True)
+    return read_bundle(recipe.output)
 
 
 def _provenance(recipe: SpaceRecipe | MiniRecipe, corpus: Corpus) -> Provenance:
