@@ -72,7 +72,7 @@ def main() -> None:
     # debug symbols; libraries that auditwheel moved (*.libs) do not load once stripped
     symbols = [str(path) for path in place.rglob("*.so*") if "libs/" not in str(path) and path.is_file()]
     subprocess.run(["strip", "--strip-unneeded", *symbols], check=True)
-    # checked by nothing: valid however the layer is copied, and the root is read-only
+    # checked by nothing: valid however the layer is copied; the root is read-only
     left = ["-x", wanted["omit"]["bytecode"]]
     compile_all = ["-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash", *left, str(place)]
     subprocess.run([python, *compile_all], check=True)

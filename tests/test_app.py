@@ -243,7 +243,7 @@ def test_ice_servers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def reach(page: Page, name: str) -> None:
     """Press Tab until what has this name is focused, which must be seen."""
-    deadline = time.monotonic() + 60  # it may not be drawn yet
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         page.keyboard.press("Tab")
         found, seen = page.evaluate(
@@ -267,8 +267,8 @@ def test_a_keyboard_is_enough(page: Page, photos: list[Path]) -> None:
     reach(page, "Try portrait")
     page.keyboard.press("Enter")
     expect(page.locator(".cl-answer")).to_have_count(1)
-    expect(page.locator(".cl-answer").get_by_role("heading")).to_have_text("smiling for a portrait")  # of its own list
-    expect(page.locator(":focus")).to_be_visible()  # the button is gone, its place has the focus
+    expect(page.locator(".cl-answer").get_by_role("heading")).to_have_text("smiling for a portrait")
+    expect(page.locator(":focus")).to_be_visible()  # its place has the focus
     with page.expect_download():
         reach(page, "Download answers")
         page.keyboard.press("Enter")
@@ -278,7 +278,7 @@ def test_a_keyboard_is_enough(page: Page, photos: list[Path]) -> None:
     word = page.locator("[data-tag]", has_text="waving a flag")
     expect(word).to_be_visible()
     page.keyboard.press("Escape")
-    expect(page.get_by_role("button", name="Restore this list")).to_be_visible()  # the page has drawn it too
+    expect(page.get_by_role("button", name="Restore this list")).to_be_visible()
     expect(page.get_by_role("combobox", name="Actions to choose from")).to_be_focused()
     page.keyboard.press("Backspace")
     expect(word).to_have_count(0)

@@ -141,6 +141,15 @@ def test_a_compiled_run_learns_the_same(items: TrainItems, tmp_path: Path) -> No
     assert torch.allclose(plain, compiled, atol=1e-4)
 
 
+def test_a_run_that_cannot_be_compiled_says_why(
+    items: TrainItems, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    torch._dynamo.reset()
+    with pytest.raises(UsageError, match=r"train.compile: nothing is compiled here \(.*\); install g\+\+"):
+        trained(items, tmp_path, epochs=1, compile=True)
+
+
 def test_activations_computed_again_give_the_same_gradients() -> None:
     torch.manual_seed(0)
     tower = ImageTower("lite0", 8).train()

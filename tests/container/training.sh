@@ -25,6 +25,8 @@ if [[ -f $photos ]]; then
   docker ps -q --filter "label=com.docker.compose.project=$id" --filter "label=com.docker.compose.service=train" | xargs -r docker rm -f >/dev/null
   wait $! || true
   ok "a training that was stopped goes on from its checkpoint"
+  train --entrypoint python train -c 'import torch; print(torch.compile(lambda x: x.sin().sum())(torch.ones(9)))' >"$work/out" 2>&1 || { tail -3 "$work/out"; fail "torch.compile"; }
+  ok "torch.compile finds its compiler and may load what it makes"
   train train export runs/shots --to onnx-fp32 >"$work/out" 2>&1 || { cat "$work/out"; fail "export"; }
   docker run -d --name "$id" -e MODEL_PATH=/runs/shots -v "$work/runs:/runs:ro" -p 127.0.0.1:18000:8000 "$image" >/dev/null
   for _ in $(seq 60); do curl -fsS http://127.0.0.1:18000/readyz >/dev/null 2>&1 && break; sleep 0.5; done

@@ -21,7 +21,7 @@ from cliphar.timeline import Progress, Segment, Timeline, stream_video
 __all__ = ["router"]
 
 router = APIRouter(prefix="/v1", responses=PROBLEM_RESPONSES)
-_AT_ONCE = 2  # a clip keeps a core busy for long; more at a time would only make all of them late, and photos too
+_AT_ONCE = 2  # a clip keeps a core busy for long; more would make all late, and photos too
 _places = asyncio.Semaphore(_AT_ONCE)
 _Items = Generator[Progress | Segment | Timeline, None, None]
 

@@ -154,6 +154,20 @@ class _Average:
             value.copy_(held)
 
 
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """torch.compile compiles at the first call, and says why it cannot in a hundred lines."""
+    try:
+        yield
+    except RuntimeError as error:
+        from torch._dynamo.exc import BackendCompilerFailed  # 0.7 s, which most runs can do without
+
+        if not isinstance(error, BackendCompilerFailed):
+            raise
+        why = str(error.inner_exception).strip().splitlines()[0]
+        raise UsageError(f"train.compile: nothing is compiled here ({why}); install g++ or leave it out") from error
+
+
 def _rate(step: int, steps: int, warmup: float) -> float:
     """Factor of the learning rate: linear warm-up, then half a cosine to 0 (Loshchilov and Hutter, 2017)."""
     first = max(1, round(warmup * steps))
@@ -220,7 +234,7 @@ def fit(
             torch.manual_seed(((run.seed << 40) + (state.step << 12) + ranks.rank) % 2**63)
             parts: dict[str, float] = {}
             for part in batch.to(run.device).split(recipe.accumulate):
-                with torch.autocast(run.device.type, dtype, enabled=recipe.precision != "fp32"):
+                with _compiling(), torch.autocast(run.device.type, dtype, enabled=recipe.precision != "fp32"):
                     losses = module(part)
                 scaler.scale(losses["loss"] / recipe.accumulate).backward()
                 for name, value in losses.items():

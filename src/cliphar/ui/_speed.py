@@ -1,4 +1,4 @@
-"""The speed of a bundle's runtimes on this machine, as ``cliphar bench`` has it; of a service, as the page asks it."""
+"""The speed of a bundle's runtimes, as ``cliphar bench`` has it; of a service, as the page asks it."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ __all__ = ["known_speeds", "measure_round_trips", "measure_speeds"]
 
 _TURNS = 3
 _CALLS, _BATCHES, _BATCH = 15, 2, 16
-_MEASURING = threading.Lock()  # two at a time would measure each other
-_KNOWN: dict[Path, dict[str, Any]] = {}  # for all visitors: it is one machine
+_MEASURING = threading.Lock()  # two would measure each other
+_KNOWN: dict[Path, dict[str, Any]] = {}  # for all: it is one machine
 
 
 def known_speeds(model: Path) -> dict[str, Any] | None:
-    """What was last measured since the page was started, as ``cliphar bench --json`` prints it."""
+    """What was last measured here, as ``cliphar bench --json`` prints it."""
     return _KNOWN.get(model)
 
 
@@ -75,7 +75,7 @@ def _measuring() -> Iterator[None]:
 
 
 def measure_round_trips(backend: Backend) -> tuple[float, float]:
-    """The median milliseconds from a photo sent to its answer, and the photos answered a second when sent 16 at once.
+    """The median milliseconds from a photo sent to its answer, and the photos answered a second, 16 at once.
 
     Raises:
         ClipharError: the service did not answer, or it is being measured for another visitor.
@@ -90,11 +90,11 @@ def measure_round_trips(backend: Backend) -> tuple[float, float]:
 
 
 def _new_photos() -> Iterator[Photo]:
-    """A sample photo over and over, each time other bytes: a service keeps what it was asked before."""
+    """A sample photo, each time other bytes: a service keeps what it was asked before."""
     name, data = sample_photos()[0]
     mark = time.time_ns()
     for number in itertools.count():
-        changed = data + f"{mark} {number}".encode()  # behind the end of a JPEG, where nobody looks
+        changed = data + f"{mark} {number}".encode()  # behind a JPEG's end, where nobody looks
         yield Photo(name, changed, hashlib.sha256(changed).hexdigest(), b"")
 
 
