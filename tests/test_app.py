@@ -38,23 +38,21 @@ from cliphar.ui._speed import measure_round_trips
 from serving_process import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "src" / "cliphar" / "ui" / "_app.py"
+SCRIPT = ROOT / "src/cliphar/ui/_app.py"
 expect.set_options(timeout=60_000)  # the machine may be busy
 CHROMIUM = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+
+
+def environment(**more: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("MODEL_PATH", "CLIPHAR_"))}
+    return kept | {"PYTHONPATH": str(ROOT / "src")} | more
 
 
 def start(*options: str) -> tuple[subprocess.Popen[str], str]:
     """A page on a port of its own, when it answers."""
     port = free_port()
-    environment = {k: v for k, v in os.environ.items() if k != "MODEL_PATH" and not k.startswith("CLIPHAR_")}
-    environment["PYTHONPATH"] = str(ROOT / "src")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cliphar", "app", "--port", str(port), *options],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    command = [sys.executable, "-m", "cliphar", "app", "--port", str(port), *options]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:
@@ -394,9 +392,8 @@ def test_a_service_answers_where_there_is_one(
     photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     port = free_port()
-    environment = {k: v for k, v in os.environ.items() if k != "MODEL_PATH" and not k.startswith("CLIPHAR_")}
-    environment |= {"PYTHONPATH": str(ROOT / "src"), "CLIPHAR_STATE": str(tmp_path)}
-    service = subprocess.Popen([sys.executable, "-m", "cliphar", "serve", "--port", str(port)], env=environment)
+    command = [sys.executable, "-m", "cliphar", "serve", "--port", str(port)]
+    service = subprocess.Popen(command, env=environment(CLIPHAR_STATE=str(tmp_path)))
     try:
         with Client(f"http://127.0.0.1:{port}", retry_s=60) as client:
             client.model()
