@@ -148,6 +148,7 @@ WRONG = {
     "threads": ["predict", "PHOTO", "--threads", "0"],
     "no photos": ["predict"],
     "option": ["predict", "PHOTO", "--nonsense"],
+    "an option without its value": ["predict", "PHOTO", "--labels"],
     "command": ["nonsense"],
     "eval without data": ["eval"],
 }
@@ -315,9 +316,7 @@ def test_eval_of_no_data(cli: Run, tmp_path: Path) -> None:
 
 def test_model_list(cli: Run) -> None:
     done = cli("model", "list")
-    assert done.returncode == 0
-    first = done.stdout.splitlines()[0].split()
-    assert first[:2] == ["mini", "ready"]
+    assert (done.returncode, done.stdout.split()[:2]) == (0, ["mini", "ready"])
 
 
 def test_model_show(cli: Run) -> None:

@@ -74,7 +74,8 @@ def main() -> None:
             error.show()
         else:
             what = error.format_message().rstrip(".")
-            print(f"cliphar: {what}; see '{error.ctx.command_path} --help'", file=sys.stderr)
+            see = f"; see '{error.ctx.command_path} --help'" if error.ctx else ""  # an option's value left out: no ctx
+            print(f"cliphar: {what}{see}", file=sys.stderr)
         sys.exit(2)
     except UsageError as error:
         print(f"cliphar: {error}", file=sys.stderr)
