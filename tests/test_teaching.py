@@ -110,11 +110,14 @@ def test_a_trained_action_can_be_taught_again_and_forgotten(pupil: Recognizer) -
     assert np.array_equal(pupil.embed_labels(["blue"]), trained)
 
 
-def test_an_action_taught_in_capitals_leaves_the_trained_one_alone(pupil: Recognizer) -> None:
+def test_an_action_taught_in_other_capitals_is_the_one_there_is(pupil: Recognizer) -> None:
     trained = pupil.embed_labels(["red", "green"])
-    pupil.teach("RED", tints((200, 200, 40)))
-    np.testing.assert_array_equal(pupil.embed_labels(["red", "green"]), trained)
-    assert np.abs(pupil.embed_labels(["RED"])[0] - trained[0]).max() > 0.01
+    assert pupil.teach("RED", tints((200, 200, 40))).name == "red"
+    assert pupil.teach("Mauve", tints((200, 100, 240))).name == pupil.teach("mauve", [RED]).name == "Mauve"
+    assert pupil.labels == ("red", "green", "blue", "Mauve")
+    assert np.abs(pupil.embed_labels(["red"])[0] - trained[0]).max() > 0.01
+    pupil.forget("Red")
+    np.testing.assert_array_equal(pupil.embed_labels(["RED", "green"]), trained)
 
 
 def test_bad_photos_are_named_and_the_others_teach(pupil: Recognizer, tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ class Recognizer:
         return self.bundle.info.known if self._are_known(labels, taught) else self.bundle.info.open
 
     def teach(self, name: str, photos: Iterable[ImageLike]) -> Lesson:
-        """Learn an action from a few photos of it, in closed form; taught again, the new photos replace the old.
+        """Learn an action from a few photos of it, in closed form; taught anew, in any capitals, the old are replaced.
 
         From then on the label works like a trained one, alone and in any list. One photo helps, 8 to 16 are good.
         Methods and sources: ``_teaching.py``. Nothing is kept of the photos but two vectors.
@@ -172,7 +172,7 @@ class Recognizer:
             MediaError: none of the photos can be read.
             BundleError: the bundle has no background statistics.
         """
-        (label,) = clean_labels([name])
+        (label,) = self._as_learnt(clean_labels([name]), self._taught)
         background = read_background(self.bundle)
         found = list(self.embed_images(photos))
         refused = tuple(one for one in found if isinstance(one, MediaError))
@@ -194,7 +194,7 @@ class Recognizer:
         Raises:
             UsageError: it was not taught.
         """
-        label = " ".join(name.replace("_", " ").split())
+        (label,) = self._as_learnt([" ".join(name.replace("_", " ").split())], self._taught)
         with self._lock:
             if label not in self._taught:
                 known = ", ".join(self._taught) or "none"
