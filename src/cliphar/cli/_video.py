@@ -73,7 +73,7 @@ def video(
         return
     files = list(expand(paths, is_video_name, "videos"))
     targets = list(out or ())
-    _check(targets, len(files))
+    _check(targets, files)
     recognizer = load(model, runtime=runtime, provider=provider, threads=threads)
     failed = False
     for path in files:
@@ -153,29 +153,29 @@ def _show(path: str, timeline: Timeline) -> None:
         time_s = (at + 0.5) / _WIDTH * timeline.duration_s
         now = next((one for one in timeline.segments if one.start_s <= time_s < one.end_s), None)
         bar.append("█" if now else " ", style=colours[now.label] if now else "")
-    console.print(bar)
+    console.print(bar if timeline.segments else Text("  nothing fits", style="dim"))
     for one in timeline.segments:
         line = Text(f"  {one.start_s:8.1f} {one.end_s:8.1f} s  ")
         line.append(with_score(one.label, one.score), style=colours[one.label])
         console.print(line)
 
 
-def _check(targets: list[Path], videos: int) -> None:
-    if targets and videos > 1:
-        raise UsageError(f"--out is for one video, and there are {videos}; run them one by one, or use --json")
+def _check(targets: list[Path], files: list[str]) -> None:
+    if targets and len(files) > 1:
+        raise UsageError(f"--out is for one video, and there are {len(files)}; run them one by one, or use --json")
     for target in targets:
         if target.suffix not in _OUT:
             raise UsageError(f"cannot write {target}: its name must end in {', '.join(_OUT)}")
         if target.is_dir() or not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
             raise UsageError(f"cannot write {target}: it is a folder, or its folder cannot be written to")
+        if target.exists() and Path(files[0]).exists() and target.samefile(files[0]):
+            raise UsageError(f"cannot write {target}: it is the video itself; give another name")
 
 
 def _write(target: Path, path: str, timeline: Timeline) -> None:
     from cliphar.timeline import annotate, contact_sheet, to_csv, to_webvtt
 
     if target.suffix == ".mp4":
-        if target.exists() and target.samefile(path):
-            raise UsageError(f"cannot write {target}: it is the video itself; give another name")
         annotate(path, timeline.segments, target)
         return
     handle, partial = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)

@@ -277,7 +277,7 @@ class VideoReader:
     def _skipped(self, time_s: float, error: Exception | None) -> None:
         reason = f" ({error_reason(error)})" if error else ""
         if not any(problem.startswith("damaged") for problem in self.problems):
-            self.problems.append(f"damaged at {time_s:.1f} s{reason}: what could be read was")
+            self.problems.append(f"damaged at {time_s:.1f} s{reason}; what could be read was used")
 
 
 def _name(source: VideoLike) -> str:
