@@ -214,6 +214,7 @@ def test_teaching_from_the_command_line(tmp_path: Path, clean_env: dict[str, str
     assert "bad.png" in more.stderr
     assert "from 3 photos" in more.stdout
     assert cliphar("model", "verify", "./mine").returncode == 0
+    assert "below: stroking a cat, waving\n" in cliphar("model", "show", "./mine").stdout
 
 
 def test_a_fork_shares_what_was_taught_and_learns_on_its_own(pupil: Recognizer) -> None:

@@ -16,7 +16,7 @@ from cliphar.errors import BundleError, UsageError
 
 __all__ = ["app"]
 
-app = typer.Typer(help="List, pull, show and verify models.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="Show, verify, pull, teach and promote models.", no_args_is_help=True, rich_markup_mode=None)
 
 _Name = Annotated[str | None, typer.Argument(help="A model's name or a bundle's directory.", show_default="mini")]
 
@@ -133,7 +133,7 @@ def teach(
     if as_json:
         print(json.dumps(lesson.to_dict(), ensure_ascii=False))
     else:
-        print(f"{out} knows '{lesson.name}' from {lesson.photos} photos")
+        print(f"{out} knows '{lesson.name}' from {lesson.photos} photo{'s' * (lesson.photos > 1)}")
         if lesson.recall is not None:
             others = ", ".join(f"{label} {share:.0%}" for label, share in lesson.confused_with[:3])
             print(
@@ -177,7 +177,9 @@ def promote(
         print(json.dumps({"promoted": promoted, "n": len(read), "against": against}))
     else:
         done = f"{recognizer.bundle.info.name} is now at {over}" if promoted else f"{over} stays as it is"
-        why = "" if comparison is None else f": top1 {comparison.difference:+.3f}, p = {comparison.p_value:.2g}"
+        why = ": nothing was there"
+        if comparison is not None:
+            why = f": top1 {comparison.difference:+.3f}, p = {comparison.p_value:.2g}"
         print(f"{done}{why}")
     if len(read) < len(listed):
         raise typer.Exit(1)

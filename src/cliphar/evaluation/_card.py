@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cliphar.bundle import Bundle
+from cliphar.recognizer import TAUGHT_FILE, read_taught
 
 __all__ = ["model_card"]
 
@@ -18,8 +19,9 @@ _NAMES = {
 
 
 def model_card(bundle: Bundle) -> str:
-    """Markdown: what it is, how good, what from, and what it is not good for."""
+    """Markdown: what it is, how good, what from, and what it is not good for; BundleError if it is damaged."""
     info = bundle.info
+    taught = read_taught(bundle.file(TAUGHT_FILE), bundle) if TAUGHT_FILE in info.files else {}
     size = sum(file.bytes for file in info.files.values()) / 2**20
     lines = [
         f"# {info.name}",
@@ -29,6 +31,7 @@ def model_card(bundle: Bundle) -> str:
         f"- input: {info.image.size} x {info.image.size} pixels, aspect kept up to {info.image.max_aspect:g}",
         f"- embedding: {info.embedding_dim} numbers; size: {size:.1f} MiB in {len(info.files)} files",
         f"- known actions: {', '.join(info.labels) or 'none'}",
+        *([f"- taught from a few photos, not among the figures below: {', '.join(taught)}"] if taught else []),
         "- any other action in plain words, without retraining",
         "",
         "## Measured",

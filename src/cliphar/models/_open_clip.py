@@ -163,10 +163,10 @@ def open_clip_encoder(name: str, pretrained: str | Path | None = None, seed: int
             config = open_clip.get_model_config(name)
             model = open_clip.create_model(name, pretrained=str(pretrained) if pretrained else None)
     except Exception as error:  # the hub's client, safetensors and open_clip raise classes of their own
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise BundleError(
-            f"cannot make open_clip's '{name}': {reason}; connect to the network, or give the weights as a local file"
-        ) from error
+        # what follows the first sentence is advice to programmers, torch's to unpickle what nobody should
+        reason = " ".join(str(error).split()).partition(". ")[0][:300].rstrip(".") or type(error).__name__
+        mend = "connect to the network, or give the weights as a local file" if asks else "give weights made for it"
+        raise BundleError(f"cannot make open_clip's '{name}': {reason}; {mend}") from error
     if config is None:
         raise BundleError(f"cannot make open_clip's '{name}': it has no open_clip_config.json; give another folder")
     model.eval().requires_grad_(False)

@@ -2,7 +2,7 @@
 
 from cliphar.recognizer._recognizer import Recognizer, load
 from cliphar.recognizer._scoring import mean_direction, probabilities, to_predictions
-from cliphar.recognizer._taught import TAUGHT_FILE, Lesson, taught_key
+from cliphar.recognizer._taught import TAUGHT_FILE, Lesson, read_taught, taught_key
 from cliphar.recognizer._teaching import BACKGROUND_FILE, Background, fit_background, gda_vectors, read_background
 from cliphar.recognizer._types import Prediction, Score
 
@@ -20,6 +20,7 @@ __all__ = [
     "mean_direction",
     "probabilities",
     "read_background",
+    "read_taught",
     "taught_key",
     "to_predictions",
 ]
