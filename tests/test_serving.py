@@ -55,6 +55,8 @@ def test_three_kinds_of_body(api: str, photos: list[Path]) -> None:
     ways = [
         {"files": {"images": content}, "data": {"labels": "sleeping, eating", "top_k": "1"}},
         {"json": {"images": [encoded], "labels": ["sleeping", "eating"], "top_k": 1}},
+        {"files": {"images": content}, "params": {"labels": "sleeping, eating", "top_k": 1}},
+        {"json": {"images": [encoded]}, "params": {"labels": "sleeping, eating", "top_k": 1}},
         {"json": {"images": [f"data:image/jpeg;base64,{encoded}"], "labels": "sleeping,eating", "top_k": 1}},
         {
             "content": content,
@@ -72,12 +74,15 @@ def test_a_bad_photo_does_not_spoil_the_others(api: str, photos: list[Path]) -> 
         good, bad = client.predict([photos[0], b"no photo"])
         assert isinstance(good, Prediction)
         assert isinstance(bad, MediaError)
+        assert client.predict(str(photos[0])) == [good]  # one alone
         with pytest.raises(UsageError, match="not an image"):
             client.predict([b"no photo"])
 
 
 BAD = {
     "no images": {"files": {"other": b"x"}},
+    "a misspelt field": {"files": {"images": b"x"}, "data": {"label": "cooking"}},
+    "the name of a file": {"files": {"images": (None, "photo.jpg")}},
     "not JSON": {"content": b"{", "headers": {"content-type": "application/json"}},
     "an unknown key": {"json": {"images": ["aaaa"], "colour": "red"}},
     "not base64": {"json": {"images": ["%"]}},
@@ -503,6 +508,7 @@ def test_what_is_no_clip_is_refused(api: str, clip: bytes) -> None:
     assert problem(httpx.post(f"{api}/v1/video", content=b"no clip", headers=kind), 422)
     assert problem(httpx.post(f"{api}/v1/video", content=b"", headers=kind), 422)
     assert problem(httpx.post(f"{api}/v1/video", files={"other": clip}), 422)
+    assert problem(httpx.post(f"{api}/v1/video", files={"video": clip}, data={"labels": "cooking"}), 422)
     assert problem(httpx.post(f"{api}/v1/video", json={}), 415)
     assert problem(httpx.post(f"{api}/v1/video", content=clip, headers=kind, params={"fps": 0}), 422)
 

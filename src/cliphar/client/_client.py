@@ -40,12 +40,14 @@ class _Calls:
         self._url = url
 
     @staticmethod
-    def _photos(photos: Iterable[Photo]) -> list[tuple[str, tuple[str, bytes, str]]]:
+    def _photos(photos: Iterable[Photo] | Photo) -> list[tuple[str, tuple[str, bytes, str]]]:
+        if isinstance(photos, str | bytes | PathLike):  # one alone; else its letters would be taken for paths
+            photos = [photos]
         contents = [photo if isinstance(photo, bytes) else _read(photo) for photo in photos]
         return [("images", (f"{i}", content, "application/octet-stream")) for i, content in enumerate(contents)]
 
     def _predict(
-        self, photos: Iterable[Photo], labels: Sequence[str] | str | None, top_k: int, coverage: float
+        self, photos: Iterable[Photo] | Photo, labels: Sequence[str] | str | None, top_k: int, coverage: float
     ) -> dict[str, Any]:
         data: dict[str, Any] = {"top_k": str(top_k), "coverage": str(coverage)}
         if labels is not None:
@@ -145,13 +147,13 @@ class Client(_Calls):
 
     def predict(
         self,
-        photos: Iterable[Photo],
+        photos: Iterable[Photo] | Photo,
         labels: Sequence[str] | str | None = None,
         *,
         top_k: int = 5,
         coverage: float = 0.9,
     ) -> list[Answer]:
-        """One answer a photo (encoded bytes or a path), or its MediaError; ``labels`` may name a vocabulary."""
+        """One answer a photo (encoded bytes or a path; one or many), or its MediaError; ``labels`` may name a list."""
         return self._answers(self._call("POST", "/v1/predict", **self._predict(photos, labels, top_k, coverage)))
 
     def video(
@@ -193,7 +195,7 @@ class Client(_Calls):
         """Keep a list of labels under a name."""
         self._call("PUT", f"/v1/labels/{quote(name, safe='')}", json=list(labels))
 
-    def teach(self, name: str, photos: Iterable[Photo]) -> dict[str, Any]:
+    def teach(self, name: str, photos: Iterable[Photo] | Photo) -> dict[str, Any]:
         """Teach an action; how well it works, as ``Lesson.to_dict`` has it."""
         path = f"/v1/actions/{quote(name, safe='')}"
         answer: dict[str, Any] = self._call("POST", path, files=self._photos(photos))
@@ -237,13 +239,13 @@ class AsyncClient(_Calls):
 
     async def predict(
         self,
-        photos: Iterable[Photo],
+        photos: Iterable[Photo] | Photo,
         labels: Sequence[str] | str | None = None,
         *,
         top_k: int = 5,
         coverage: float = 0.9,
     ) -> list[Answer]:
-        """One answer a photo (encoded bytes or a path), or its MediaError; ``labels`` may name a vocabulary."""
+        """One answer a photo (encoded bytes or a path; one or many), or its MediaError; ``labels`` may name a list."""
         return self._answers(await self._call("POST", "/v1/predict", **self._predict(photos, labels, top_k, coverage)))
 
     async def model(self) -> dict[str, Any]:
@@ -265,7 +267,7 @@ class AsyncClient(_Calls):
         """Keep a list of labels under a name."""
         await self._call("PUT", f"/v1/labels/{quote(name, safe='')}", json=list(labels))
 
-    async def teach(self, name: str, photos: Iterable[Photo]) -> dict[str, Any]:
+    async def teach(self, name: str, photos: Iterable[Photo] | Photo) -> dict[str, Any]:
         """Teach an action; how well it works, as ``Lesson.to_dict`` has it."""
         path = f"/v1/actions/{quote(name, safe='')}"
         answer: dict[str, Any] = await self._call("POST", path, files=self._photos(photos))

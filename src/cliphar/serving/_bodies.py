@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import difflib
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -77,6 +78,7 @@ PREDICT_BODY: dict[str, Any] = {
                 "schema": {
                     "type": "object",
                     "required": ["images"],
+                    "additionalProperties": False,
                     "properties": {
                         "images": {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1},
                         **_QUESTION,
@@ -109,14 +111,19 @@ async def read_asked(request: Request, settings: Settings) -> tuple[Sequence[byt
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
-        asked = _checked(await _json(request))
+        content = await _json(request)
+        asked = _checked(_question(request.query_params) | content if isinstance(content, dict) else content)
         settings.check_images(len(asked.images))  # before any of them is fetched
         budget = Budget(settings.max_body_mb)
         return await asyncio.gather(*(_image(text, settings, budget) for text in asked.images)), asked
     if kind == "multipart/form-data":
         async with request.form(max_files=1000, max_fields=1000) as form:
             contents = [await part.read() for part in form.getlist("images") if isinstance(part, UploadFile)]
-            return contents, _checked(_question(form) | {"images": ["-"] * len(contents)})
+            _refuse_unknown(form)
+            if not contents:
+                raise ProblemError(422, "the form has no image; send each as a file 'images': -F images=@photo.jpg")
+            question = _question(request.query_params) | _question(form)
+            return contents, _checked(question | {"images": ["-"] * len(contents)})
     if kind.startswith("image/") or kind == "application/octet-stream":
         return [await request.body()], _checked(_question(request.query_params) | {"images": ["-"]})
     raise ProblemError(415, "send multipart/form-data with images, a raw image/* body, or application/json")
@@ -138,6 +145,16 @@ async def _json(request: Request) -> Any:
         return await request.json()
     except (ValueError, RecursionError) as error:
         raise ProblemError(422, f"the body is not JSON: {error}") from error
+
+
+def _refuse_unknown(form: FormData) -> None:
+    """A field whose name is misspelt would be answered as if it were not there."""
+    known = ("images", *_QUESTION)
+    for name in form:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean '{close[0]}'?" if close else f"known are {', '.join(known)}"
+            raise ProblemError(422, f"unknown field '{name[:50]}'; {hint}")
 
 
 def _question(fields: FormData | Any) -> dict[str, Any]:

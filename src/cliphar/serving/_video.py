@@ -33,6 +33,7 @@ _BODY = {
                 "schema": {
                     "type": "object",
                     "required": ["video"],
+                    "additionalProperties": False,
                     "properties": {"video": {"type": "string", "format": "binary"}},
                 }
             },
@@ -79,7 +80,9 @@ async def _clip(request: Request) -> BinaryIO:
         form = await request.form(max_files=1, max_fields=10)  # closed with the request
         part = form.get("video")
         if not isinstance(part, UploadFile):
-            raise ProblemError(422, "the form has no video; send it as 'video'")
+            raise ProblemError(422, "the form has no video; send it as a file 'video': -F video=@clip.mp4")
+        if others := [name for name in form if name != "video"]:  # else labels in the form would not be seen
+            raise ProblemError(422, f"unknown field '{others[0][:50]}'; what is not the video goes into the query")
         return part.file
     if kind.startswith("video/") or kind == "application/octet-stream":
         return io.BytesIO(await request.body())
