@@ -21,6 +21,7 @@ __all__ = ["app"]
 
 def app() -> None:
     """Draw the chosen page."""
+    # before the navigation, which would fetch an icon from elsewhere
     st.set_page_config(page_title="cliphar", page_icon=str(Path(__file__).with_name("icon.svg")), layout="wide")
     st.html(STYLE)
     pages = [
@@ -31,6 +32,7 @@ def app() -> None:
         st.Page(models_page, title="Models", icon=":material/analytics:", url_path="models"),
     ]
     page = st.navigation(pages, position="hidden")
+    st.set_page_config(page_title=f"{page.title} - cliphar")
     with st.container(horizontal=True, gap="small", key="pages"):  # Streamlit's own bar hides behind a button on phones
         for one in pages:
             st.page_link(one)

@@ -99,5 +99,5 @@ def _draw(pixels: NDArray[np.uint8], answer: Prediction) -> NDArray[np.uint8]:
     for number, (label, score) in enumerate(answer.top[:_ROWS], 1):
         at = top + number * row
         pen.rectangle((0, at, round(score * width), at + row - 3), fill=(18, 148, 140, 190))
-        pen.text((size // 2, at + size // 6), f"{label}  {score:.0%}", fill="white", font=_font(size))
+        pen.text((size // 2, at + size // 6), f"{score:.0%}  {label}", fill="white", font=_font(size))
     return np.asarray(image)

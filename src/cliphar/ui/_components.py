@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 
 import streamlit as st
 
-__all__ = ["drawing", "keep_focus", "pasted_photos"]
+__all__ = ["drawing", "keep_focus", "pasted_photos", "plain"]
 
 _PASTE_HTML = "<p>or paste one: <kbd>Ctrl</kbd> + <kbd>V</kbd></p>"
 _PASTE_CSS = """
@@ -17,7 +18,8 @@ kbd { font: inherit; border: 1px solid currentColor; border-radius: .25rem; padd
 @media (pointer: coarse) { p { display: none; } }
 """
 _PASTE_JS = """
-export default function ({ data, setTriggerValue }) {
+export default function ({ data, parentElement, setTriggerValue }) {
+  if (/Mac/.test(navigator.platform)) parentElement.querySelector("kbd").textContent = "\u2318";
   const encode = (file) => new Promise((done, failed) => {
     const reader = new FileReader();
     reader.onload = () => done({ name: file.name, data: reader.result.split(",")[1] || "" });
@@ -77,6 +79,12 @@ export default function () {
   };
 }
 """
+
+
+def plain(text: str) -> str:
+    """Any words, as Markdown shows them unchanged; what runs from right to left leaves the text around it in place."""
+    escaped = re.sub(r"[\\`*_~$:<>\[\]#|]", r"\\\g<0>", text)
+    return escaped if text.isascii() else f"\u2068{escaped}\u2069"
 
 
 def drawing(key: str, svg: str, *, wide: bool = False) -> None:

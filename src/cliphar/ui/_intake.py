@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from urllib.parse import urlsplit
 
 import streamlit as st
@@ -22,8 +23,16 @@ NO_CAMERA = (
 def take_in(shelf: str) -> None:
     """Ways to bring photos in; what is refused is said below them."""
     state = st.session_state
-    seen: set[str] = state.setdefault(f"{shelf}_seen", set())
+    key = f"{shelf}_upload_{state.get(f'{shelf}_round', 0)}"
+    seen: dict[str, str] = state.get(f"{shelf}_seen", {})
     new: list[tuple[str, bytes]] = []
+
+    def drop() -> None:  # a cross in the upload field takes its photo away
+        there = {file.file_id for file in state[key]}
+        for file_id, digest in state[f"{shelf}_seen"].items():
+            if file_id not in there:
+                photos(shelf).pop(digest, None)
+
     files, camera = st.tabs(["Photos", "Camera"])
     with files:
         uploads = st.file_uploader(
@@ -31,7 +40,8 @@ def take_in(shelf: str) -> None:
             type=_TYPES,
             accept_multiple_files=True,
             max_upload_size=_MAX_MB,
-            key=f"{shelf}_upload_{state.get(f'{shelf}_round', 0)}",
+            key=key,
+            on_change=drop,
         )
         pasted, large = pasted_photos(f"{shelf}_paste", _MAX_MB)
     with camera:
@@ -40,10 +50,14 @@ def take_in(shelf: str) -> None:
             st.warning(NO_CAMERA, icon=":material/lock:")
         elif st.toggle("Turn on the camera", key=f"{shelf}_camera"):
             shot = st.camera_input("Take a photo", key=f"{shelf}_shot")
-    for file in [*uploads, *([shot] if shot else [])]:
+    state[f"{shelf}_seen"] = here = {}  # what was uploaded before another page was shown is in the field no more
+    for file in uploads:
         if file.file_id not in seen:
-            seen.add(file.file_id)
             new.append((file.name, file.getvalue()))
+        here[file.file_id] = seen.get(file.file_id) or hashlib.sha256(file.getvalue()).hexdigest()
+    if shot and shot.file_id != state.get(f"{shelf}_last"):
+        state[f"{shelf}_last"] = shot.file_id
+        new.append((shot.name, shot.getvalue()))
     for line in add_photos(shelf, new + pasted):
         st.error(line, icon=":material/error:")
     for name in large:

@@ -35,7 +35,7 @@ _OPTIONS = {
     "theme.light.backgroundColor": "#ffffff",
     "theme.light.secondaryBackgroundColor": "#f2f5f5",
     "theme.light.textColor": "#17252a",
-    "theme.dark.primaryColor": "#118a81",
+    "theme.dark.primaryColor": "#0f837b",
     "theme.dark.backgroundColor": "#10181b",
     "theme.dark.secondaryBackgroundColor": "#1b262a",
     "theme.dark.textColor": "#e8f0ef",

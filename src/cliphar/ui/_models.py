@@ -83,6 +83,10 @@ def _good(about: About, own: Evaluation | None) -> None:
             st.subheader("The most confident mistakes", anchor=False)
             st.html(mistakes_html(own.mistakes))
     st.subheader("Measured when it was made", anchor=False)
+    st.caption(
+        "Right: the best answer is the true one. Macro F1 counts each action alike, however many photos it has. "
+        "Calibration error: how far scores are from how often they are right. A set: the filled bars of an answer."
+    )
     if about.evaluation is not None:
         _analysis("bundled", Analysis.from_dict(about.evaluation))
     for metrics in about.metrics.values():

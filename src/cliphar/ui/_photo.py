@@ -11,6 +11,7 @@ import streamlit as st
 from cliphar.errors import MediaError
 from cliphar.recognizer import Prediction
 from cliphar.ui._backend import Photo
+from cliphar.ui._components import plain
 from cliphar.ui._intake import clear_photos, offer_samples, take_in
 from cliphar.ui._session import backend, choose_actions, choose_coverage, photos
 from cliphar.ui._show import answer_html
@@ -41,7 +42,9 @@ def photo_page() -> None:
 
 def _answers(shown: list[Photo], labels: Sequence[str], coverage: float) -> None:
     answers = backend().answer(shown, labels, coverage)
-    bars = 5 if len(shown) > 1 else 10
+    bars, long = 5 if len(shown) > 1 else 10, len(shown) > 4
+    if long:  # nobody should have to pass them all
+        _all(shown, answers)
     for photo, answer in reversed(list(zip(shown, answers, strict=True))):
         with st.container(border=True, key=f"answer_{photo.digest[:12]}"):
             picture, text = st.columns([2, 3])
@@ -51,13 +54,17 @@ def _answers(shown: list[Photo], labels: Sequence[str], coverage: float) -> None
             else:
                 text.html(answer_html(answer, coverage, bars))
             text.button(
-                "Remove",
+                f"Remove {plain(photo.name)}",
                 key=f"remove_{photo.digest}",
-                help=f"Take {photo.name} away",
                 on_click=_remove,
                 args=(photo.digest,),
                 type="tertiary",
             )
+    if not long:
+        _all(shown, answers)
+
+
+def _all(shown: list[Photo], answers: list[Prediction | MediaError]) -> None:
     with st.container(horizontal=True):
         st.download_button("Download answers (CSV)", _csv(shown, answers), "answers.csv", "text/csv", on_click="ignore")
         st.button("Clear all photos", on_click=clear_photos, args=(_SHELF,))

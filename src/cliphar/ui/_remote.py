@@ -57,7 +57,7 @@ class RemoteBackend:
     @property
     def where(self) -> str:
         """The model and the address."""
-        return f"{self._model()['name']} at {self._url}"
+        return f"{self._model()['name']} at `{self._url}`"
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -107,6 +107,8 @@ class RemoteBackend:
         """The service knows it at once; to discard it is to have the service forget it."""
         if self._trial:
             self.discard()
+        if "/" in name:
+            raise UsageError("a slash cannot be in an action's name: write it in words")
         if name in self.taught:
             raise UsageError(f"'{name}' was taught already; forget it first, or choose another name")
         told = self._client.teach(name, [photo.data for photo in photos])

@@ -13,6 +13,7 @@ from cliphar.bundle import packaged
 from cliphar.errors import ClipharError, MediaError, UsageError
 from cliphar.labels import clean_labels, read_labels_file, vocabularies
 from cliphar.ui._backend import Backend, Photo
+from cliphar.ui._components import plain
 from cliphar.ui._local import LocalBackend
 from cliphar.ui._remote import RemoteBackend
 from cliphar.ui._show import thumbnail
@@ -83,14 +84,14 @@ def photos(shelf: str) -> dict[str, Photo]:
 
 
 def add_photos(shelf: str, files: Sequence[tuple[str, bytes]]) -> list[str]:
-    """Put photos on a shelf, each once; a line for each that was refused, saying why."""
-    there, refused = photos(shelf), []
+    """Put photos on a shelf, each once; lines that say which were refused, and why."""
+    there, refused, over = photos(shelf), [], 0
     for name, data in files:
         digest = hashlib.sha256(data).hexdigest()
         if digest in there:
             continue
         if len(there) >= MAX_PHOTOS:
-            refused.append(f"{name} was left out: {MAX_PHOTOS} photos are here already. Clear them to go on.")
+            over += 1
         elif sum(len(photo.data) for photo in there.values()) + len(data) > _MAX_BYTES:
             refused.append(f"{name} was left out: the photos here would pass {_MAX_BYTES >> 20} MB. Clear some first.")
         else:
@@ -98,6 +99,9 @@ def add_photos(shelf: str, files: Sequence[tuple[str, bytes]]) -> list[str]:
                 there[digest] = Photo(name, data, digest, thumbnail(data, _THUMBNAIL))
             except MediaError as error:
                 refused.append(f"{name} was left out: {error}.")
+    if over:
+        count = "1 photo was" if over == 1 else f"{over} photos were"
+        refused.append(f"{count} left out: {MAX_PHOTOS} are here already. Clear them to go on.")
     return refused
 
 
@@ -175,7 +179,7 @@ def choose_actions() -> tuple[str, ...]:
         select_all=False,
         wrap=True,
         placeholder="Type an action and press Enter",
-        help="Any words: type one and press Enter, or several with commas between. The cross takes one away.",
+        help="Any words in English: type one and press Enter, or several with commas. The cross takes one away.",
     )
     if refused := state.pop("refused_action", None):
         st.warning(f"That was not added: {refused}.", icon=":material/info:")
@@ -196,5 +200,7 @@ def choose_coverage(labels: Sequence[str]) -> float:
         help="More certainty takes more labels. Measured on photos that the model never saw.",
     )
     if taught := [name for name in backend().taught if name in labels]:
-        st.caption(f"Not measured for what was taught ({', '.join(taught)}): there the share may be another.")
+        st.caption(
+            f"Not measured for what was taught ({', '.join(map(plain, taught))}): there the share may be another."
+        )
     return coverage

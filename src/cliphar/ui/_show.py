@@ -1,4 +1,4 @@
-"""Answers as bars: plain HTML that follows the theme's colours and can be read out."""
+"""Answers as bars: plain HTML in the theme's colours that can be read out."""
 
 from __future__ import annotations
 
@@ -30,25 +30,27 @@ STYLE = """<style>
 .stMainBlockContainer { padding-top: 1rem; padding-bottom: 3rem; max-width: 76rem; }
 .stAppHeader, .stAppHeader :not(button, button *) { background: transparent; pointer-events: none; }
 .stMainBlockContainer h1 { font-size: 2.1rem; padding: .6rem 0 1rem; }
-.stMainBlockContainer h2, .stMainBlockContainer h3 { font-size: 1.35rem; }
+.stMainBlockContainer :is(h2, h3) { font-size: 1.35rem; }
 .stMultiSelect [data-tag] { background: color-mix(in srgb, #12948c 16%, transparent); color: inherit; }
 .stMultiSelect [role="group"] { max-height: 17rem; }
 .stApp :is(a, button, summary, [role="tab"], [tabindex="-1"]):focus-visible {
   outline: 2px solid #12948c; outline-offset: 2px; }
 .st-key-samples img, .st-key-examples img { aspect-ratio: 1; object-fit: cover; }
-.cl-answer { line-height: 1.35; }
-.cl-answer h3 { font-size: 1.45rem; font-weight: 650; margin: 0; padding: 0; overflow-wrap: anywhere; }
+.stApp :is([role=tab], .stSlider div) { color: inherit; }
+.stApp [data-testid="stCaptionContainer"] { opacity: .8; }
+[class*="st-key-answer_"] img { max-height: 24rem; object-fit: contain; }
+.cl-answer { line-height: 1.35; overflow-wrap: anywhere; }
+.cl-answer h3 { font-size: 1.45rem; font-weight: 650; margin: 0; padding: 0; }
 .cl-answer p { margin: .15rem 0 .7rem; opacity: .8; font-size: .92rem; }
 .cl-answer .cl-bars { list-style: none; margin: 0; padding: 0; }
 .cl-answer .cl-bars li { margin: 0 0 .5rem; padding: 0; }
 .cl-row { display: flex; justify-content: space-between; gap: 1rem; font-size: .95rem; }
-.cl-row span:first-child { overflow-wrap: anywhere; }
-.cl-row span:last-child { font-variant-numeric: tabular-nums; opacity: .85; }
+.cl-row span { font-variant-numeric: tabular-nums; opacity: .85; white-space: nowrap; }
 .cl-track { height: .5rem; border-radius: .25rem; background: color-mix(in srgb, currentColor 12%, transparent); }
 .cl-fill { height: 100%; min-width: 2px; border-radius: .25rem;
   background: color-mix(in srgb, currentColor 35%, transparent); }
 .cl-in .cl-fill { background: #12948c; }
-.cl-in .cl-row span:first-child { font-weight: 600; }
+.cl-in bdi { font-weight: 600; }
 .cl-unknown h3 { font-style: italic; }
 .cl-figures p { margin: 0 0 .5rem; opacity: .8; font-size: .92rem; }
 .cl-figures ul { list-style: none; display: flex; flex-wrap: wrap; gap: .7rem 1.6rem; margin: 0 0 1rem; padding: 0; }
@@ -76,24 +78,25 @@ def thumbnail(image: ImageLike, side: int) -> bytes:
 
 
 def answer_html(prediction: Prediction, coverage: float, bars: int) -> str:
-    """The answer's headline, what it is worth in words, and a bar for each of the best labels."""
+    """The answer's headline, its worth in words, and bars for the best labels."""
     best = prediction.top[0].label
     share = f"{coverage:.0%}".replace("%", " %")
-    kind, headline = "", escape(best)
+    named = f"<bdi>{escape(best)}</bdi>"
+    kind, headline = "", named
     if prediction.label == UNKNOWN:
         kind, headline = " cl-unknown", "unknown"
-        told = f"None of these actions fits well. The nearest is {escape(best)}."
+        told = f"None of these actions fits well. The nearest is {named}."
     elif len(prediction.top) == 1:
         told = "With one action in the list there is nothing to compare it with: add others."
     elif len(prediction.set) == 1:
-        told = f"Sure enough to name one: at {share} coverage it stands alone."
+        told = f"Sure enough to name one: at {share} no second bar is needed."
     else:
         told = f"The true action is one of {len(prediction.set)} (filled) in {share} of such photos."
     rows = []
     for label, score in prediction.top[:bars]:
         inside = " class='cl-in'" if label in prediction.set else ""
         rows.append(
-            f"<li{inside}><div class='cl-row'><span>{escape(label)}</span><span>{_percent(score)}</span></div>"
+            f"<li{inside}><div class='cl-row'><bdi>{escape(label)}</bdi><span>{_percent(score)}</span></div>"
             f"<div class='cl-track' aria-hidden='true'><div class='cl-fill' style='width:{score:.1%}'></div></div></li>"
         )
     left = len(prediction.top) - bars
@@ -105,7 +108,7 @@ def answer_html(prediction: Prediction, coverage: float, bars: int) -> str:
 
 
 def figures_html(title: str, photos: int, values: Mapping[str, float], ci95: Mapping[str, Any] | None = None) -> str:
-    """Figures with their names under them and, where they are known, their 95 % intervals."""
+    """Figures with their names and, where known, their 95 % intervals."""
     parts = []
     for key, name in _FIGURES.items():
         if key not in values:
@@ -128,10 +131,10 @@ def mistakes_html(mistakes: Sequence[Mistake]) -> str:
         try:
             picture = base64.b64encode(thumbnail(one.image or one.path, 240)).decode()
         except MediaError:
-            continue  # it went away since it was measured
+            continue  # gone since then
         figures.append(
             f"<figure><img alt='{escape(one.path.name, quote=True)}' src='data:image/jpeg;base64,{picture}'>"
-            f"<figcaption><b>{escape(one.answer)}</b> {_percent(one.score)}<br>is {escape(one.truth)}</figcaption>"
+            f"<figcaption><b>{escape(one.answer)}</b> {_percent(one.score)}<br>truth: {escape(one.truth)}</figcaption>"
             "</figure>"
         )
     return f"<div class='cl-wall'>{''.join(figures)}</div>"
@@ -146,12 +149,12 @@ def speeds_html(rows: Sequence[Mapping[str, Any]]) -> str:
         width = row["images_per_s"] / many[0]["images_per_s"]
         told = f"{row['images_per_s']:.0f} photos a second"
         parts.append(
-            f"<li class='cl-in'><div class='cl-row'><span>{escape(row['runtime'])}</span><span>{told}</span></div>"
+            f"<li class='cl-in'><div class='cl-row'><bdi>{escape(row['runtime'])}</bdi><span>{told}</span></div>"
             f"<div class='cl-track' aria-hidden='true'><div class='cl-fill' style='width:{width:.1%}'></div></div>"
             f"<p>{single[row['runtime']]:.1f} ms for one photo, {row['memory_mib']:.0f} MiB of memory, "
             f"{row['load_s']:.1f} s to load, {row['file_mib']:.1f} MiB on disk</p></li>"
         )
-    note = f"The model alone, photos in batches of {many[0]['batch']}, {many[0]['threads']} threads." if many else ""
+    note = f"The model alone, batches of {many[0]['batch']} photos, {many[0]['threads']} threads." if many else ""
     return f"<div class='cl-answer'><p>{note}</p><ul class='cl-bars'>{''.join(parts)}</ul></div>"
 
 

@@ -6,6 +6,7 @@ import streamlit as st
 
 from cliphar.errors import ClipharError
 from cliphar.recognizer import Lesson
+from cliphar.ui._components import plain
 from cliphar.ui._intake import clear_photos, take_in
 from cliphar.ui._session import backend, know_action, photos, refusing
 
@@ -64,16 +65,18 @@ def _teach(name: str) -> None:
 
 def _report(lesson: Lesson) -> None:
     with st.container(border=True, key="lesson"):
-        st.subheader(lesson.name, anchor=False)
+        st.subheader(plain(lesson.name), anchor=False)
         if lesson.recall is not None:
             right = round(lesson.recall * lesson.photos)
             st.metric("Recognised when held back", f"{right} of {lesson.photos}")
             st.caption(
                 "Each photo was held back once, taught from the others, and then told apart from "
-                f"the {len(backend().labels)} actions known so far."
+                f"the {len(set(backend().labels) - {lesson.name})} actions known so far."
             )
         if lesson.confused_with:
-            mixed = ", ".join(f"{label} ({round(share * lesson.photos)})" for label, share in lesson.confused_with)
+            mixed = ", ".join(
+                f"{plain(label)} ({round(share * lesson.photos)})" for label, share in lesson.confused_with
+            )
             st.warning(f"Confused with: {mixed}. More and more varied photos help.", icon=":material/compare_arrows:")
         for error in lesson.refused:
             st.error(f"One photo was left out: {error}.", icon=":material/error:")
@@ -87,7 +90,7 @@ def _keep(lesson: Lesson) -> None:
         backend().keep()
         know_action(lesson.name)
         _end()
-        st.toast(f"{lesson.name} is now in the list of what the model knows.", icon=":material/check:")
+        st.toast(f"{plain(lesson.name)} is now in the list of what the model knows.", icon=":material/check:")
 
 
 def _discard() -> None:
@@ -109,7 +112,7 @@ def _taught() -> None:
     st.subheader("Taught so far", anchor=False)
     for name, count in taught.items():
         with st.container(horizontal=True, vertical_alignment="center"):
-            st.write(f"**{name}**, from {count} {'photo' if count == 1 else 'photos'}")
+            st.write(f"**{plain(name)}**, from {count} {'photo' if count == 1 else 'photos'}")
             st.button("Forget", key=f"forget_{name}", on_click=_forget, args=(name,), type="tertiary")
 
 

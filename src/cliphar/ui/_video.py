@@ -13,9 +13,10 @@ import numpy as np
 import streamlit as st
 from PIL import Image
 
-from cliphar.errors import MediaError
+from cliphar.errors import MediaError, UsageError
 from cliphar.media import decode_image
 from cliphar.timeline import Progress, Segment, Timeline, annotate, colours, contact_sheet, to_csv, to_webvtt
+from cliphar.ui._components import plain
 from cliphar.ui._session import backend, choose_actions, choose_coverage, sample_photos, use_first_list
 
 __all__ = ["video_page"]
@@ -29,13 +30,16 @@ def video_page() -> None:
     st.title("What happens when?", anchor=False)
     left, right = st.columns([2, 3], gap="large")
     with left:
-        upload = st.file_uploader("Drop a clip here, or choose one", type=_TYPES, max_upload_size=_MAX_MB, key="clip")
+        st.file_uploader(
+            "Drop a clip here, or choose one",
+            type=_TYPES,
+            max_upload_size=_MAX_MB,
+            key=_field(),
+            on_change=_take_upload,
+        )
         labels = choose_actions()
         coverage = choose_coverage(labels)
     state = st.session_state
-    if upload is not None and state.get("clip_seen") != upload.file_id:
-        state.clip_seen, state.clip_file = upload.file_id, (upload.name, upload.getvalue())
-        state.clip_start = 0.0
     with right:
         if "clip_file" not in state:
             st.info("Add a clip and its timeline appears here. Or try a sample:", icon=":material/movie:")
@@ -46,8 +50,26 @@ def video_page() -> None:
             name, content = state.clip_file
             try:
                 _show(name, content, _read(content, labels, coverage))
-            except MediaError as error:
+            except (MediaError, UsageError) as error:
                 st.error(f"{name}: {error}.", icon=":material/error:")
+            st.button("Clear the clip", on_click=_clear)
+
+
+def _field() -> str:
+    return f"clip_{st.session_state.get('clip_round', 0)}"
+
+
+def _take_upload() -> None:
+    state = st.session_state
+    if upload := state[_field()]:
+        state.clip_file, state.clip_start = (upload.name, upload.getvalue()), 0.0
+    else:
+        del state.clip_file
+
+
+def _clear() -> None:
+    del st.session_state.clip_file
+    st.session_state.clip_round = st.session_state.get("clip_round", 0) + 1
 
 
 def _take_sample() -> None:
@@ -66,14 +88,16 @@ def _read(content: bytes, labels: tuple[str, ...], coverage: float) -> Timeline:
         return known[key]
     bar.progress(0.0, "Reading the clip")
     since = time.monotonic()
-    for item in backend().video(content, labels, coverage):
-        if isinstance(item, Timeline):
-            known[key] = item
-        elif isinstance(item, Progress) and item.duration_s:
-            share = min(1.0, item.time_s / item.duration_s)
-            left = (time.monotonic() - since) * (1 - share) / max(share, 0.01)
-            bar.progress(share, f"Reading the clip, about {left:.0f} s left")
-    bar.empty()
+    try:
+        for item in backend().video(content, labels, coverage):
+            if isinstance(item, Timeline):
+                known[key] = item
+            elif isinstance(item, Progress) and item.duration_s:
+                share = min(1.0, item.time_s / item.duration_s)
+                left = (time.monotonic() - since) * (1 - share) / max(share, 0.01)
+                bar.progress(share, f"Reading the clip, about {left:.0f} s left")
+    finally:
+        bar.empty()
     return known[key]
 
 
@@ -87,16 +111,16 @@ def _show(name: str, content: bytes, found: Timeline) -> None:
         for i, segment in enumerate(found.segments):
             share = f"{segment.score * 100:.0f} %"
             st.button(
-                f"{_clock(segment.start_s)} to {_clock(segment.end_s)}: **{segment.label}**, {share}",
+                f"{_clock(segment.start_s)} to {_clock(segment.end_s)}: **{plain(segment.label)}**, {share}",
                 key=f"segment_{i}",
                 on_click=_jump,
                 args=(segment.start_s,),
                 type="tertiary",
                 icon=":material/play_arrow:",
-                help="The action is one of: " + ", ".join(segment.set),
+                help="The action is one of: " + ", ".join(map(plain, segment.set)),
             )
     pictures = ", ".join(f"{segment.label} at {_clock(segment.start_s)}" for segment in found.segments)
-    st.image(_sheet(content, found.segments), caption="The middle of each segment", alt=pictures, width="stretch")
+    st.image(_sheet(content, found.segments), caption="The middle of each segment", alt=pictures)
     stem = Path(name).stem
     with st.container(horizontal=True):
         st.download_button("Table (CSV)", to_csv(found.segments), f"{stem}.csv", "text/csv", on_click="ignore")
@@ -131,7 +155,7 @@ def _bar(found: Timeline) -> str:
     )
     keys = "".join(
         f"<span style='margin-right:1rem;white-space:nowrap'><span style='color:{shade}'>&#9632;</span> "
-        f"{escape(label)}</span>"
+        f"<bdi>{escape(label)}</bdi></span>"
         for label, shade in colour.items()
     )
     return (
