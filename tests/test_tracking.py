@@ -147,9 +147,10 @@ def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     tracker.close()
     assert lines == []
     (record,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    content = record.read_bytes()
-    assert b"train/loss" in content
-    assert b"report" in content
+    deadline = time.monotonic() + 60  # its service closes the file when it gets round to it
+    while any(word not in record.read_bytes() for word in (b"train/loss", b"report")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 class _Broken:
