@@ -67,7 +67,7 @@ def test_it_prints_addresses_and_a_command_that_works(
     both = children(process.pid)
     assert len(both) == 2
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 130
+    assert process.wait(30) == 0
     assert not any(alive(pid) for pid in both)
 
 

@@ -53,6 +53,8 @@ def up(
         while True:
             _ended(children)
             time.sleep(0.2)
+    except KeyboardInterrupt:
+        return  # how it is meant to end: status 0, as of serve and app
     finally:
         _stop(children)
 
