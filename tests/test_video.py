@@ -352,4 +352,4 @@ def test_the_command(tmp_path: Path, clean_env: dict[str, str]) -> None:
 
     assert run(str(good), "--out", "x.txt").returncode == 2
     over_itself = run(str(good), "--out", str(good))
-    assert (over_itself.returncode, over_itself.stdout) == (2, "")  # said before the video is read, not after
+    assert (over_itself.returncode, over_itself.stdout) == (2, "")  # before it is read

@@ -21,6 +21,7 @@ from cliphar.recognizer import Prediction, Score
 __all__ = ["AsyncClient", "Client"]
 
 Photo = bytes | str | PathLike[str]
+Photos = Iterable[Photo] | Photo
 Answer = Prediction | MediaError
 _LONGEST_PAUSE_S = 5.0
 # whose request may have been done when the connection broke is asked again only if twice is as good as once
@@ -40,14 +41,14 @@ class _Calls:
         self._url = url
 
     @staticmethod
-    def _photos(photos: Iterable[Photo] | Photo) -> list[tuple[str, tuple[str, bytes, str]]]:
-        if isinstance(photos, str | bytes | PathLike):  # one alone; else its letters would be taken for paths
+    def _photos(photos: Photos) -> list[tuple[str, tuple[str, bytes, str]]]:
+        if isinstance(photos, str | bytes | PathLike):  # one alone: no letters for paths
             photos = [photos]
         contents = [photo if isinstance(photo, bytes) else _read(photo) for photo in photos]
         return [("images", (f"{i}", content, "application/octet-stream")) for i, content in enumerate(contents)]
 
     def _predict(
-        self, photos: Iterable[Photo] | Photo, labels: Sequence[str] | str | None, top_k: int, coverage: float
+        self, photos: Photos, labels: Sequence[str] | str | None, top_k: int, coverage: float
     ) -> dict[str, Any]:
         data: dict[str, Any] = {"top_k": str(top_k), "coverage": str(coverage)}
         if labels is not None:
@@ -147,7 +148,7 @@ class Client(_Calls):
 
     def predict(
         self,
-        photos: Iterable[Photo] | Photo,
+        photos: Photos,
         labels: Sequence[str] | str | None = None,
         *,
         top_k: int = 5,
@@ -195,7 +196,7 @@ class Client(_Calls):
         """Keep a list of labels under a name."""
         self._call("PUT", f"/v1/labels/{quote(name, safe='')}", json=list(labels))
 
-    def teach(self, name: str, photos: Iterable[Photo] | Photo) -> dict[str, Any]:
+    def teach(self, name: str, photos: Photos) -> dict[str, Any]:
         """Teach an action; how well it works, as ``Lesson.to_dict`` has it."""
         path = f"/v1/actions/{quote(name, safe='')}"
         answer: dict[str, Any] = self._call("POST", path, files=self._photos(photos))
@@ -239,7 +240,7 @@ class AsyncClient(_Calls):
 
     async def predict(
         self,
-        photos: Iterable[Photo] | Photo,
+        photos: Photos,
         labels: Sequence[str] | str | None = None,
         *,
         top_k: int = 5,
@@ -267,7 +268,7 @@ class AsyncClient(_Calls):
         """Keep a list of labels under a name."""
         await self._call("PUT", f"/v1/labels/{quote(name, safe='')}", json=list(labels))
 
-    async def teach(self, name: str, photos: Iterable[Photo] | Photo) -> dict[str, Any]:
+    async def teach(self, name: str, photos: Photos) -> dict[str, Any]:
         """Teach an action; how well it works, as ``Lesson.to_dict`` has it."""
         path = f"/v1/actions/{quote(name, safe='')}"
         answer: dict[str, Any] = await self._call("POST", path, files=self._photos(photos))
