@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -89,3 +90,17 @@ def test_the_command(clean_env: dict[str, str]) -> None:
     )
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("cliphar: --batch 'none' is not numbers")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+def test_a_table_is_no_wider_than_the_terminal(clean_env: dict[str, str]) -> None:
+    import pty
+
+    outside, inside = pty.openpty()
+    command = [sys.executable, "-m", "cliphar", "bench", "mini", "--runtime", "onnx", "--seconds", "0.1"]
+    subprocess.run(command, stdout=inside, env=clean_env | {"COLUMNS": "80"}, timeout=120, check=True)
+    lines = os.read(outside, 65536).decode().splitlines()
+    assert "accuracy" in lines[-3]
+    assert max(map(len, lines)) <= 80
+    os.close(inside)
+    os.close(outside)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,7 @@ from cliphar.errors import UsageError
 __all__ = ["bench"]
 
 _COLUMNS = ("runtime", "threads", "batch", "images/s", "p50 ms", "p95", "p99", "x pytorch", "of peak", "from JPEG")
+_KEY = (0, 1, 2)
 _MORE = ("load s", "memory MiB", "file MiB", "accuracy")
 
 
@@ -90,6 +92,18 @@ def bench(
         for row in result.rows
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for line in rows:
-        cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
-        print("  ".join([line[0].ljust(widths[0]), *cells[1:]]))
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1000
+    for columns in _blocks(widths, room):
+        for line in rows:
+            cells = [line[column].rjust(widths[column]) for column in columns]
+            print("  ".join([line[0].ljust(widths[0]), *cells[1:]]).rstrip())
+
+
+def _blocks(widths: list[int], room: int) -> list[list[int]]:
+    """The columns, in as many tables as it takes to be no wider than a terminal; each says which row is which."""
+    blocks = [[*_KEY]]
+    for column in range(len(_KEY), len(widths)):
+        if sum(widths[one] + 2 for one in [*blocks[-1], column]) - 2 > room and len(blocks[-1]) > len(_KEY):
+            blocks.append([*_KEY])
+        blocks[-1].append(column)
+    return blocks
