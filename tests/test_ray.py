@@ -116,7 +116,11 @@ def test_the_job_of_the_cluster_file(clean_env: dict[str, str], photos: list[Pat
         shutil.rmtree(place, ignore_errors=True)
 
 
-def test_wrong_calls(cli: Cli, photos: list[Path]) -> None:
+def test_wrong_calls(cli: Cli, photos: list[Path], tmp_path: Path) -> None:
+    tree = {"method": "gda", "name": "few", "output": "runs/few", "data": {"source": "data"}}
+    (tmp_path / "few.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    alone = cli("train", "few.yaml", "--ray", "2")
+    assert (alone.returncode, alone.stderr) == (2, "cliphar: 'gda' runs in one process; leave --ray out\n")
     for arguments in (("--ray",), ("--ray", "--out", "answers.parquet"), ("--ray", "--out", "out", "--json")):
         done = cli("predict", photos[0], *arguments)
         assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)

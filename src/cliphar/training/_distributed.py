@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -45,6 +46,8 @@ class ManyProcesses:
     def wrap(self, module: nn.Module) -> tuple[nn.Module, nn.Module]:
         """See :class:`Ranks`."""
         if self.kind == "ddp":
+            # the older name serves every torch from 2.9 on; 1 x 1 kernels have strides that are equal in all but name
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated|Grad strides do not match")
             # batch norms keep their statistics, so there are no buffers to bring in line
             return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False), module
         from torch.distributed.fsdp import fully_shard

@@ -5,7 +5,9 @@ Liaw et al., "Tune: a research platform for distributed model selection and trai
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 from cliphar.bundle import Bundle, read_bundle
 from cliphar.errors import ClipharError, UsageError
 from cliphar.training._job import Surroundings
+from cliphar.training._method_recipe import GradientRecipe, MethodRecipe
 from cliphar.training._recipe import Recipe
 from cliphar.training._train import train
 
@@ -20,8 +23,14 @@ __all__ = ["train_on_ray"]
 
 
 def _work(settings: dict[str, Any]) -> None:
+    logging.getLogger().setLevel(logging.WARNING)  # Ray's INFO shows every step of the ONNX exporter
     os.chdir(settings["folder"])
-    train(settings["recipe"], Surroundings(resume=settings["resume"], log=lambda line: print(line, flush=True)))
+    train(settings["recipe"], Surroundings(resume=settings["resume"], log=_log))
+
+
+def _log(line: str) -> None:
+    sys.stdout.write(f"{line}\n")  # Ray Train's print would show it twice
+    sys.stdout.flush()
 
 
 def train_on_ray(recipe: Recipe, workers: int, *, resume: bool = False) -> Bundle:
@@ -31,9 +40,12 @@ def train_on_ray(recipe: Recipe, workers: int, *, resume: bool = False) -> Bundl
     where the cluster has any.
 
     Raises:
-        UsageError: ray is not installed.
+        UsageError: ray is not installed, or the method takes one process.
         ClipharError: the training failed; Ray has said why.
     """
+    if workers > 1 and not isinstance(recipe, GradientRecipe):
+        what = recipe.method if isinstance(recipe, MethodRecipe) else recipe.kind
+        raise UsageError(f"'{what}' runs in one process; leave --ray out")
     try:
         import ray
         from ray.train import RunConfig, ScalingConfig

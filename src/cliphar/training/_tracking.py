@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -201,7 +202,7 @@ class BackgroundTracker:
             try:
                 sinks.append(opening())
             except Exception as error:
-                self._tell("tracking", error)
+                self._tell(getattr(getattr(opening, "func", opening), "name", "tracking"), error)
         measured = 0.0
         points: list[Point] = []
         while True:
@@ -251,7 +252,7 @@ def open_tracker(kinds: Sequence[str], run_name: str, home: Path, log: Callable[
         if importlib.util.find_spec(kind) is None:
             raise UsageError(f"tracking with {kind} needs a package; run: pip install 'cliphar[train]'")
     sinks: dict[str, type[MlflowSink] | type[WandbSink]] = {"mlflow": MlflowSink, "wandb": WandbSink}
-    return BackgroundTracker([lambda made=sinks[kind]: made(run_name, home) for kind in kinds], log)  # type: ignore[misc]
+    return BackgroundTracker([partial(sinks[kind], run_name, home) for kind in kinds], log)
 
 
 def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
