@@ -217,7 +217,7 @@ def test_the_camera_is_answered_live(page: Page) -> None:
     visit(page, "Live", "What is happening now?")
     frame = page.frame_locator("iframe[title*=webrtc]")
     frame.get_by_role("button", name="Start").click()
-    expect(page.get_by_text("From frame to answer")).to_be_visible()
+    expect(page.get_by_text("Now: ")).to_be_visible()
     size = frame.locator("video").evaluate("video => [video.videoWidth, video.videoHeight]")
     assert size == [640, 480]
     page.get_by_role("button", name="Remove calling").click()

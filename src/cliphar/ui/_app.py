@@ -43,7 +43,8 @@ def app() -> None:
         page.run()  # its title stands before the model is there
         st.caption(f"Answers by {backend().where}. Photos are kept for this session only.")
     except ClipharError as error:
-        st.error(f"{error}.", icon=":material/error:")
+        st.error(f"{error}.".replace("?.", "?"), icon=":material/error:")
+        st.button("Try again")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ class Camera:
     def __init__(self, watch: Watch) -> None:
         self._watch = watch
         self._lock = threading.Lock()
+        self._answer: Prediction | None = None
         self._trouble: str | None = None
         self._asks_again = 0.0
         self._times: deque[tuple[float, float]] = deque(maxlen=300)  # when a frame was done, and how long it took
@@ -52,7 +53,8 @@ class Camera:
             return frame
         pixels = frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
         try:
-            drawn = _draw(pixels, self._watch(pixels))
+            self._answer = answer = self._watch(pixels)
+            drawn = _draw(pixels, answer)
         except ClipharError as error:
             self._trouble, self._asks_again = str(error), time.monotonic() + _PAUSE_S
             return frame
@@ -65,6 +67,11 @@ class Camera:
     def ended(self) -> None:
         """The camera was stopped."""
         self._watch.close()
+
+    @property
+    def answer(self) -> Prediction | None:
+        """That of the last frame that has one."""
+        return self._answer
 
     @property
     def trouble(self) -> str | None:

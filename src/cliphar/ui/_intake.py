@@ -50,16 +50,17 @@ def take_in(shelf: str) -> None:
             st.warning(NO_CAMERA, icon=":material/lock:")
         elif st.toggle("Turn on the camera", key=f"{shelf}_camera"):
             shot = st.camera_input("Take a photo", key=f"{shelf}_shot")
-    state[f"{shelf}_seen"] = here = {}  # what was uploaded before another page was shown is in the field no more
+    here = {}  # what was uploaded before another page was shown is in the field no more
     for file in uploads:
         if file.file_id not in seen:
             new.append((file.name, file.getvalue()))
         here[file.file_id] = seen.get(file.file_id) or hashlib.sha256(file.getvalue()).hexdigest()
     if shot and shot.file_id != state.get(f"{shelf}_last"):
-        state[f"{shelf}_last"] = shot.file_id
         new.append((shot.name, shot.getvalue()))
     for line in add_photos(shelf, new + pasted):
         st.error(line, icon=":material/error:")
+    # only now: another run may have begun in place of this one at any line above
+    state[f"{shelf}_seen"], state[f"{shelf}_last"] = here, shot and shot.file_id
     for name in large:
         st.error(f"{name} was left out: it is over {_MAX_MB} MB. Make it smaller first.", icon=":material/error:")
 

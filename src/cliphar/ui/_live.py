@@ -5,6 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from cliphar.ui._camera import Camera
+from cliphar.ui._components import plain
 from cliphar.ui._intake import NO_CAMERA, gives_camera
 from cliphar.ui._launch import ice_servers
 from cliphar.ui._session import backend, choose_actions
@@ -83,3 +84,5 @@ def _speed(camera: Camera) -> None:
     rate, latency = st.columns(2)
     rate.metric("Frames a second", f"{speed[0]:.0f}")
     latency.metric("From frame to answer", f"{speed[1]:.0f} ms")
+    if camera.answer:  # for those who cannot see the picture, and for scripts that its font lacks
+        st.write(f"Now: **{plain(camera.answer.label)}**")

@@ -45,7 +45,9 @@ def backend() -> Backend:
     """This session's backend; a ClipharError if there is no such model or no service answers."""
     if "backend" not in st.session_state:
         url = os.environ.get("CLIPHAR_API_URL")
-        st.session_state.backend = RemoteBackend(url) if url else LocalBackend(os.environ.get("MODEL_PATH") or None)
+        with st.spinner("Waiting for the model"):
+            made = RemoteBackend(url) if url else LocalBackend(os.environ.get("MODEL_PATH") or None)
+        st.session_state.backend = made
     found: Backend = st.session_state.backend
     return found
 
