@@ -495,6 +495,9 @@ def test_a_model_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) 
     script = AppTest.from_file(str(SCRIPT), default_timeout=30).run()
     assert not script.exception
     assert "/no/such/bundle" in script.error[0].value
+    command = [sys.executable, "-m", "cliphar", "app", "--port", str(free_port())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
 
 
 def test_a_taken_port_is_one_line() -> None:

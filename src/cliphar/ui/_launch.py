@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
+from cliphar.bundle import find_bundle
 from cliphar.errors import UsageError
 
 __all__ = ["ice_servers", "launch"]
@@ -53,11 +54,14 @@ def launch(host: str, port: int, *, api: str | None = None, model: str | None = 
 
     Raises:
         UsageError: Streamlit is not installed, the port is taken, or CLIPHAR_ICE_SERVERS is wrong.
+        BundleError: there is no such model.
     """
     if find_spec("streamlit") is None:
         raise UsageError("the page needs Streamlit; run: pip install 'cliphar[app]'")
     _check_port(host, port)
     ice_servers()
+    if not api:
+        find_bundle(model, verify=False)  # a misspelt name is said here, as by serve; the page reads it whole
     settings = {"CLIPHAR_API_URL": api, "MODEL_PATH": model}
     environment = {k: v for k, v in os.environ.items() if k not in settings and not k.startswith("STREAMLIT_")}
     environment |= {name: value for name, value in settings.items() if value}
