@@ -100,7 +100,7 @@ def answer_html(prediction: Prediction, coverage: float, bars: int) -> str:
             f"<div class='cl-track' aria-hidden='true'><div class='cl-fill' style='width:{score:.1%}'></div></div></li>"
         )
     left = len(prediction.top) - bars
-    more = f"<p>and {left} more below {_percent(prediction.top[bars].score)}</p>" if left > 0 else ""
+    more = f"<p>and {left} more, the next {_percent(prediction.top[bars].score)}</p>" if left > 0 else ""
     return (
         f"<div class='cl-answer{kind}' role='group' aria-label='answer'><h3>{headline}</h3><p>{told}</p>"
         f"<ul class='cl-bars'>{''.join(rows)}</ul>{more}</div>"
@@ -131,7 +131,7 @@ def mistakes_html(mistakes: Sequence[Mistake]) -> str:
         try:
             picture = base64.b64encode(thumbnail(one.image or one.path, 240)).decode()
         except MediaError:
-            continue  # gone since then
+            continue  # gone since
         figures.append(
             f"<figure><img alt='{escape(one.path.name, quote=True)}' src='data:image/jpeg;base64,{picture}'>"
             f"<figcaption><b>{escape(one.answer)}</b> {_percent(one.score)}<br>truth: {escape(one.truth)}</figcaption>"
