@@ -287,6 +287,12 @@ def interrupt(file: Path, step: int, number: signal.Signals) -> tuple[int, list[
     return process.wait(), lines
 
 
+def test_a_place_that_cannot_be_written_is_said_first(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "taken").write_bytes(b"")
+    with pytest.raises(UsageError, match="taken is not a folder that can be written to"):
+        run(recipe("full"), f"output={tmp_path}/taken/mine", "data.source=nowhere")
+
+
 def test_a_killed_run_ends_where_a_whole_one_does(recipe: Callable[..., Path], clip_base: Path) -> None:
     loop = {"epochs": 3, "size": 32, "checkpoint_minutes": 0, "mixup": 0.2, "randaugment": 1, "balanced": True}
     sections = {"base": str(clip_base), "train": loop, "wise": {"shares": [0.5, 1.0]}}

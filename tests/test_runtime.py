@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -310,6 +312,15 @@ def test_the_context_length_is_the_bundles(tmp_path: Path, make_info: MakeInfo, 
     np.testing.assert_allclose(cut[0], cut[1], atol=TOLERANCE)
     whole = runtime.encode_text(words)
     assert float(whole[0] @ whole[1]) < 0.999
+
+
+def test_nobody_is_told_of_what_runs_here(clean_env: dict[str, str], photos: list[Path], tmp_path: Path) -> None:
+    """ONNX Runtime's telemetry keeps what it will send in the user's cache."""
+    (tmp_path / "user").mkdir()
+    left_out = ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")
+    env = {k: v for k, v in clean_env.items() if k not in left_out} | {"HOME": str(tmp_path / "user")}
+    subprocess.run([sys.executable, "-m", "cliphar", "predict", str(photos[0])], env=env, timeout=120, check=True)
+    assert not list((tmp_path / "user").rglob("*"))
 
 
 def test_a_moved_bundle_still_runs(tmp_path: Path) -> None:

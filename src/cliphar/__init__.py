@@ -10,6 +10,7 @@ Names are resolved on first use, so ``import cliphar`` costs nothing.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from cliphar._version import __version__
@@ -17,6 +18,9 @@ from cliphar._version import __version__
 if TYPE_CHECKING:
     from cliphar.errors import BundleError, ClipharError, MediaError
     from cliphar.recognizer import Prediction, Recognizer, load
+
+# ONNX Runtime 1.32 gives the machine a number, kept in the home, and tells its makers of each session; read as it loads
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __all__ = ["BundleError", "ClipharError", "MediaError", "Prediction", "Recognizer", "__version__", "load"]
 

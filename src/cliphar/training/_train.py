@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from pathlib import Path
 
 from cliphar.bundle import Bundle, read_bundle
 from cliphar.errors import UsageError
@@ -29,6 +31,7 @@ def train(recipe: Recipe, around: Surroundings | None = None) -> Bundle:
         BundleError, DataError, UsageError: the model, the photos or a setting is not right.
     """
     around = around or Surroundings()
+    _check_place(recipe.output)
     ranks = open_ranks(recipe.train.distributed if isinstance(recipe, GradientRecipe) else "ddp")
     if not isinstance(recipe, MethodRecipe):
         if ranks.world > 1:
@@ -52,6 +55,13 @@ def train(recipe: Recipe, around: Surroundings | None = None) -> Bundle:
     finally:
         around.tracker.close()
     return read_bundle(recipe.output)
+
+
+def _check_place(output: Path) -> None:
+    """What cannot be written is said before the hours that it takes, not after."""
+    there = next(place for place in output.absolute().parents if place.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise UsageError(f"cannot write {output}: {there} is not a folder that can be written to")
 
 
 def _keep(job: Job, outcome: Outcome) -> None:
