@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -315,11 +316,14 @@ def test_the_context_length_is_the_bundles(tmp_path: Path, make_info: MakeInfo, 
 
 
 def test_nobody_is_told_of_what_runs_here(clean_env: dict[str, str], photos: list[Path], tmp_path: Path) -> None:
-    """ONNX Runtime's telemetry keeps what it will send in the user's cache."""
+    """The telemetry of ONNX Runtime and of OpenVINO keeps a number for the user in the home."""
     (tmp_path / "user").mkdir()
     left_out = ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")
     env = {k: v for k, v in clean_env.items() if k not in left_out} | {"HOME": str(tmp_path / "user")}
     subprocess.run([sys.executable, "-m", "cliphar", "predict", str(photos[0])], env=env, timeout=120, check=True)
+    if find_spec("openvino"):
+        code = "from cliphar.runtime import import_openvino; import_openvino().convert_model"
+        subprocess.run([sys.executable, "-c", code], env=env, timeout=120, check=True)
     assert not list((tmp_path / "user").rglob("*"))
 
 

@@ -11,11 +11,11 @@ import onnx
 from numpy.typing import NDArray
 
 from cliphar.bundle import store
-from cliphar.errors import UsageError
 from cliphar.export._image import borrow_weights, compress_weights
 from cliphar.export._quantize import quantize_within
 from cliphar.export._tensorrt import build_engine
 from cliphar.export._torch_program import torch_program, torchscript
+from cliphar.runtime import import_openvino
 
 __all__ = ["TARGETS", "Material", "Target"]
 
@@ -87,10 +87,7 @@ def _onnx_int8(material: Material) -> Files:
 
 
 def _openvino(model: onnx.ModelProto, name: str, work: Path, *, half: bool = False) -> Files:
-    try:
-        import openvino
-    except ImportError as error:
-        raise UsageError("OpenVINO is not installed; run 'pip install cliphar[openvino]'") from error
+    openvino = import_openvino()
     source, target = work / f"{name}.onnx", work / f"{name}.xml"
     onnx.save(model, source)
     openvino.save_model(openvino.convert_model(source), target, compress_to_fp16=half)

@@ -4,7 +4,7 @@ from cliphar.runtime._base import Runtime
 from cliphar.runtime._choose import RuntimeChoice, choose_runtime, load_runtime
 from cliphar.runtime._cpu import cpu_quota
 from cliphar.runtime._onnx import OnnxRuntime, available_providers
-from cliphar.runtime._openvino import OpenVinoRuntime
+from cliphar.runtime._openvino import OpenVinoRuntime, import_openvino
 from cliphar.runtime._tensorrt import TensorRtRuntime
 from cliphar.runtime._torch import TorchRuntime
 
@@ -18,5 +18,6 @@ __all__ = [
     "available_providers",
     "choose_runtime",
     "cpu_quota",
+    "import_openvino",
     "load_runtime",
 ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +15,22 @@ from cliphar.errors import BundleError, UsageError
 from cliphar.runtime._cpu import cpu_quota
 from cliphar.runtime._text import TextTower, check_images
 
-__all__ = ["OpenVinoRuntime"]
+__all__ = ["OpenVinoRuntime", "import_openvino"]
+
+
+def import_openvino() -> Any:
+    """The package, without its telemetry, which tells Google Analytics of every import; UsageError if there is none."""
+    hidden = "openvino_telemetry" not in sys.modules
+    if hidden:
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # "not installed": it then takes a stub
+    try:
+        import openvino
+    except ImportError as error:
+        raise UsageError("OpenVINO is not installed; run 'pip install cliphar[openvino]'") from error
+    finally:
+        if hidden:
+            del sys.modules["openvino_telemetry"]
+    return openvino
 
 
 class OpenVinoRuntime:
@@ -30,10 +47,7 @@ class OpenVinoRuntime:
     """
 
     def __init__(self, bundle: Bundle, *, file: str, threads: int | None = None) -> None:
-        try:
-            import openvino
-        except ImportError as error:
-            raise UsageError("OpenVINO is not installed; run 'pip install cliphar[openvino]'") from error
+        openvino = import_openvino()
         self.bundle = bundle
         self.threads = threads or cpu_quota()
         self.name = bundle.info.files[file].runtime or "openvino"
