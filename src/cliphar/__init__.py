@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # ONNX Runtime 1.32 gives the machine a number, kept in the home, and tells its makers of each session; read as it loads
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # and a Ray that is started here
 
 __all__ = ["BundleError", "ClipharError", "MediaError", "Prediction", "Recognizer", "__version__", "load"]
 
