@@ -177,6 +177,13 @@ def test_long_text_is_cut(runtime: OnnxRuntime) -> None:
     np.testing.assert_array_equal(runtime.encode_text([long]), runtime.encode_text([longer]))
 
 
+def test_words_of_another_language_are_warned_of(runtime: OnnxRuntime, caplog: pytest.LogCaptureFixture) -> None:
+    runtime.encode_text(["a person riding", "", "自転車に乗る", "a photo of 自転車"])
+    assert [record.message for record in caplog.records] == [
+        "the model knows no word of '自転車に乗る': its answer means nothing; say it in English"
+    ]
+
+
 @pytest.mark.parametrize(
     "text", ["", " ", "🚴‍♀️", "自転車に乗る", "naïve café", "\x00\x07", "a" * 10_000, "[PAD] [CLS]"]
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 __all__ = ["TextTower", "check_images"]
+
+_LOG = logging.getLogger("cliphar.runtime")
 
 
 def check_images(bundle: Bundle, images: NDArray[np.uint8]) -> None:
@@ -53,8 +56,14 @@ class TextTower:
             raise BundleError(f"text.onnx of bundle '{self._bundle.info.name}' does not run here: {reason}") from error
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """N sentences -> float32 [N,D], unit length."""
-        ids = np.array([encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))], np.int64)
+        """N sentences -> float32 [N,D], unit length; one without a word that the vocabulary has is warned of."""
+        encodings = self._tokenizer.encode_batch(list(texts))
+        unknown = getattr(self._tokenizer.model, "unk_token", None)
+        for text, encoding in zip(texts, encodings, strict=True):
+            own = {word for word, added in zip(encoding.tokens, encoding.special_tokens_mask, strict=True) if not added}
+            if own == {unknown}:
+                _LOG.warning("the model knows no word of '%s': its answer means nothing; say it in English", text[:50])
+        ids = np.array([encoding.ids for encoding in encodings], np.int64)
         result: NDArray[np.float32] = self._session.run(["embeddings"], {"ids": ids})[0]
         return result
 
