@@ -69,7 +69,7 @@ def main() -> None:
     for pattern in wanted["omit"]["hollow"]:
         for library in place.glob(pattern):
             hollow(library)
-    # debug symbols; libraries that auditwheel moved (*.libs) do not load once stripped
+    # debug symbols; *.libs, auditwheel's, do not load stripped; tensorrt_libs has none
     symbols = [str(path) for path in place.rglob("*.so*") if "libs/" not in str(path) and path.is_file()]
     subprocess.run(["strip", "--strip-unneeded", *symbols], check=True)
     # checked by nothing: valid however the layer is copied; the root is read-only

@@ -201,7 +201,7 @@ def test_a_clip_has_a_timeline_that_can_be_clicked_and_taken_along(page: Page) -
     expect(second).to_be_visible()
     second.click()
     page.wait_for_function("document.querySelector('video')?.currentTime > 1")
-    for button, start in ("Table (CSV)", b"start_s"), ("Subtitles (WebVTT)", b"WEBVTT"), ("Annotated video", b""):
+    for button, start in ("Table (CSV)", b"start_s"), ("Subtitles (WebVTT)", b"WEBVTT"), ("Annotated video (MP4)", b""):
         with page.expect_download() as download:
             page.get_by_role("button", name=button).click()
         assert start in Path(download.value.path()).read_bytes()[:200]

@@ -188,7 +188,8 @@ def test_what_fails_is_told_once_and_the_other_goes_on(tmp_path: Path) -> None:
     def absent() -> _Kept:
         raise ConnectionError("nobody there")
 
-    tracker = BackgroundTracker([absent, _Broken, lambda: kept], lines.append)  # type: ignore[list-item]
+    opening = {"absent": absent, "broken": _Broken, "kept": lambda: kept}
+    tracker = BackgroundTracker(opening, lines.append)  # type: ignore[arg-type]
     tracker.log_params({"a": {"b": 1}, "c": 2})
     for step in range(100):
         tracker.log_metrics({"loss": float(step)}, step)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cliphar.errors import BundleError, UsageError
-from cliphar.runtime import TensorRtRuntime
+from cliphar.runtime import TensorRtRuntime, import_tensorrt
 
 if TYPE_CHECKING:
     import onnx
@@ -30,13 +30,7 @@ def build_engine(model: onnx.ModelProto, cache: Path) -> bytes:
         UsageError: TensorRT or a GPU is missing.
         BundleError: TensorRT cannot build the graph.
     """
-    try:
-        import tensorrt as trt
-        from cuda.bindings import runtime as cuda
-    except ImportError as error:
-        raise UsageError(
-            f"TensorRT is not here ({error}); run 'pip install tensorrt-cu13==10.14.1.48.post1 cuda-python'"
-        ) from error
+    trt, cuda = import_tensorrt()
     status, count = cuda.cudaGetDeviceCount()
     if status.value or not count:
         raise UsageError("a TensorRT engine is built on a machine with a GPU, and there is none here")

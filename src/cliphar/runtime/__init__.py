@@ -5,7 +5,7 @@ from cliphar.runtime._choose import RuntimeChoice, choose_runtime, load_runtime
 from cliphar.runtime._cpu import cpu_quota
 from cliphar.runtime._onnx import OnnxRuntime, available_providers
 from cliphar.runtime._openvino import OpenVinoRuntime, import_openvino
-from cliphar.runtime._tensorrt import TensorRtRuntime
+from cliphar.runtime._tensorrt import TensorRtRuntime, import_tensorrt
 from cliphar.runtime._torch import TorchRuntime
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "choose_runtime",
     "cpu_quota",
     "import_openvino",
+    "import_tensorrt",
     "load_runtime",
 ]

@@ -94,10 +94,10 @@ class OnnxRuntime:
         self.provider = next(
             (short for short, name in _PREFERENCE.items() if name == self._image.get_providers()[0]), "cpu"
         )
-        if self.provider != provider if provider else self.provider == "cpu" != present[0]:
-            missed = provider or present[0]
-            if missed not in _NVIDIA or not _without_nvidia():
-                _LOG.warning("%s did not start, so %s is used; 'cliphar doctor' says more", missed, self.provider)
+        asked = provider or present[0]
+        missed = self.provider != asked and (provider or self.provider == "cpu")
+        if missed and not (asked in _NVIDIA and _without_nvidia()):  # which has been said
+            _LOG.warning("%s did not start, so %s is used; 'cliphar doctor' says more", asked, self.provider)
         self.name = f"{bundle.info.files[file].runtime or 'onnx'}-{self.provider}"
         self._text = TextTower(bundle, self.threads)
 

@@ -14,7 +14,19 @@ from cliphar.errors import BundleError, UsageError
 from cliphar.runtime._cpu import cpu_quota
 from cliphar.runtime._text import TextTower, check_images
 
-__all__ = ["TensorRtRuntime"]
+__all__ = ["TensorRtRuntime", "import_tensorrt"]
+
+
+def import_tensorrt() -> tuple[Any, Any]:
+    """The package and CUDA's runtime bindings; UsageError if one is missing."""
+    try:
+        import tensorrt
+        from cuda.bindings import runtime
+    except ImportError as error:
+        raise UsageError(
+            f"TensorRT is not here ({error}); run 'pip install tensorrt-cu13==10.14.1.48.post1 cuda-python'"
+        ) from error
+    return tensorrt, runtime
 
 
 class TensorRtRuntime:
@@ -28,16 +40,10 @@ class TensorRtRuntime:
     max_batch = 64  # of the optimisation profile that export builds
 
     def __init__(self, bundle: Bundle, *, file: str, threads: int | None = None) -> None:
-        try:
-            import tensorrt
-            from cuda.bindings import runtime as cuda
-        except ImportError as error:
-            raise UsageError(
-                f"TensorRT is not here ({error}); run 'pip install tensorrt-cu13==10.14.1.48.post1 cuda-python'"
-            ) from error
+        tensorrt, self._cuda = import_tensorrt()
+        cuda = self._cuda
         self.bundle = bundle
         self.name = bundle.info.files[file].runtime or "tensorrt"
-        self._cuda: Any = cuda
         status, count = cuda.cudaGetDeviceCount()
         if status.value or not count:
             raise UsageError("TensorRT needs a GPU and there is none here; choose another runtime")

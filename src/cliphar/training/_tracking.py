@@ -161,13 +161,13 @@ class BackgroundTracker:
     """A tracker that hands everything to sinks on a thread of its own.
 
     Args:
-        open_sinks: makes the sinks, on that thread, since even that may wait for a server.
+        open_sinks: makes the sinks, by name, on that thread, since even that may wait for a server.
         log: is told, in one line, of a sink that fails; the others and the training go on.
     """
 
-    def __init__(self, open_sinks: Sequence[Callable[[], Sink]], log: Callable[[str], None]) -> None:
+    def __init__(self, open_sinks: Mapping[str, Callable[[], Sink]], log: Callable[[str], None]) -> None:
         self._log = log
-        self._open = list(open_sinks)
+        self._open = dict(open_sinks)
         self._queue: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._step = 0
         self._done = False
@@ -198,11 +198,11 @@ class BackgroundTracker:
 
     def _work(self) -> None:
         sinks: list[Sink] = []
-        for opening in self._open:
+        for name, opening in self._open.items():
             try:
                 sinks.append(opening())
             except Exception as error:
-                self._tell(getattr(getattr(opening, "func", opening), "name", "tracking"), error)
+                self._tell(name, error)
         measured = 0.0
         points: list[Point] = []
         while True:
@@ -252,7 +252,8 @@ def open_tracker(kinds: Sequence[str], run_name: str, home: Path, log: Callable[
         if importlib.util.find_spec(kind) is None:
             raise UsageError(f"tracking with {kind} needs a package; run: pip install 'cliphar[train]'")
     sinks: dict[str, type[MlflowSink] | type[WandbSink]] = {"mlflow": MlflowSink, "wandb": WandbSink}
-    return BackgroundTracker([partial(sinks[kind], run_name, home) for kind in kinds], log)
+    chosen = [sinks[kind] for kind in kinds]
+    return BackgroundTracker({sink.name: partial(sink, run_name, home) for sink in chosen}, log)
 
 
 def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
