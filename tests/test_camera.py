@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 import pytest
@@ -190,6 +191,39 @@ class _Rtsp(socketserver.StreamRequestHandler):
             except OSError:
                 return
             time.sleep(0.005)
+
+
+def test_a_ctrl_c_at_any_moment_leaves_it_closable() -> None:
+    """The interrupt is raised in the reader at its first step, at its second, and so on until it has two frames."""
+    port = free_port()
+
+    def read(camera: Camera, step: int, steps: list[int]) -> None:
+        def trace(frame: FrameType, _event: str, _value: object) -> object:
+            steps[0] += 1
+            if steps[0] == step:
+                raise KeyboardInterrupt
+            return trace
+
+        frames, before = camera.frames(1000), sys.gettrace()
+        with camera:
+            sys.settrace(trace)
+            try:
+                next(frames), next(frames)
+            except KeyboardInterrupt:
+                pass
+            finally:
+                sys.settrace(before)
+
+    with http_camera(port, jpeg(RED)):
+        for step in itertools.count(1):
+            steps = [0]
+            reader = threading.Thread(target=read, args=(Camera(f"http://127.0.0.1:{port}/"), step, steps), daemon=True)
+            reader.start()
+            reader.join(60)
+            assert not reader.is_alive(), f"interrupted at step {step}, it is never closed"
+            if steps[0] < step:
+                break
+    assert step > 5
 
 
 def test_rtsp() -> None:

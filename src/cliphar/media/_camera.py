@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import queue
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -51,8 +53,9 @@ class Camera:
         require_av()
         self._address, self._tell = address, tell
         self.name = _without_password(address)
-        self._newest: tuple[float, Frame] | None = None
-        self._came = threading.Condition()
+        # One frame at most. The reader takes no lock of Python's: a Ctrl-C may break off threading.Event and Condition
+        # between taking theirs and guarding it, and the next to use them waits for ever.
+        self._newest: queue.SimpleQueue[tuple[float, Frame]] = queue.SimpleQueue()
         self._closed = threading.Event()
         opened = self._open()
         # a daemon, as a read from a silent camera cannot be broken off
@@ -71,15 +74,15 @@ class Camera:
     def frames(self, fps: float) -> Iterator[tuple[float, Frame]]:
         """The newest frame and when it came, in seconds by ``time.monotonic``, at most ``fps`` times a second."""
         while not self._closed.is_set():
-            with self._came:
-                while self._newest is None:
-                    if not self._thread.is_alive():
-                        raise MediaError(f"{self.name} can no longer be read")
-                    self._came.wait(1)
-                newest, self._newest = self._newest, None
+            try:
+                newest = self._newest.get(timeout=1)
+            except queue.Empty:
+                if not self._thread.is_alive():
+                    raise MediaError(f"{self.name} can no longer be read") from None
+                continue
             began = time.monotonic()
             yield newest
-            self._closed.wait(max(0.0, began + 1 / fps - time.monotonic()))
+            time.sleep(max(0.0, began + 1 / fps - time.monotonic()))
 
     def _run(self, container: InputContainer, stream: VideoStream) -> None:
         while not self._closed.is_set():
@@ -114,9 +117,9 @@ class Camera:
                     continue
                 for frame in frames:
                     bad = 0
-                    with self._came:
-                        self._newest = time.monotonic(), Frame(frame, aspect)
-                        self._came.notify()
+                    with suppress(queue.Empty):
+                        self._newest.get_nowait()
+                    self._newest.put((time.monotonic(), Frame(frame, aspect)))
                 if self._closed.is_set():
                     return "closed"
         except av.error.FFmpegError as error:
