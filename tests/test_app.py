@@ -135,6 +135,16 @@ def test_photos_are_answered_and_answers_follow_the_list(page: Page, photos: lis
     expect(page.locator(".cl-answer")).to_have_count(0)
 
 
+def test_on_a_phone_the_answers_stand_above_the_list(page: Page, photos: list[Path]) -> None:
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.locator("input[type=file]").set_input_files(str(photos[0]))
+    expect(page.locator(".cl-answer")).to_have_count(1)
+    answer, words = (page.locator(one).bounding_box() for one in (".cl-answer", ".st-key-choices"))
+    assert answer and words
+    assert answer["y"] + answer["height"] < words["y"]
+    assert answer["x"] >= 0 and answer["x"] + answer["width"] <= 390
+
+
 def test_a_damaged_photo_is_refused_in_words_and_the_others_are_answered(
     page: Page, photos: list[Path], tmp_path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""Where bundles live: inside the package, in the user's store, or anywhere by path."""
+"""Where bundles live: in the package, in the user's store, or anywhere by path."""
 
 from __future__ import annotations
 
@@ -18,18 +18,16 @@ _PACKAGED = Path(__file__).resolve().parent.parent / "assets"
 
 
 def packaged(name: str) -> Path:
-    """Directory of what the package itself holds of a model."""
+    """Directory of what the package holds of a model."""
     return _PACKAGED / name
 
 
 def store() -> Path:
-    """Directory of pulled models: CLIPHAR_HOME, else the user's cache directory."""
-    home = os.environ.get("CLIPHAR_HOME")
-    if home:
+    """Directory of models: CLIPHAR_HOME, else the user's cache directory."""
+    if home := os.environ.get("CLIPHAR_HOME"):
         return Path(home)
-    cache = os.environ.get("XDG_CACHE_HOME")
     try:
-        return (Path(cache) if cache else Path.home() / ".cache") / "cliphar" / "models"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cliphar" / "models"
     except RuntimeError:  # a user without a home
         return Path(tempfile.gettempdir()) / "cliphar" / "models"
 
@@ -52,12 +50,13 @@ def _is_whole(path: Path) -> bool:
 
 
 def _is_outdated(path: Path) -> bool:
-    """Whether it is an extended copy of a model of the package, and the package has another one by now."""
+    """Whether it is an extended copy of a model of the package, which has another one by now."""
     own = packaged(path.name)
     if path == own or not _is_whole(own):
         return False
-    graphs = [read_bundle(folder, verify=False).info.files.get("image.onnx") for folder in (path, own)]
-    return graphs[0] is None or graphs[1] is None or graphs[0].sha256 != graphs[1].sha256
+    graphs = (read_bundle(folder, verify=False).info.files.get("image.onnx") for folder in (path, own))
+    hashes = {graph and graph.sha256 for graph in graphs}
+    return None in hashes or len(hashes) > 1
 
 
 def _exists(path: Path) -> bool:
@@ -72,13 +71,11 @@ def list_models() -> list[StoredModel]:
     models: dict[str, StoredModel] = {}
     for root in (store(), _PACKAGED):
         try:
-            manifests = sorted(root.glob(f"*/{BUNDLE_JSON}"))
+            manifests = sorted(root.glob(f"[!.]*/{BUNDLE_JSON}"))
         except OSError:  # another user's home
             continue
         for manifest in manifests:
             path = manifest.parent
-            if path.name.startswith("."):
-                continue
             whole = _is_whole(path) and not _is_outdated(path)
             if path.name not in models or (whole and models[path.name].state != "ready"):
                 models[path.name] = StoredModel(path.name, path, "ready" if whole else "to pull")

@@ -27,8 +27,9 @@ def photo_page() -> None:
     left, right = st.columns([2, 3], gap="large")
     with left:
         take_in(_SHELF)
-        labels = choose_actions()
-        coverage = choose_coverage(labels)
+        with st.container(key="choices"):
+            labels = choose_actions()
+            coverage = choose_coverage(labels)
     with right:
         shown = list(photos(_SHELF).values())
         if not shown:

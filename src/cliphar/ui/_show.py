@@ -62,6 +62,14 @@ STYLE = """<style>
 .cl-wall figure { margin: 0; }
 .cl-wall img { width: 100%; aspect-ratio: 1; object-fit: cover; border-radius: .5rem; }
 .cl-wall figcaption { font-size: .85rem; overflow-wrap: anywhere; }
+/* columns are one below the other here: answers before the list that they are chosen from */
+@media (max-width: 640px) {
+  .stHorizontalBlock:has(> .stColumn .st-key-choices) { flex-direction: column; gap: 1rem; }
+  .stColumn:has(.st-key-choices), .stVerticalBlock:has(> * > .st-key-choices) { display: contents; }
+  .stHorizontalBlock:has(> .stColumn .st-key-choices) > .stColumn { width: 100%; }
+  :has(> .st-key-choices) { order: 1; }
+  [class*="st-key-answer_"] img { max-height: 15rem; }
+}
 @media (max-width: 30rem) { .st-key-pages a :has(> [data-testid="stIconMaterial"]) { display: none; } }
 .st-key-card [data-testid="stHeaderActionElements"] { display: none; }
 .st-key-card table { font-size: .85rem; display: block; overflow-x: auto; }

@@ -37,8 +37,9 @@ def video_page() -> None:
             key=_field(),
             on_change=_take_upload,
         )
-        labels = choose_actions()
-        coverage = choose_coverage(labels)
+        with st.container(key="choices"):
+            labels = choose_actions()
+            coverage = choose_coverage(labels)
     state = st.session_state
     with right:
         if "clip_file" not in state:
