@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from cliphar.bundle._schema import SCHEMA_VERSION, BundleInfo, FileInfo, is_inside
 from cliphar.errors import BundleError
 
-__all__ = ["BUNDLE_JSON", "Bundle", "read_bundle", "sha256_file", "write_bundle"]
+__all__ = ["BUNDLE_JSON", "Bundle", "read_bundle", "sha256_file", "write_bundle", "write_whole"]
 
 BUNDLE_JSON = "bundle.json"
 _HEAD = "head.safetensors"
@@ -232,3 +232,20 @@ def write_bundle(
         (work / BUNDLE_JSON).write_text(complete.model_dump_json(indent=1) + "\n", encoding="utf-8")
         read_bundle(work)
     return Bundle(root, complete)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that it is either the whole of it or what it was before, whoever reads it meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(partial).chmod(0o666 & ~umask)
+        Path(partial).replace(path)
+    finally:
+        Path(partial).unlink(missing_ok=True)

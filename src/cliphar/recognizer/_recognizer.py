@@ -161,11 +161,11 @@ class Recognizer:
     def _calibration(self, labels: Sequence[str], taught: dict[str, Taught]) -> Calibration:
         return self.bundle.info.known if self._are_known(labels, taught) else self.bundle.info.open
 
-    def teach(self, name: str, photos: Iterable[ImageLike]) -> Lesson:
+    def teach(self, name: str, photos: Iterable[ImageLike | MediaError]) -> Lesson:
         """Learn an action from a few photos of it, in closed form; taught anew, in any capitals, the old are replaced.
 
         From then on the label works like a trained one, alone and in any list. One photo helps, 8 to 16 are good.
-        Methods and sources: ``_teaching.py``. Nothing is kept of the photos but two vectors.
+        Methods: ``_teaching.py``. Nothing is kept of the photos but two vectors. A MediaError is one refused before.
 
         Raises:
             UsageError: the name cannot be a label, or there are no photos.
@@ -301,7 +301,7 @@ class Recognizer:
         coverage: float,
     ) -> Generator[Prediction | MediaError, None, None]:
         labels, vectors, calibration = choice
-        for embeddings in self._embed_batches(images):
+        for embeddings in self._batches(images):
             good = [embedding for embedding in embeddings if not isinstance(embedding, MediaError)]
             answers: Iterator[Prediction] = iter(())
             if good:
@@ -309,15 +309,15 @@ class Recognizer:
             for embedding in embeddings:
                 yield embedding if isinstance(embedding, MediaError) else next(answers)
 
-    def embed_images(self, images: Iterable[ImageLike]) -> Iterator[NDArray[np.float32] | MediaError]:
+    def embed_images(self, images: Iterable[ImageLike | MediaError]) -> Iterator[NDArray[np.float32] | MediaError]:
         """Embeddings, float32 [D] of unit length, in order; an image that cannot be read yields its MediaError."""
-        for batch in self._embed_batches(images):
+        for batch in self._batches(images):
             yield from batch
 
-    def _embed_batches(self, images: Iterable[ImageLike]) -> Iterator[list[NDArray[np.float32] | MediaError]]:
-        def prepare(image: ImageLike) -> NDArray[np.uint8] | MediaError:
+    def _batches(self, images: Iterable[ImageLike | MediaError]) -> Iterator[list[NDArray[np.float32] | MediaError]]:
+        def prepare(image: ImageLike | MediaError) -> NDArray[np.uint8] | MediaError:
             try:
-                return self.prepare(image)
+                return image if isinstance(image, MediaError) else self.prepare(image)
             except MediaError as error:
                 return error
 

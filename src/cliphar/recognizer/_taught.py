@@ -1,11 +1,9 @@
-"""Actions taught from photos: their vectors, what teaching reports, and the file that keeps them."""
+"""Actions taught from photos: their vectors, what teaching reports, and their file."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from cliphar.bundle import Bundle
+from cliphar.bundle import Bundle, write_whole
 from cliphar.errors import BundleError, MediaError
 from cliphar.recognizer._types import Score
 
@@ -71,31 +69,16 @@ def taught_key(bundle: Bundle) -> str:
     ).hexdigest()
 
 
-def _content(bundle: Bundle, taught: Mapping[str, Taught]) -> bytes:
+def write_taught(path: Path, bundle: Bundle, taught: Mapping[str, Taught]) -> None:
+    """Write taught actions to a file, whole or not at all."""
     dim = bundle.info.embedding_dim
     vectors = {
         form: np.stack([getattr(one, form) for one in taught.values()]) if taught else np.zeros((0, dim), np.float32)
         for form in ("known", "open")
     }
     counts = {name: one.photos for name, one in taught.items()}
-    return save(vectors, {"bundle": taught_key(bundle), "photos": json.dumps(counts, ensure_ascii=False)})
-
-
-def write_taught(path: Path, bundle: Bundle, taught: Mapping[str, Taught]) -> None:
-    """Write taught actions to a file so that it is either the whole of it or what it was before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(_content(bundle, taught))
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(partial).chmod(0o666 & ~umask)
-        Path(partial).replace(path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
+    about = {"bundle": taught_key(bundle), "photos": json.dumps(counts, ensure_ascii=False)}
+    write_whole(path, save(vectors, about))
 
 
 def read_taught(path: Path, bundle: Bundle) -> dict[str, Taught]:

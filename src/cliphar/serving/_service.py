@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
@@ -115,16 +115,14 @@ class Service:
 
     def teach(self, name: str, photos: Sequence[bytes]) -> Lesson:
         """Teach an action from encoded photos, and keep it."""
-        squares: list[NDArray[np.uint8]] = []
-        refused: list[MediaError] = []
-        for photo in photos:
+
+        def read(photo: bytes) -> NDArray[np.uint8] | MediaError:
             try:
-                squares.append(self.prepare(photo))
+                return self.prepare(photo)
             except MediaError as error:
-                refused.append(error)
-        if refused and not squares:
-            raise MediaError(f"cannot teach '{name}': no photo can be read, the first because {refused[0]}")
-        return replace(self.state.teach(name, squares), refused=tuple(refused))
+                return error
+
+        return self.state.teach(name, [read(photo) for photo in photos])
 
     def score(
         self, embeddings: NDArray[np.float32], labels: Sequence[str] | None, top_k: int, coverage: float

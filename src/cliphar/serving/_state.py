@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
-import tempfile
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import structlog
 
-from cliphar.errors import ClipharError, UsageError
+from cliphar.bundle import write_whole
+from cliphar.errors import ClipharError, MediaError, UsageError
 from cliphar.labels import clean_labels, vocabularies
 from cliphar.media import ImageLike
 from cliphar.recognizer import Lesson, Recognizer, taught_key
 
 __all__ = ["State"]
 
+_Stamp = tuple[int, int, int]
+
 
 class State:
     """Named vocabularies and taught actions under one directory. Safe to share between threads.
 
-    Files are replaced whole; before each use their time of change is compared, so several workers agree. What was
+    Files are replaced whole; before each use it is compared whether they were, so several workers agree. What was
     taught to a model is of no use to another, not even to one of the same name, so each has a file of its own.
     """
 
@@ -36,14 +37,14 @@ class State:
         if others and self._taught.name not in others:
             structlog.get_logger().warning("taught to another model of this name, not used", files=others)
         self._recognizer = recognizer
-        self._seen: dict[Path, int] = {}
+        self._seen: dict[Path, _Stamp] = {}
         self._named: dict[str, tuple[str, ...]] = {}
         self._lock = threading.RLock()
         self.refresh()
 
     def is_stale(self) -> bool:
         """Whether another worker wrote something; quick, and waits for no lock."""
-        return any(_stamp(path) not in (0, self._seen.get(path)) for path in (self._vocabularies, self._taught))
+        return any(_stamp(path) not in (None, self._seen.get(path)) for path in (self._vocabularies, self._taught))
 
     def refresh(self) -> None:
         """Take in what another worker wrote.
@@ -63,7 +64,7 @@ class State:
 
     def _changed(self, path: Path) -> bool:
         stamp = _stamp(path)
-        if stamp in (0, self._seen.get(path)):
+        if stamp is None or stamp == self._seen.get(path):
             return False
         self._seen[path] = stamp
         return True
@@ -104,39 +105,35 @@ class State:
                 raise UsageError(f"no vocabulary '{name}' was put here; there are: {', '.join(self._named) or 'none'}")
             self._write_vocabularies({key: labels for key, labels in self._named.items() if key != name})
 
-    def teach(self, name: str, photos: Iterable[ImageLike]) -> Lesson:
+    def teach(self, name: str, photos: Iterable[ImageLike | MediaError]) -> Lesson:
         """Teach an action and keep it."""
-        with self._writing():
-            lesson = self._recognizer.teach(name, photos)
-            self._keep_taught()
-        return lesson
+        with self._learning() as learner:
+            return learner.teach(name, photos)
 
     def forget(self, name: str) -> None:
         """Forget a taught action; UsageError if it was not taught."""
-        with self._writing():
-            self._recognizer.forget(name)
-            self._keep_taught()
+        with self._learning() as learner:
+            learner.forget(name)
 
-    def _keep_taught(self) -> None:
-        self._recognizer.save_taught(self._taught)
-        self._changed(self._taught)
+    @contextmanager
+    def _learning(self) -> Iterator[Recognizer]:
+        """One that learns for all; what cannot be kept is not known afterwards either."""
+        with self._writing():
+            learner = self._recognizer.fork()
+            yield learner
+            learner.save_taught(self._taught)
+            self.refresh()
 
     def _write_vocabularies(self, named: dict[str, tuple[str, ...]]) -> None:
-        handle, partial = tempfile.mkstemp(prefix=".vocabularies.", dir=self._vocabularies.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(named, file, ensure_ascii=False, indent=1)
-            Path(partial).replace(self._vocabularies)
-        finally:
-            with suppress(FileNotFoundError):
-                Path(partial).unlink()
+        write_whole(self._vocabularies, json.dumps(named, ensure_ascii=False, indent=1).encode())
         self._named = named
         self._changed(self._vocabularies)
 
 
-def _stamp(path: Path) -> int:
-    """The time of the file's last change in ns; 0 if it is not there."""
+def _stamp(path: Path) -> _Stamp | None:
+    """What differs after each writing, though two may fall into one tick of the file system's clock."""
     try:
-        return path.stat().st_mtime_ns
+        found = path.stat()
     except OSError:
-        return 0
+        return None
+    return found.st_mtime_ns, found.st_ino, found.st_size
