@@ -153,6 +153,21 @@ def test_several_threads_may_share_a_runtime(runtime: OnnxRuntime, noise: NDArra
             np.testing.assert_array_equal(together, alone)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_answers_batches_too() -> None:
+    """It has none of the threads that its parent had made."""
+    code = (
+        "import os, signal, cliphar, numpy as np\n"
+        "recognizer, photos = cliphar.load(threads=2), [np.zeros((9, 9, 3), np.uint8)] * 4\n"
+        "recognizer.predict(photos)\n"
+        "child = os.fork()\n"
+        "signal.alarm(60)\n"
+        "recognizer.predict(photos)\n"
+        "os._exit(1 if child and os.waitpid(child, 0)[1] else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 # --- text
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 from collections.abc import Sequence
@@ -89,7 +90,7 @@ class OnnxRuntime:
         self.file = file
         self._image = _session(bundle, file, provider, self.threads)
         self._single = self._image.get_inputs()[0].shape[0] == 1
-        self._lanes: tuple[onnxruntime.InferenceSession, ThreadPoolExecutor] | None = None
+        self._lanes: tuple[onnxruntime.InferenceSession, ThreadPoolExecutor, int] | None = None
         self._making_lanes = threading.Lock()
         self.provider = next(
             (short for short, name in _PREFERENCE.items() if name == self._image.get_providers()[0]), "cpu"
@@ -108,10 +109,10 @@ class OnnxRuntime:
         if len(images) < max(2, self.threads) or self.provider != "cpu" or large:
             return self._run(self._image, images)
         with self._making_lanes:
-            if self._lanes is None:
+            if self._lanes is None or self._lanes[2] != os.getpid():  # a fork is without its parent's threads
                 pool = ThreadPoolExecutor(self.threads, thread_name_prefix="lane")
-                self._lanes = _session(self.bundle, self.file, self.provider, 1), pool
-            session, pool = self._lanes
+                self._lanes = _session(self.bundle, self.file, self.provider, 1), pool, os.getpid()
+            session, pool, _ = self._lanes
         parts = pool.map(lambda part: self._run(session, part), np.array_split(images, self.threads))
         return np.concatenate(list(parts))
 
