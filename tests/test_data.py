@@ -249,6 +249,13 @@ def test_small_groups_move_the_fractions_by_little(sizes: list[int], seed: int) 
     assert 0 < (parts == 0).mean() < 1
 
 
+@pytest.mark.parametrize("size", [2, 5, 10])
+def test_a_set_of_bursts_fills_every_part_as_one_of_single_photos_does(size: int) -> None:
+    groups = np.repeat(np.arange(600 // size), size)
+    parts = split_grouped((groups % 3).tolist(), groups, (0.84, 0.08, 0.08), 7)
+    assert np.abs(np.bincount(parts) / 600 - (0.84, 0.08, 0.08)).max() <= size / 200
+
+
 def test_seeds_give_the_same_split_or_another() -> None:
     strata, groups = ["a", "b"] * 100, np.arange(200)
     one = split_grouped(strata, groups, (0.5, 0.5), 1)

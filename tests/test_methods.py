@@ -249,7 +249,7 @@ def test_clips_are_trained_on(recipe: Callable[..., Path], clip_base: Path, tmp_
     sections = {"base": str(clip_base), "frames": 3, "data": data, "wise": {"shares": [1.0]}}
     bundle = run(recipe("temporal", train=loop, **sections))
     assert bundle.info.labels == ("falling", "waving")
-    assert bundle.info.metrics["known"].n == 3
+    assert bundle.info.metrics["known"].n == 4
     assert changed_weights(clip_base, bundle)
 
 
@@ -291,6 +291,17 @@ def test_a_place_that_cannot_be_written_is_said_first(recipe: Callable[..., Path
     (tmp_path / "taken").write_bytes(b"")
     with pytest.raises(UsageError, match="taken is not a folder that can be written to"):
         run(recipe("full"), f"output={tmp_path}/taken/mine", "data.source=nowhere")
+    for other in (tmp_path, tmp_path / "taken"):
+        with pytest.raises(UsageError, match="it exists and is not a bundle"):
+            run(recipe("full"), f"output={other}", "data.source=nowhere")
+
+
+def test_a_label_that_no_model_can_be_asked_about_is_refused(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    for label in ("Unknown", "circle"):
+        (tmp_path / "set" / label).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "set" / label / "1.png")
+    with pytest.raises(UsageError, match="cannot be a label"):
+        run(recipe("gda"), f"data.source={tmp_path / 'set'}")
 
 
 def test_a_killed_run_ends_where_a_whole_one_does(recipe: Callable[..., Path], clip_base: Path) -> None:

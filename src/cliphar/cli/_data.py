@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cliphar.errors import UsageError
+from cliphar.cli._output import printable
+from cliphar.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from cliphar.data import PhotoSet, PhotoSource
@@ -46,17 +47,17 @@ def check(source: _Source, as_json: _Json = False, cache: _Cache = _CACHE) -> No
     _, photos = _read(source, cache)
     report = check_photos(photos)
     if as_json:
-        print(json.dumps(report.to_dict(), ensure_ascii=False))
+        print(printable(json.dumps(report.to_dict(), ensure_ascii=False)))
     else:
         print(f"{report.photos:,} photos can be read, {len(report.refused)} cannot")
         for key, reason in report.refused[:_SHOWN]:
-            print(f"  {key}: {reason}")
+            print(printable(f"  {key}: {reason}"))
         extra = sum(map(len, report.duplicates)) - len(report.duplicates)
         print(f"{len(report.duplicates)} groups of near-duplicates ({extra} photos too many)")
         for name, groups in (("in more than one part", report.across), ("with different labels", report.conflicts)):
             print(f"  {len(groups)} {name}")
             for keys in groups[:_SHOWN]:
-                print(f"    {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}")
+                print(printable(f"    {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}"))
         if report.unlabelled:
             print(f"{report.unlabelled:,} photos have no label")
         print(f"the commonest label has {report.imbalance:g} times the photos of the rarest")
@@ -96,17 +97,18 @@ def split(
 ) -> None:
     """Copy labelled photos into train, val and test: every label alike, near-duplicates on one side.
 
-    'cliphar train' and 'cliphar eval' then take the parts as they are.
+    Parts that the source names hold. 'cliphar train' and 'cliphar eval' then take the parts as they are.
     """
-    from cliphar.data import copy_parts, split_grouped
+    from cliphar.data import assign_parts, copy_parts
 
     if not (val > 0 and test > 0 and val + test < 1):
         raise UsageError(f"val {val:g} and test {test:g} must be above 0 and together below 1")
     if out.exists():
         raise UsageError(f"{out} exists; choose another folder")
     opened, photos = _read(source, cache)
-    parts = split_grouped(photos.labels, photos.groups, (1 - val - test, val, test), seed)
-    counts = copy_parts(opened, photos, parts, out)
+    if not any(photos.labels):
+        raise DataError(f"no photo in {source} has a label; there is nothing to split by")
+    counts = copy_parts(opened, photos, assign_parts(photos, val, test, seed), out)
     print(f"{out}: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
     if photos.refused:
         raise typer.Exit(1)

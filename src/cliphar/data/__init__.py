@@ -6,7 +6,7 @@ from cliphar.data._copy import copy_parts
 from cliphar.data._duplicates import difference_hash, group_duplicates
 from cliphar.data._readers import SPLITS, PhotoSource, is_clip_name, open_source
 from cliphar.data._sources import Photo, list_labelled, read_captioned, read_labelled
-from cliphar.data._split import split_grouped
+from cliphar.data._split import assign_parts, split_grouped
 
 __all__ = [
     "SPLITS",
@@ -14,6 +14,7 @@ __all__ = [
     "Photo",
     "PhotoSet",
     "PhotoSource",
+    "assign_parts",
     "check_photos",
     "copy_parts",
     "difference_hash",

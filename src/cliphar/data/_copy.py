@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -21,27 +21,30 @@ def copy_parts(source: PhotoSource, photos: PhotoSet, parts: NDArray[np.int64], 
 
     Args:
         photos: of ``source``.
-        parts: int64 [N], 0 for train, 1 for val, 2 for test.
+        parts: int64 [N], 0 for train, 1 for val, 2 for test; a negative one is left out.
         out: a folder that does not exist yet.
     """
     places: dict[str, deque[tuple[int, str | None]]] = defaultdict(deque)  # a file may be named more than once
     for key, part, label in zip(photos.keys, parts, photos.labels, strict=True):
         places[key].append((int(part), label))
     counts = dict.fromkeys(SPLITS, 0)
+    taken: Counter[Path] = Counter()
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         for photo in source.read():
             waiting = places[photo.key]
             part, label = waiting.popleft() if waiting else (0, None)
-            if label is None:
+            if label is None or part < 0:
                 continue
             folder = work / SPLITS[part] / label.replace(" ", "_").replace("/", "_")
             folder.mkdir(parents=True, exist_ok=True)
-            name = PurePosixPath(photo.key).name
-            while (folder / name).exists():  # files of one name from different folders
-                name = f"_{name}"
-            (folder / name).write_bytes(photo.content)
+            pure = PurePosixPath(photo.key)
+            place = plain = folder / pure.name
+            while place.exists():  # files of one name from different folders
+                taken[plain] += 1
+                place = folder / f"{pure.stem}-{taken[plain]}{pure.suffix}"
+            place.write_bytes(photo.content)
             counts[SPLITS[part]] += 1
         work.chmod(0o755)
         work.rename(out)

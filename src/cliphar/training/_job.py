@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cliphar.bundle import Bundle
-from cliphar.data import PhotoSet, load_photos, open_source, split_grouped
+from cliphar.data import PhotoSet, assign_parts, load_photos, open_source
 from cliphar.errors import DataError
-from cliphar.labels import prompts
+from cliphar.labels import clean_labels, prompts
 from cliphar.recognizer import Recognizer, mean_direction
 from cliphar.runtime import OnnxRuntime
 from cliphar.training._base import find_base
@@ -147,6 +147,7 @@ def open_job(recipe: MethodRecipe, around: Surroundings) -> Job:
     Raises:
         BundleError, DataError: the model or the photos cannot be read.
         DataError: fewer than two labels, or a part that would be empty.
+        UsageError: a label is one that the finished model could not be asked about.
     """
     bundle = find_base(recipe.base, recipe.data.cache, around.log)
     spec = bundle.info.image
@@ -161,6 +162,8 @@ def open_job(recipe: MethodRecipe, around: Surroundings) -> Job:
     labels = tuple(sorted({label for label in photos.labels if label is not None}))
     if len(labels) < 2:
         raise DataError(f"{recipe.data.source} has {len(labels)} labels; at least two are needed to tell apart")
+    for label in labels:
+        clean_labels([label])
     number = {label: i for i, label in enumerate(labels)}
     targets = np.array([-1 if label is None else number[label] for label in photos.labels], np.int64)
     part = _divide(recipe, photos, targets)
@@ -174,19 +177,7 @@ def open_job(recipe: MethodRecipe, around: Surroundings) -> Job:
 
 def _divide(recipe: MethodRecipe, photos: PhotoSet, targets: NDArray[np.int64]) -> NDArray[np.int64]:
     data = recipe.data
-    named = [_PART.get(split or "", -1) for split in photos.splits]
-    part = np.array(named, np.int64)
-    if (part < 0).all():
-        fractions = (1 - data.val - data.test, data.val, data.test)
-        part = split_grouped(photos.labels, photos.groups, fractions, data.seed)
-    elif missing := [(which, share) for which, share in ((VAL, data.val), (TEST, data.test)) if which not in part]:
-        inside = np.flatnonzero(part == TRAIN)  # what the source does not name is drawn from what it trains on
-        shares = [share for _, share in missing]
-        drawn = split_grouped(
-            [photos.labels[i] for i in inside], photos.groups[inside], (1 - sum(shares), *shares), data.seed
-        )
-        for number, (which, _) in enumerate(missing, 1):
-            part[inside[drawn == number]] = which
+    part = assign_parts(photos, data.val, data.test, data.seed)
     if data.shots is not None:
         random = np.random.default_rng(data.seed)
         for target in range(int(targets.max()) + 1):

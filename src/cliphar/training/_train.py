@@ -62,6 +62,8 @@ def _check_place(output: Path) -> None:
     there = next(place for place in output.absolute().parents if place.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
         raise UsageError(f"cannot write {output}: {there} is not a folder that can be written to")
+    if output.is_file() or (output.is_dir() and any(output.iterdir()) and not (output / "bundle.json").is_file()):
+        raise UsageError(f"cannot write {output}: it exists and is not a bundle; choose another output")
 
 
 def _keep(job: Job, outcome: Outcome) -> None:
