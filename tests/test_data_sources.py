@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cliphar.data import PhotoSet, check_photos, copy_parts, load_photos, open_source, photo_stats
+from cliphar.data import PhotoSet, assign_parts, check_photos, copy_parts, load_photos, open_source, photo_stats
 from cliphar.errors import DataError
 
 LABELS = ("riding_a bike", "sleeping")
@@ -134,6 +135,7 @@ def test_every_source_holds_the_same_photos(folder: Path, tmp_path: Path, make: 
     photos = photos_of(make(folder), tmp_path / "cache")
     assert Counter(photos.labels) == {"riding a bike": 3, "sleeping": 3}
     assert len(set(photos.keys)) == 6
+    assert {Path(key).suffix for key in photos.keys} == {".jpg"}
     found = {photos.labels[i]: photos.photo(i).astype(int) for i in range(6)}
     wanted = np.asarray(scene(2).resize((85, 64), Image.Resampling.BICUBIC)).astype(int)
     assert found["riding a bike"].shape == (64, 85, 3)
@@ -221,7 +223,9 @@ def test_clips_become_frames(tmp_path: Path) -> None:
     [
         ("list.csv", "label\nsleeping\n", "names no file"),
         ("list.csv", "file,label\nabsent.jpg,sleeping\n", "do not exist"),
+        ("list.csv", 'file,label\n"' + "x" * 150_000, "cannot read"),
         ("list.jsonl", "{", "not JSON"),
+        ("list.jsonl", "[" * 100_000, "not JSON"),
         ("list.txt", "x", "no data set"),
     ],
 )
@@ -229,6 +233,47 @@ def test_malformed_sources_are_refused(tmp_path: Path, name: str, content: str, 
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=said):
         open_source(str(tmp_path / name))
+
+
+def test_a_sample_that_is_no_object_is_refused(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add(tar, "1.jpg", jpeg(1))
+        add(tar, "1.json", b"[1]")
+    with pytest.raises(DataError, match=r"sample 1 of .* is malformed"):
+        list(open_source(str(tmp_path / "a.tar")).read())
+
+
+def test_what_a_manifest_leaves_open(folder: Path, tmp_path: Path) -> None:
+    rows = [{"file": f"set/{LABELS[i // 3]}/{i % 3}.jpg", "label": LABELS[i // 3], "captions": None} for i in range(6)]
+    rows[0]["split"] = "test"  # the others train, as far as they do not calibrate
+    rows[1]["label"] = "_"
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    photos = photos_of(str(tmp_path / "list.jsonl"), tmp_path / "cache")
+    assert photos.labels[:3] == ["riding a bike", None, "riding a bike"]
+    parts = assign_parts(photos, 0.4, 0.4, 0).tolist()
+    assert parts[0] == 2
+    assert set(parts[1:]) == {0, 1}
+
+
+def test_what_tools_and_other_systems_leave_behind(folder: Path, tmp_path: Path) -> None:
+    (folder / ".ipynb_checkpoints").mkdir()
+    for name in (".ipynb_checkpoints/0.jpg", "sleeping/._0.jpg"):
+        (folder / name).write_bytes(b"no photo")
+    (folder / "sleeping" / os.fsdecode(b"\xff.jpg")).write_bytes(jpeg(20))
+    photos = photos_of(str(folder), tmp_path / "cache")
+    assert not photos.refused
+    assert Counter(photos.labels) == {"riding a bike": 3, "sleeping": 4}
+
+
+def test_files_of_one_name_are_numbered(tmp_path: Path) -> None:
+    for who in "abc":
+        (tmp_path / "set" / who / "sleeping").mkdir(parents=True)
+        (tmp_path / "set" / who / "sleeping" / "1.jpg").write_bytes(jpeg(ord(who)))
+    source = open_source(str(tmp_path / "set"))
+    photos = load_photos(source, tmp_path / "cache", side=64)
+    copy_parts(source, photos, np.array([0, 0, 0]), tmp_path / "out")
+    names = sorted(path.name for path in (tmp_path / "out/train/sleeping").iterdir())
+    assert names == ["1-1.jpg", "1-2.jpg", "1.jpg"]
 
 
 def test_a_folder_called_train_names_no_part(folder: Path) -> None:

@@ -24,7 +24,7 @@ from cliphar.media import decode_image
 
 __all__ = ["PhotoSet", "load_photos"]
 
-_VERSION = 1
+_VERSION = 2
 _AHEAD = 64
 
 
@@ -183,7 +183,8 @@ def _build(
             "sha256": digest.hexdigest(),
         }
         (work / "index.json").write_text(json.dumps(index), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)  # one that was cut short
+        if not (folder / "index.json").is_file():
+            shutil.rmtree(folder, ignore_errors=True)  # one that was cut short
         try:
             work.rename(folder)
         except OSError:

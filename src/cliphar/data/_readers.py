@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from cliphar.data._sources import Photo, read_captioned
+from cliphar.data._sources import Photo, is_hidden, read_captioned
 from cliphar.errors import DataError, UsageError
 from cliphar.media import is_image_name
 
@@ -97,12 +97,13 @@ def _fingerprint(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         stat = file.stat()
-        digest.update(f"{file.absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        # a name may be no UTF-8
+        digest.update(f"{file.absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
 def _is_media(name: str) -> bool:
-    return is_image_name(name) or is_clip_name(name)
+    return (is_image_name(name) or is_clip_name(name)) and not is_hidden(name)
 
 
 def _labelled(name: str, content: bytes) -> Photo | None:
@@ -111,7 +112,7 @@ def _labelled(name: str, content: bytes) -> Photo | None:
     if len(parts) < 2 or not _is_media(name):
         return None
     split = _SPLIT_NAMES.get(parts[-3].lower()) if len(parts) > 2 else None
-    return Photo(name, content, label=_plain(parts[-2]), split=split)
+    return Photo(name, content, label=_plain(parts[-2]) or None, split=split)
 
 
 def _plain(label: str) -> str:
@@ -119,7 +120,7 @@ def _plain(label: str) -> str:
 
 
 def _folder(path: Path, source: str) -> PhotoSource:
-    files = sorted(file for file in path.rglob("*") if file.is_file() and _is_media(file.name))
+    files = sorted(file for file in path.rglob("*") if _is_media(file.relative_to(path).as_posix()) and file.is_file())
     if not any(file.parent != path for file in files):
         raise DataError(f"no photos in the subfolders of {path}; expected {path.name}/LABEL/PHOTO")
 
@@ -153,7 +154,7 @@ def _has_samples(path: Path) -> bool:
 
 def _tar(path: Path, source: str) -> PhotoSource:
     with tarfile.open(path) as tar:
-        members = sorted((m.name for m in tar if m.isfile()), key=lambda name: PurePosixPath(name).parts)
+        members = sorted({m.name for m in tar if m.isfile()}, key=lambda name: PurePosixPath(name).parts)
     if any(PurePosixPath(name).name == "captions.jsonl" for name in members):
         return PhotoSource(source, "captioned", _fingerprint([path]), lambda: iter(read_captioned(path)))
 
@@ -227,20 +228,22 @@ def _sample(key: str, fields: dict[str, bytes], shard: Path) -> Iterator[Photo]:
     about: dict[str, Any] = {}
     try:
         if "json" in fields:
-            about = json.loads(fields["json"])
+            about = dict(json.loads(fields["json"]))
         if "cls" in fields:
             about["label"] = fields["cls"].decode().strip()
         if "txt" in fields:
             about["captions"] = [line for line in fields["txt"].decode().splitlines() if line.strip()]
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise DataError(f"sample {key} of {shard} is malformed: {error}") from error
     yield _from_row(about, f"{shard.name}/{key}.{suffix}", fields[suffix], f"sample {key} of {shard}")
 
 
 def _from_row(row: dict[str, Any], key: str, content: bytes, where: str) -> Photo:
-    label, captions = row.get("label"), row.get("captions", row.get("caption", ()))
+    label, captions = row.get("label"), row.get("captions", row.get("caption")) or ()
     if isinstance(captions, str):
-        captions = (captions,) if captions else ()
+        captions = (captions,)
+    if isinstance(label, list | dict):
+        raise DataError(f"{where}: its label is {type(label).__name__}, not a text or a number")
     if not isinstance(captions, list | tuple) or not all(isinstance(text, str) for text in captions):
         raise DataError(f"{where}: its captions are not texts")
     split = row.get("split") or None
@@ -249,7 +252,7 @@ def _from_row(row: dict[str, Any], key: str, content: bytes, where: str) -> Phot
     return Photo(
         key,
         content,
-        label=None if label in (None, "") else _plain(str(label)),
+        label=None if label is None else _plain(str(label)) or None,
         captions=tuple(captions),
         split=_SPLIT_NAMES[str(split).lower()] if split else None,
     )
@@ -290,13 +293,16 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
     if path.suffix == ".csv":
-        yield from csv.DictReader(io.StringIO(text))
+        try:
+            yield from csv.DictReader(io.StringIO(text))
+        except csv.Error as error:  # such as a quotation mark that nothing closes
+            raise DataError(f"cannot read {path}: {error}") from error
         return
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"line {number} of {path} is not JSON: {error}") from error
             if not isinstance(row, dict):
                 raise DataError(f"line {number} of {path} is not an object")
@@ -328,7 +334,9 @@ def _hub(name: str, source: str) -> PhotoSource:
                 content = cell["bytes"] or Path(cell["path"]).read_bytes()
                 about = row | {"label": names[label] if names and label is not None and label >= 0 else label}
                 about["split"] = part if len(parts) > 1 else row.get("split")
-                yield _from_row(about, f"{part or 'all'}/{number}", content, f"row {number} of {source}")
+                # a name with a suffix, so that a copy of it is known for a photo
+                suffix = {b"\x89PNG": "png", b"RIFF": "webp"}.get(content[:4], "jpg")
+                yield _from_row(about, f"{part or 'all'}/{number}.{suffix}", content, f"row {number} of {source}")
 
     prints = "".join(str(data._fingerprint) for data in parts.values())
     return PhotoSource(source, "hub", hashlib.sha256(prints.encode()).hexdigest(), read)

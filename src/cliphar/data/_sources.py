@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from cliphar.errors import DataError
 from cliphar.media import is_image_name
 
-__all__ = ["Photo", "list_labelled", "read_captioned", "read_labelled"]
+__all__ = ["Photo", "is_hidden", "list_labelled", "read_captioned", "read_labelled"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,11 @@ class Photo:
     label: str | None = None
     captions: tuple[str, ...] = ()
     split: str | None = None
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a relative path is of what a tool put there for itself: .ipynb_checkpoints/a.jpg, ._a.jpg."""
+    return any(part.startswith(".") for part in PurePosixPath(name).parts)
 
 
 def _files(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -51,7 +56,7 @@ def read_labelled(path: Path) -> list[Photo]:
     photos = [
         Photo(name, content, label=PurePosixPath(name).parent.name.replace("_", " "))
         for name, content in _files(path)
-        if is_image_name(name) and PurePosixPath(name).parent.name
+        if is_image_name(name) and PurePosixPath(name).parent.name and not is_hidden("/".join(name.split("/")[-2:]))
     ]
     if not photos:
         raise DataError(f"no photos in {path}: expected LABEL/PHOTO files")
@@ -105,9 +110,9 @@ def list_labelled(path: Path) -> list[tuple[Path, str]]:
     found = [
         (file, file.parent.name.replace("_", " "))
         for folder in sorted(path.iterdir())
-        if folder.is_dir()
+        if folder.is_dir() and not is_hidden(folder.name)
         for file in sorted(folder.iterdir())
-        if file.is_file() and is_image_name(file.name)
+        if is_image_name(file.name) and not is_hidden(file.name) and file.is_file()
     ]
     if not found:
         raise DataError(f"no photos in the subfolders of {path}; expected {path.name}/LABEL/PHOTO")
