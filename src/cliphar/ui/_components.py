@@ -11,7 +11,7 @@ import streamlit as st
 
 __all__ = ["drawing", "keep_focus", "pasted_photos", "plain"]
 
-_PASTE_HTML = "<p>or paste one: <kbd>Ctrl</kbd> + <kbd>V</kbd></p>"
+_PASTE_HTML = "<p hidden>or paste one: <kbd>Ctrl</kbd> + <kbd>V</kbd></p>"
 _PASTE_CSS = """
 p { margin: 0; font: inherit; font-size: .875rem; opacity: .75; }
 kbd { font: inherit; border: 1px solid currentColor; border-radius: .25rem; padding: 0 .3rem; }
@@ -35,6 +35,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
     setTriggerValue("pasted", { photos: await Promise.all(small.map(encode)), large });
   };
   document.addEventListener("paste", paste);
+  parentElement.querySelector("p").hidden = false;
   return () => document.removeEventListener("paste", paste);
 }
 """
