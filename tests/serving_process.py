@@ -1,8 +1,9 @@
-"""A service in a process of its own, for tests."""
+"""A service in a process of its own, and what other tests of processes share."""
 
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -12,7 +13,18 @@ from contextlib import contextmanager
 
 import httpx
 
-__all__ = ["problem", "serving"]
+__all__ = ["bounded", "free_port", "problem", "read_terminal", "serving"]
+
+
+@contextmanager
+def bounded(process: subprocess.Popen[str], limit_s: float = 120) -> Iterator[None]:
+    """Kill the process if the block takes longer, for a read from its pipe would wait for ever."""
+    timer = threading.Timer(limit_s, process.kill)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager
@@ -20,7 +32,8 @@ def serving(env: dict[str, str], *arguments: str) -> Iterator[tuple[str, subproc
     command = [sys.executable, "-m", "cliphar", "serve", "--port", "0", *arguments]
     with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        first = process.stderr.readline()
+        with bounded(process):
+            first = process.stderr.readline()
         try:
             if '"ready"' not in first:
                 process.kill()
@@ -29,7 +42,8 @@ def serving(env: dict[str, str], *arguments: str) -> Iterator[tuple[str, subproc
             yield json.loads(first)["address"], process
         finally:
             process.terminate()
-            process.wait(30)
+            with bounded(process, 60):
+                process.wait()
 
 
 def problem(response: httpx.Response, status: int) -> str:
@@ -51,3 +65,17 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
     return port
+
+
+def read_terminal(ours: int) -> str:
+    """All that is written to the other side of a pseudo-terminal until nobody has it open; closes this side."""
+    shown = b""
+    with os.fdopen(ours, "rb", buffering=0) as file:
+        while True:
+            try:
+                part = file.read(65536)
+            except OSError:  # how Linux says that the other side is closed
+                part = b""
+            if not part:
+                return shown.decode()
+            shown += part

@@ -53,10 +53,10 @@ def start(*options: str) -> tuple[subprocess.Popen[str], str]:
     port = free_port()
     command = [sys.executable, "-m", "cliphar", "app", "--port", str(port), *options]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health", timeout=1):
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health", timeout=5):
                 return process, f"http://127.0.0.1:{port}"
         except OSError:
             time.sleep(0.1)
@@ -69,7 +69,7 @@ def address() -> Iterator[str]:
     process, url = start()
     yield url
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=20)
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
     assert "Traceback" not in output
 
@@ -383,7 +383,7 @@ def test_another_model_is_chosen_and_keeps_what_it_was_taught(
     script = AppTest.from_string(
         "from cliphar.ui._app import app\nfrom cliphar.ui._models import models_page\n"
         "import streamlit as st\napp()\nmodels_page()",
-        default_timeout=60,
+        default_timeout=120,
     ).run()
     assert not script.exception
     backend = script.session_state["backend"]
@@ -409,7 +409,7 @@ def test_a_service_answers_where_there_is_one(
         with Client(f"http://127.0.0.1:{port}", retry_s=60) as client:
             client.model()
         monkeypatch.setenv("CLIPHAR_API_URL", f"http://127.0.0.1:{port}")
-        script = AppTest.from_file(str(SCRIPT), default_timeout=60).run()
+        script = AppTest.from_file(str(SCRIPT), default_timeout=120).run()
         assert not script.exception
         assert f"at `http://127.0.0.1:{port}" in script.caption[-1].value
         backend = RemoteBackend(f"http://127.0.0.1:{port}")
@@ -439,14 +439,14 @@ def test_a_service_answers_where_there_is_one(
         assert "saluting" not in backend.labels
         assert watch(frame).top[0].label in labels
         service.terminate()
-        service.wait(30)
+        service.wait(60)
         with pytest.raises(ClipharError, match="can be reached: the page goes on trying"):
             watch(frame)
         backend.close()
         script.session_state["backend"].close()
     finally:
         service.terminate()
-        service.wait(30)
+        service.wait(60)
 
 
 def test_a_camera_goes_on_without_answers_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -477,7 +477,7 @@ def test_a_camera_goes_on_without_answers_and_says_why(monkeypatch: pytest.Monke
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> AppTest:
     monkeypatch.delenv("MODEL_PATH", raising=False)
-    return AppTest.from_file(str(SCRIPT), default_timeout=30).run()
+    return AppTest.from_file(str(SCRIPT), default_timeout=120).run()
 
 
 def test_each_list_keeps_what_was_changed(script: AppTest) -> None:
@@ -502,11 +502,11 @@ def test_what_cannot_be_an_action_is_said(script: AppTest) -> None:
 
 def test_a_model_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODEL_PATH", "/no/such/bundle")
-    script = AppTest.from_file(str(SCRIPT), default_timeout=30).run()
+    script = AppTest.from_file(str(SCRIPT), default_timeout=120).run()
     assert not script.exception
     assert "/no/such/bundle" in script.error[0].value
     command = [sys.executable, "-m", "cliphar", "app", "--port", str(free_port())]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
 
 
@@ -515,7 +515,7 @@ def test_a_taken_port_is_one_line() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         command = [sys.executable, "-m", "cliphar", "app", "--port", str(taken.getsockname()[1])]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert re.fullmatch(r"cliphar: cannot listen on .*\n", done.stderr)
 

@@ -16,6 +16,7 @@ from cliphar.bench import Bench, count_flops, plot_bench, run_bench
 from cliphar.bundle import find_bundle, packaged
 from cliphar.errors import UsageError
 from cliphar.export import float_graph
+from serving_process import read_terminal
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +100,7 @@ def test_a_table_is_no_wider_than_the_terminal(clean_env: dict[str, str]) -> Non
     outside, inside = pty.openpty()
     command = [sys.executable, "-m", "cliphar", "bench", "mini", "--runtime", "onnx", "--seconds", "0.1"]
     subprocess.run(command, stdout=inside, env=clean_env | {"COLUMNS": "80"}, timeout=120, check=True)
-    lines = os.read(outside, 65536).decode().splitlines()
+    os.close(inside)
+    lines = read_terminal(outside).splitlines()
     assert "accuracy" in lines[-3]
     assert max(map(len, lines)) <= 80
-    os.close(inside)
-    os.close(outside)

@@ -26,7 +26,7 @@ av = pytest.importorskip("av")
 
 from cliphar.errors import MediaError  # noqa: E402
 from cliphar.media import Camera, is_camera  # noqa: E402
-from serving_process import free_port  # noqa: E402
+from serving_process import bounded, free_port  # noqa: E402
 
 RED, BLUE = (220, 20, 20), (20, 20, 220)
 
@@ -249,7 +249,8 @@ def test_the_command_says_what_changes_until_ctrl_c(clean_env: dict[str, str], p
         with process:
             try:
                 assert process.stdout is not None
-                first = json.loads(process.stdout.readline())
+                with bounded(process):
+                    first = json.loads(process.stdout.readline())
                 process.send_signal(signal.SIGINT)
                 rest, errors = process.communicate(timeout=60)
             finally:

@@ -17,6 +17,7 @@ import pytest
 
 import cliphar
 from cliphar.bundle import packaged
+from serving_process import read_terminal
 
 WORDS = "taking a photo, riding_a_bike, smiling"
 Done = subprocess.CompletedProcess[str]
@@ -215,20 +216,11 @@ def test_on_a_terminal_there_are_bars(clean_env: dict[str, str], photos: list[Pa
     env = clean_env | {"TERM": "xterm-256color", "PYTHONUTF8": "1"}
     with subprocess.Popen(command, stdout=inside, stderr=subprocess.PIPE, env=env) as process:
         os.close(inside)
-        shown = b""
-        while True:
-            try:
-                part = os.read(outside, 65536)
-            except OSError:  # Linux says so that the other side is closed
-                break
-            if not part:
-                break
-            shown += part
+        shown = read_terminal(outside)
         assert process.stderr is not None
         assert process.stderr.read() == b""
-    os.close(outside)
     assert process.returncode == 0
-    text = re.sub(r"\x1b\[[0-9;]*m", "", shown.decode())
+    text = re.sub(r"\x1b\[[0-9;]*m", "", shown)
     assert "█" in text
     assert "\t" not in text
     assert len(re.findall(r"[█░]{24} +\d+\.\d%", text)) == 3

@@ -24,7 +24,7 @@ def test_an_example(name: str, api: str, samples: Path) -> None:
         [program, str(EXAMPLES / name), str(samples / "photographer.jpg"), api],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
         env=os.environ | {"PYTHONPATH": str(EXAMPLES.parent / "src")},
     )

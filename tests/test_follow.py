@@ -13,6 +13,7 @@ pytest.importorskip("torch", reason="training needs the [train] extra")
 
 from cliphar.cli import _follow
 from cliphar.training import StepReport
+from serving_process import read_terminal
 
 CODE = """
 from cliphar.cli._follow import following
@@ -46,18 +47,8 @@ def test_a_bar_on_a_terminal() -> None:
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
     process = subprocess.Popen([sys.executable, "-c", CODE], stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
-    shown = b""
-    while True:
-        try:
-            piece = os.read(ours, 4096)
-        except OSError:  # the other side has closed
-            break
-        if not piece:
-            break
-        shown += piece
-    os.close(ours)
+    text = read_terminal(ours)
     assert process.wait(60) == 0
-    text = shown.decode()
     assert "begun [bold]" in text
     assert "40/40" in text
     assert "320.0 photos/s" in text

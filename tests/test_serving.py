@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -217,24 +218,21 @@ def test_operations(api: str) -> None:
 
 
 def test_sigterm_answers_what_came_in(clean_env: dict[str, str], photos: list[Path]) -> None:
-    with serving(clean_env) as (url, process):
-
-        async def hammer() -> list[int]:
-            async with httpx.AsyncClient(limits=httpx.Limits(max_connections=16)) as client:
-                content = photos[0].read_bytes()
-                first = await client.post(f"{url}/v1/predict", files={"images": content})
-
-                async def ask(i: int) -> int:
-                    body = content + bytes([i])  # else they would be computed once
-                    return (await client.post(f"{url}/v1/predict", files={"images": body})).status_code
-
-                asked = [asyncio.create_task(ask(i)) for i in range(16)]
-                await asyncio.sleep(0.1)
-                process.send_signal(signal.SIGTERM)
-                return [first.status_code, *await asyncio.gather(*asked)]
-
-        assert set(asyncio.run(hammer())) == {200}
-        assert process.wait(30) == 0
+    content = photos[0].read_bytes()
+    head = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\nContent-Length: {len(content) + 1}\r\n"
+    with serving(clean_env) as (url, process), ExitStack() as stack:
+        address = urlsplit(url)
+        place = (address.hostname, address.port or 0)
+        callers = [stack.enter_context(socket.create_connection(place, timeout=60)) for _ in range(16)]
+        for caller in callers:
+            caller.sendall(f"{head}Expect: 100-continue\r\n\r\n".encode())
+        for caller in callers:  # without this answer it may not have come in before the signal does
+            assert caller.recv(100).startswith(b"HTTP/1.1 100 ")
+        for i, caller in enumerate(callers):
+            caller.sendall(content + bytes([i]))  # else they would be computed once
+        process.send_signal(signal.SIGTERM)
+        assert all(caller.recv(100).startswith(b"HTTP/1.1 200 ") for caller in callers)
+        assert process.wait(60) == 0
 
 
 def test_keys_and_rates(clean_env: dict[str, str], tmp_path: Path) -> None:
@@ -355,18 +353,25 @@ def test_new_words_are_under_the_deadline_too(mini: Recognizer, photos: list[Pat
 
 def test_batches_grow_with_the_load_and_a_single_photo_is_not_behind_a_hundred() -> None:
     batches: list[list[int]] = []
+    prepared: list[int] = []
     gate = threading.Event()
 
+    def prepare(content: bytes) -> Any:
+        prepared.append(content[0])
+        return np.full((2, 2, 3), content[0], np.uint8)
+
     def encode(squares: Any) -> Any:
-        gate.wait(5)
+        gate.wait(60)
         batches.append([int(square[0, 0, 0]) for square in squares])
         return means(squares)
 
     async def ask() -> None:
-        one = engine(encode)
-        many = asyncio.create_task(one.embed([bytes([i]) for i in range(1, 60)], 10))
+        one = engine(encode, prepare)
+        many = asyncio.create_task(one.embed([bytes([i]) for i in range(1, 60)], 60))
         await asyncio.sleep(0.2)
-        single = asyncio.create_task(one.embed([b"\xff"], 10))
+        single = asyncio.create_task(one.embed([b"\xff"], 60))
+        while len(prepared) < 60:
+            await asyncio.sleep(0.01)
         await asyncio.sleep(0.2)
         gate.set()
         await asyncio.gather(many, single)
@@ -381,7 +386,7 @@ def test_past_capacity_the_answer_is_no_at_once() -> None:
     gate = threading.Event()
 
     def encode(squares: Any) -> Any:
-        gate.wait(5)
+        gate.wait(60)
         return means(squares)
 
     async def ask() -> None:
@@ -404,19 +409,20 @@ def test_past_capacity_the_answer_is_no_at_once() -> None:
 
 def test_a_caller_that_goes_away_costs_no_inference() -> None:
     seen: list[int] = []
-    gate = threading.Event()
+    begun, gate = threading.Event(), threading.Event()
 
     def encode(squares: Any) -> Any:
-        gate.wait(5)
+        begun.set()
+        gate.wait(60)
         seen.extend(int(square[0, 0, 0]) for square in squares)
         return means(squares)
 
     async def ask() -> None:
         one = engine(encode, max_batch=1)
-        first = asyncio.create_task(one.embed([b"\x01"], 10))
-        await asyncio.sleep(0.05)
-        gone = asyncio.create_task(one.embed([b"\x02"], 10))
-        last = asyncio.create_task(one.embed([b"\x03"], 10))
+        first = asyncio.create_task(one.embed([b"\x01"], 60))
+        await asyncio.to_thread(begun.wait, 60)
+        gone = asyncio.create_task(one.embed([b"\x02"], 60))
+        last = asyncio.create_task(one.embed([b"\x03"], 60))
         await asyncio.sleep(0.05)
         gone.cancel()
         await asyncio.sleep(0.05)
@@ -433,7 +439,7 @@ def test_a_deadline_and_a_failing_model() -> None:
     gate = threading.Event()
 
     def encode(squares: Any) -> Any:
-        gate.wait(5)
+        gate.wait(60)
         raise RuntimeError("out of memory")
 
     async def ask() -> None:

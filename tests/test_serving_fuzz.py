@@ -41,7 +41,8 @@ def test_damaged_photos(api: str, photos: list[Path]) -> None:
             content[chance.randrange(len(content))] = chance.randrange(256)
         broken.append(bytes(content))
     broken += [b"", b"\xff\xd8\xff", b"GIF89a", b"RIFF....WEBP", b"\x89PNG\r\n\x1a\n" + bytes(100), bytes(1000)]
-    response = httpx.post(f"{api}/v1/predict", files=[("images", (str(i), b)) for i, b in enumerate(broken)])
+    files = [("images", (str(i), content)) for i, content in enumerate(broken)]
+    response = httpx.post(f"{api}/v1/predict", files=files, timeout=60)
     assert response.status_code == 200
     assert len(response.json()["predictions"]) == len(broken)
     for content in broken[:10]:

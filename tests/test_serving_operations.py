@@ -69,12 +69,12 @@ def test_a_restart_under_fire_loses_no_request(env: dict[str, str], photos: list
         hammer.start()
         wait_for(8)
         first.send_signal(signal.SIGTERM)
-        assert first.wait(30) == 0
+        assert first.wait(60) == 0
     before = answered["Prediction"]
     with serving(env, "--port", str(port)):
         wait_for(before + 20)
         stop.set()
-        hammer.join(30)
+        hammer.join(60)
     assert outcome == [None]  # no caller met an error
     assert set(answered) == {"Prediction"}
     assert answered["Prediction"] >= before + 20 > 20  # both answered
@@ -102,7 +102,7 @@ def test_a_new_model_without_downtime(env: dict[str, str], tmp_path: Path, photo
         assert isinstance(client.predict(photos[:1])[0], Prediction)  # a damaged one changes nothing
         (model / "bundle.json").write_text(manifest.replace('"A small', '"Another small'))
         process.send_signal(signal.SIGHUP)
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while client.model()["description"].startswith("A small"):
             assert isinstance(client.predict(photos[:1])[0], Prediction)
             assert time.monotonic() < end
@@ -127,7 +127,7 @@ def test_what_is_taught_belongs_to_one_model(env: dict[str, str], tmp_path: Path
         files: dict[str, Path | bytes] = {name: packaged("mini") / name for name in info.files}
         write_bundle(model, info, files | {"head.safetensors": other}, overwrite=True)
         process.send_signal(signal.SIGHUP)
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while httpx.get(f"{url}/v1/actions").json():
             assert time.monotonic() < end
             time.sleep(0.05)
@@ -151,7 +151,7 @@ def test_bodies_are_bounded_in_all(env: dict[str, str]) -> None:
         address = urlsplit(url)
 
         def ask(what: str, size: int) -> socket.socket:
-            one = stack.enter_context(socket.create_connection((address.hostname, address.port or 0), timeout=20))
+            one = stack.enter_context(socket.create_connection((address.hostname, address.port or 0), timeout=60))
             one.sendall(HEAD.format(what, size).encode() + b"x")
             return one
 
@@ -169,7 +169,7 @@ def test_overload_is_refused_before_it_is_read_and_the_queue_stays_short(
     async def flood(url: str) -> tuple[Counter[int], list[str]]:
         outcomes: Counter[int] = Counter()
         told: list[str] = []
-        async with httpx.AsyncClient(limits=httpx.Limits(max_connections=64), timeout=30) as client:
+        async with httpx.AsyncClient(limits=httpx.Limits(max_connections=64), timeout=120) as client:
 
             async def ask(i: int) -> None:
                 response = await client.post(f"{url}/v1/predict", files={"images": content + str(i).encode()})
@@ -192,7 +192,7 @@ def test_overload_is_refused_before_it_is_read_and_the_queue_stays_short(
 def test_a_body_that_never_comes_is_given_up(env: dict[str, str]) -> None:
     with serving(env, "--deadline", "1") as (url, _):
         host, port = url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), timeout=20) as slow:
+        with socket.create_connection((host, int(port)), timeout=60) as slow:
             slow.sendall(
                 b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 99\r\n\r\nab"
             )
@@ -207,7 +207,7 @@ def test_callers_that_hang_up_harm_nobody(api: str, photos: list[Path]) -> None:
         for _ in range(5):
             with socket.create_connection((host, int(port))) as rude:
                 rude.sendall(head.encode() + part)
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while "\ncliphar_queue_images 0.0\n" not in httpx.get(f"{api}/metrics").text:
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -235,7 +235,7 @@ def test_traces_go_where_the_variables_say(env: dict[str, str], photos: list[Pat
         }
         with serving(env | told) as (url, _), Client(url) as client:
             client.predict(photos[:1])
-            end = time.monotonic() + 20
+            end = time.monotonic() + 60
             while not collector.received and time.monotonic() < end:  # type: ignore[attr-defined]
                 time.sleep(0.05)
         path, spans = collector.received[0]  # type: ignore[attr-defined]
@@ -266,18 +266,24 @@ def test_workers_agree_and_one_that_dies_is_replaced(env: dict[str, str], photos
         def ask() -> list[str]:
             return httpx.get(f"{url}/v1/labels", timeout=30).json().get("mine", [])  # a new connection each time
 
+        def counted() -> float:
+            lines = httpx.get(f"{url}/metrics").text.splitlines()
+            asked = [line for line in lines if "cliphar_requests_total" in line and '"/v1/labels"' in line]
+            return sum(float(line.split()[-1]) for line in asked)
+
         time.sleep(3)  # the second one is on its way
         assert len(pids()) == 2
         assert httpx.put(f"{url}/v1/labels/mine", json=["mowing"], timeout=30).status_code == 200
         assert all(ask() == ["mowing"] for _ in range(10))
-        metrics = httpx.get(f"{url}/metrics").text
-        assert "cliphar_model_info" in metrics
-        asked = [line for line in metrics.splitlines() if "cliphar_requests_total" in line and '"/v1/labels"' in line]
-        assert sum(float(line.split()[-1]) for line in asked) == 10
+        assert "cliphar_model_info" in httpx.get(f"{url}/metrics").text
+        end = time.monotonic() + 60
+        while counted() != 10:  # a worker counts a request just after its answer
+            assert time.monotonic() < end
+            time.sleep(0.1)
         time.sleep(3)  # for one that ends sooner was not able to start
         dead = pids().pop()
         os.kill(dead, signal.SIGKILL)
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while dead in pids() or len(pids()) < 2:
             assert time.monotonic() < end
             time.sleep(0.1)
@@ -285,7 +291,7 @@ def test_workers_agree_and_one_that_dies_is_replaced(env: dict[str, str], photos
             for _ in range(5):
                 assert isinstance(client.predict(photos[:1])[0], Prediction)
         supervisor.send_signal(signal.SIGTERM)
-        assert supervisor.wait(30) == 0
+        assert supervisor.wait(60) == 0
 
 
 def test_a_log_line_is_one_write(env: dict[str, str]) -> None:
@@ -314,7 +320,7 @@ def test_the_runtime_by_flag_and_by_variable(env: dict[str, str]) -> None:
 
 def test_workers_that_cannot_start_say_why_once_each(env: dict[str, str]) -> None:
     command = [sys.executable, "-m", "cliphar", "serve", "--port", "0", "--workers", "2", "--model", "no-such"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert "no model 'no-such'" in done.stderr
     assert "Traceback" not in done.stderr

@@ -90,7 +90,7 @@ def server(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     with (tmp_path / "server.log").open("wb") as log:
         process = subprocess.Popen([*command, *store], stdout=log, stderr=log, start_new_session=True, cwd=tmp_path)
     try:
-        for _ in range(240):
+        for _ in range(720):
             with suppress(URLError, ConnectionError, TimeoutError):
                 urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
                 break
@@ -116,7 +116,7 @@ def test_a_server_that_goes_away_does_not_stop_the_run(
     tracker.log_params({"train": {"lr": 0.1}})
     tracker.log_metrics({"train/loss": 3.0}, 1)
     client = MlflowClient(address, address)
-    for _ in range(120):
+    for _ in range(480):
         runs = client.search_runs(["0", "1"])
         if runs and "train/loss" in runs[0].data.metrics:
             break

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,7 +66,7 @@ def test_it_prints_addresses_and_a_command_that_works(
     both = children(process.pid)
     assert len(both) == 2
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 0
+    assert process.wait(60) == 0
     assert not any(alive(pid) for pid in both)
 
 
@@ -76,8 +75,5 @@ def test_if_one_ends_all_ends(running: tuple[subprocess.Popen[str], list[str], s
     process, _, _ = running
     both = children(process.pid)
     os.kill(both[which], signal.SIGKILL)
-    assert process.wait(40) == 1
-    end = time.monotonic() + 5
-    while any(alive(pid) for pid in both) and time.monotonic() < end:
-        time.sleep(0.1)
+    assert process.wait(60) == 1
     assert not any(alive(pid) for pid in both)
