@@ -24,6 +24,7 @@ from cliphar.serving._workers import supervise
 __all__ = ["run"]
 
 _LAST_CALL_S = 0.5
+_HANGUP = {signal.SIGHUP}
 
 
 def run(settings: Settings, host: str, port: int, drain_s: int, workers: int = 1) -> None:
@@ -41,6 +42,7 @@ def run(settings: Settings, host: str, port: int, drain_s: int, workers: int = 1
         UsageError: the address cannot be listened on.
         ClipharError: the model cannot be loaded.
     """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _HANGUP)  # one that comes before it is listened to waits, and ends nothing
     _set_up_logs()
     listener = _listen(host, port)
     if workers == 1:
@@ -95,7 +97,8 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
         super().__init__(config)
         self._app = app
-        self._reload: asyncio.Task[None] | None = None
+        self._loading, self._waiting = asyncio.Lock(), False
+        self._changes: set[asyncio.Task[None]] = set()
 
     def stop(self, _number: int, _frame: FrameType | None) -> None:
         """Stop as soon as may be."""
@@ -103,29 +106,34 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._on_hangup)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANGUP)
         await super().startup(sockets)
 
     def _on_hangup(self) -> None:
-        if self._reload is None or self._reload.done():
-            self._reload = asyncio.get_running_loop().create_task(self._change_model())
+        if not self._waiting:  # else what is there in its turn is loaded
+            self._changes.add(change := asyncio.get_running_loop().create_task(self._change_model()))
+            change.add_done_callback(self._changes.discard)
 
     async def _change_model(self) -> None:
         """Load the model anew beside the old one, which answers until then and finishes what it began."""
-        old: Service = self._app.state.service
-        log = structlog.get_logger()
-        try:
-            new = await asyncio.to_thread(Service.start, old.settings, old.metrics)
-        except Exception as error:
-            unforeseen = None if isinstance(error, ClipharError) else error
-            log.error("not reloaded, the old model goes on", reason=str(error), exc_info=unforeseen)
-            return
-        if not old.ready:  # it was told to stop meanwhile
-            return
-        self._app.state.service = new
+        self._waiting = True
+        async with self._loading:
+            self._waiting = False
+            old: Service = self._app.state.service
+            log = structlog.get_logger()
+            try:
+                new = await asyncio.to_thread(Service.start, old.settings, old.metrics)
+            except Exception as error:
+                unforeseen = None if isinstance(error, ClipharError) else error
+                log.error("not reloaded, the old model goes on", reason=str(error), exc_info=unforeseen)
+                return
+            if not old.ready:  # it was told to stop meanwhile
+                return
+            self._app.state.service = new
         log.info("reloaded", model=new.recognizer.bundle.info.name)
         while old.users or old.engine.pending:
             await asyncio.sleep(0.1)
-        old.engine.close()
+        await asyncio.to_thread(old.engine.close)  # it waits for work that nobody waits for any more
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._app.state.service.ready = False

@@ -34,7 +34,9 @@ def supervise(target: Callable[..., None], arguments: tuple[Any, ...], count: in
 
     def start() -> None:
         process = context.Process(target=target, args=arguments)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # in the worker, until it listens: it would end it
         process.start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
         workers[process.sentinel] = (process, time.monotonic())
         if stopping:  # since it was told to start
             tell(signal.SIGTERM)
