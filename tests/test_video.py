@@ -316,10 +316,10 @@ def test_pictures(tmp_path: Path, fake: Recognizer) -> None:
     assert np.abs(bar[60] - bar[250]).max() > 40  # two segments, two colours
 
 
-@pytest.mark.slow
 def test_two_hours_take_no_more_memory_than_minutes(tmp_path: Path, fake: Recognizer) -> None:
     path = film(tmp_path / "long.mkv", [RED, GREEN, BLUE] * 8, seconds=300, fps=1)
     recognize_video(fake, film(tmp_path / "short.mkv", [RED, GREEN], seconds=30, fps=1))  # what is allocated once
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of the tests before
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     timeline = recognize_video(fake, path)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before

@@ -15,7 +15,7 @@ left() {
 started=$SECONDS
 for cycle in $(seq "$cycles"); do
   last=$(docker run -d --name "$name" --read-only --tmpfs /tmp -v "$name:/models" -p 127.0.0.1::8000 "$image")
-  for _ in $(seq 300); do
+  for _ in $(seq 900); do
     [[ $(docker inspect -f '{{.State.Health.Status}}' "$name") == healthy ]] && break
     sleep 0.2
   done

@@ -16,12 +16,11 @@ if [[ -f $photos ]]; then
   curl -fsS 'http://127.0.0.1:15000/api/2.0/mlflow/registered-models/search?max_results=5' | grep '"shots"' >/dev/null || fail "MLflow does not know the run"
   ok "a training as uid 12345 is recorded by MLflow, and its files belong to that user"
   train --name "$id" -d train train recipes/full.yaml data.source=data/har15 name=long output=runs/long train.epochs=50 "track=[]" >"$work/out" 2>&1 || { cat "$work/out"; fail "starting a long training"; }
-  for _ in $(seq 180); do docker logs "$id" 2>&1 | grep 'step ' >/dev/null && break; sleep 1; done
+  await sh -c "docker logs $id 2>&1 | grep -q 'step '" || { docker logs "$id"; fail "a long training takes no step"; }
   docker stop -t 120 "$id" >/dev/null 2>&1
   [[ -f $work/runs/long.checkpoint ]] || fail "a training that is stopped leaves no checkpoint"
   train train train recipes/full.yaml data.source=data/har15 name=long output=runs/long train.epochs=50 "track=[]" --resume >"$work/out" 2>&1 &
-  for _ in $(seq 120); do grep -q 'resumed after step' "$work/out" && break; sleep 1; done
-  grep -q 'resumed after step' "$work/out" || { cat "$work/out"; fail "a training does not resume"; }
+  await grep -q 'resumed after step' "$work/out" || { cat "$work/out"; fail "a training does not resume"; }
   docker ps -q --filter "label=com.docker.compose.project=$id" --filter "label=com.docker.compose.service=train" | xargs -r docker rm -f >/dev/null
   wait $! || true
   ok "a training that was stopped goes on from its checkpoint"
@@ -29,7 +28,7 @@ if [[ -f $photos ]]; then
   ok "torch.compile finds its compiler and may load what it makes"
   train train export runs/shots --to onnx-fp32 >"$work/out" 2>&1 || { cat "$work/out"; fail "export"; }
   docker run -d --name "$id" -e MODEL_PATH=/runs/shots -v "$work/runs:/runs:ro" -p 127.0.0.1:18000:8000 "$image" >/dev/null
-  for _ in $(seq 60); do curl -fsS http://127.0.0.1:18000/readyz >/dev/null 2>&1 && break; sleep 0.5; done
+  await curl -fsS http://127.0.0.1:18000/readyz || { docker logs "$id"; fail "the trained bundle is not ready"; }
   curl -fsS http://127.0.0.1:18000/v1/models | grep '"cycling"' >/dev/null || { docker logs "$id"; fail "serving the trained bundle"; }
   docker rm -f "$id" >/dev/null
   ok "the bundle that was trained and exported is served by the api image"
