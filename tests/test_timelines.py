@@ -1,11 +1,13 @@
-"""Metrics of timelines, on small ones worked out by hand."""
+"""Timelines: how they are smoothed, and their metrics, on small ones worked out by hand."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from cliphar.evaluation import Span, segment_f1, temporal_map
 from cliphar.timeline import Segment
+from cliphar.timeline._viterbi import Viterbi
 
 
 def said(start_s: float, end_s: float, label: str, score: float = 0.9) -> Segment:
@@ -52,3 +54,16 @@ def test_what_cannot_be_compared_is_refused() -> None:
     with pytest.raises(ValueError, match="no action"):
         temporal_map([[Span(0, 1, "unknown")]], [[]])
     assert segment_f1([[]], [[]], (0.5,)) == {0.5: 1.0}
+
+
+def test_a_flicker_is_smoothed_away() -> None:
+    viterbi = Viterbi(2, max_lag=100)
+    right, wrong = np.log([0.8, 0.2]), np.log([0.3, 0.7])
+    decided = [state for gain in [right] * 5 + [wrong] + [right] * 5 for state in viterbi.push(gain, 3.0)]
+    assert decided + viterbi.flush() == [0] * 11
+
+
+def test_a_decision_is_never_put_off_for_ever() -> None:
+    viterbi = Viterbi(3, max_lag=10)
+    undecided = np.zeros(3)
+    assert sum(len(viterbi.push(undecided, 1.0)) for _ in range(100)) >= 90

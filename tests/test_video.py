@@ -33,7 +33,6 @@ from cliphar.timeline import (
     to_webvtt,
 )
 from cliphar.timeline._tracker import Tracker, choose
-from cliphar.timeline._viterbi import Viterbi
 
 RED, GREEN, BLUE = (220, 20, 20), (20, 220, 20), (20, 20, 220)
 
@@ -43,7 +42,7 @@ def film(
     colours: Sequence[tuple[int, int, int]],
     *,
     seconds: float = 6.0,
-    fps: int = 10,
+    fps: int | Fraction = 10,
     codec: str = "mpeg4",
     turn: int = 0,
     times: Sequence[float] | None = None,
@@ -168,6 +167,14 @@ def test_a_clock_that_jumps_is_told_of_and_the_gap_left_out(tmp_path: Path, fake
     assert "clock jumps from 5.9 s" in str(timeline.warning)
 
 
+@pytest.mark.parametrize(("codec", "times"), [("mjpeg", range(900, 908)), ("libx264", range(0, 80, 10))])
+def test_a_part_of_a_recording_and_slow_pictures_are_whole(tmp_path: Path, codec: str, times: range) -> None:
+    path = film(tmp_path / "part.mkv", [RED] * 8, codec=codec, fps=Fraction(1, times.step), times=times)
+    with VideoReader(path) as reader:
+        assert [round(time_s) for time_s, _ in reader.frames()] == [time - times[0] for time in times]
+        assert reader.warning is None
+
+
 def test_what_nobody_saw_is_in_no_segment(fake: Recognizer) -> None:
     tracker = Tracker(choose(fake, None, 0.9, False, None))
     red, green = np.eye(3, dtype=np.float32)[:2]
@@ -234,19 +241,6 @@ def test_a_stream_may_be_left_in_the_middle(tmp_path: Path, clean_env: dict[str,
         [sys.executable, "-c", code], capture_output=True, text=True, env=clean_env, timeout=120, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_a_flicker_is_smoothed_away() -> None:
-    viterbi = Viterbi(2, max_lag=100)
-    right, wrong = np.log([0.8, 0.2]), np.log([0.3, 0.7])
-    decided = [state for gain in [right] * 5 + [wrong] + [right] * 5 for state in viterbi.push(gain, 3.0)]
-    assert decided + viterbi.flush() == [0] * 11
-
-
-def test_a_decision_is_never_put_off_for_ever() -> None:
-    viterbi = Viterbi(3, max_lag=10)
-    undecided = np.zeros(3)
-    assert sum(len(viterbi.push(undecided, 1.0)) for _ in range(100)) >= 90
 
 
 def test_several_actions_at_once_overlap(

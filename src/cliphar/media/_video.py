@@ -121,6 +121,7 @@ class VideoReader:
         self._container = _open(source, self.name)
         try:
             self._stream = video_stream(self._container, self.name)
+            self._start = self._stream.start_time  # as it is read on, ffmpeg may come to another one
             self.info = self._read_info()
         except BaseException:
             self._container.close()
@@ -153,6 +154,8 @@ class VideoReader:
             duration = float(stream.duration * stream.time_base)
         elif container.duration:
             duration = container.duration / 1_000_000
+            if "matroska" in container.format.name:  # counts from zero, where a part of a recording may begin late
+                duration = max(0.0, duration - float((self._start or 0) * (stream.time_base or 0))) or None
         rate = stream.average_rate or stream.guessed_rate
         return VideoInfo(width, height, duration, float(rate) if rate else None)
 
@@ -211,7 +214,7 @@ class VideoReader:
                 time_s = self._time(raw, last, frame_s) + shift
                 if self._jumped and time_s <= last:  # a jump may land a little before where it was aimed
                     continue
-                if seen and not self._jumped and time_s > last + _LONGEST_STILL_S:
+                if seen and not self._jumped and time_s > last + frame_s + _LONGEST_STILL_S:
                     self.problems.append(f"its clock jumps from {last:.1f} s to {time_s:.1f} s; the gap was left out")
                     shift -= time_s - last - frame_s
                     time_s = last + frame_s
@@ -243,8 +246,9 @@ class VideoReader:
     def _time(self, raw: av.VideoFrame, last: float, frame_s: float) -> float:
         if raw.pts is None or raw.time_base is None:
             return last + frame_s
-        start = self._stream.start_time or 0
-        return float((raw.pts - start) * raw.time_base)
+        if self._start is None:
+            self._start = raw.pts
+        return float((raw.pts - self._start) * raw.time_base)
 
     def _packets(self, jump: bool) -> Iterator[av.Packet[Any]]:
         import av
@@ -260,7 +264,7 @@ class VideoReader:
                     if packet.dts is None or not index or not unit:
                         continue
                     position = max(position, packet.dts)
-                    wanted = int(self._wanted_s / unit) + (stream.start_time or 0)
+                    wanted = int(self._wanted_s / unit) + (self._start or 0)
                     key = index[max(0, index.search_timestamp(wanted))].timestamp  # the last key frame before it
                     if key > position + _WORTH * (packet.duration or 1):
                         self._container.seek(key, stream=stream)

@@ -101,7 +101,7 @@ def annotate(source: VideoLike, segments: Sequence[Segment], target: str | os.Pa
             for time_s, frame in reader.frames():
                 image = frame.image()
                 if overlay is None:
-                    stream.width, stream.height = image.width & ~1, image.height & ~1
+                    stream.width, stream.height = (max(2, side & ~1) for side in image.size)
                     overlay = _Overlay(segments, (stream.width, stream.height), reader.info.duration_s)
                 pts = max(last + 1, round(time_s * 90_000))
                 drawn = av.VideoFrame.from_ndarray(overlay.draw(image, time_s), format="rgb24")
