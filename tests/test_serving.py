@@ -6,9 +6,7 @@ import asyncio
 import base64
 import hashlib
 import json
-import os
 import re
-import resource
 import signal
 import socket
 import subprocess
@@ -30,11 +28,10 @@ from websockets.sync.client import connect
 
 from cliphar.bundle import packaged
 from cliphar.client import AsyncClient, Client
-from cliphar.errors import ClipharError, MediaError, UsageError
+from cliphar.errors import MediaError, UsageError
 from cliphar.recognizer import Prediction, Recognizer
 from cliphar.serving import Engine, Service, Settings
 from cliphar.serving._problems import ProblemError
-from cliphar.serving._state import State
 from serving_process import problem, serving
 
 # --- predict
@@ -168,40 +165,23 @@ def test_vocabularies_and_actions_are_kept(api: str, photos: list[Path], samples
     assert problem(httpx.delete(f"{api}/v1/labels/mine"), 422)
 
 
+def test_a_name_that_no_path_leads_to_is_refused_by_the_client(api: str, photos: list[Path]) -> None:
+    with Client(api) as client:
+        client.put_vocabulary("caf\u00e9 #1?", ["waving"])
+        assert client.vocabularies()["caf\u00e9 #1?"] == ["waving"]
+        for name in ("lifting/carrying", "..", " "):
+            with pytest.raises(UsageError, match="cannot be a name here"):
+                client.teach(name, photos)
+            with pytest.raises(UsageError, match="cannot be a name here"):
+                client.put_vocabulary(name, ["waving"])
+
+
 def test_what_was_taught_outlives_the_service(clean_env: dict[str, str], samples: Path, tmp_path: Path) -> None:
     env = clean_env | {"CLIPHAR_STATE": str(tmp_path / "state")}
     with serving(env) as (url, _), Client(url) as client:
         client.teach("being a cat", [samples / "cat.jpg"])
     with serving(env) as (url, _), Client(url) as client:
         assert client.model()["taught"] == {"being a cat": 1}
-
-
-def test_workers_that_write_in_the_same_tick_of_the_clock_agree(mini: Recognizer, tmp_path: Path) -> None:
-    one, other = State(tmp_path, mini.fork()), State(tmp_path, mini.fork())
-    one.put_vocabulary("a", ("waving",))
-    tick = (tmp_path / "vocabularies.json").stat().st_mtime_ns
-    other.put_vocabulary("b", ("waving",))
-    os.utime(tmp_path / "vocabularies.json", ns=(tick, tick))
-    assert one.is_stale()
-    one.put_vocabulary("c", ("waving",))
-    other.refresh()
-    assert {"a", "b", "c"} <= set(other.vocabularies)
-
-
-def test_what_cannot_be_kept_is_not_known(mini: Recognizer, photos: list[Path], tmp_path: Path) -> None:
-    pupil = mini.fork()
-    state = State(tmp_path, pupil)
-    state.teach("waving", photos)
-    bounds = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, bounds[1]))  # as on a full disk
-    try:
-        with pytest.raises(ClipharError, match="cannot keep this"):
-            state.teach("sulking", photos)
-        with pytest.raises(ClipharError, match="cannot keep this"):
-            state.forget("waving")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, bounds)
-    assert pupil.taught == {"waving": len(photos)}
 
 
 # --- operations
@@ -274,6 +254,8 @@ def test_the_async_client(api: str, photos: list[Path]) -> None:
 def test_a_service_that_is_not_there(clean_env: dict[str, str]) -> None:
     with Client("http://127.0.0.1:9") as client, pytest.raises(Exception, match="is 'cliphar serve' running"):
         client.model()
+    with pytest.raises(UsageError, match="like http://"):
+        Client("127.0.0.1:9")
 
 
 # --- the engine

@@ -246,6 +246,30 @@ def test_traces_go_where_the_variables_say(env: dict[str, str], photos: list[Pat
     assert b"cliphar" in spans
 
 
+class _Busy(BaseHTTPRequestHandler):
+    asked = 0
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        type(self).asked += 1
+        self.send_response(503 if self.asked == 1 else 200)
+        self.send_header("Retry-After", "1")
+        self.end_headers()
+        self.wfile.write(b'{"timeline": {}}\n')
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_a_clip_is_sent_again_to_a_service_that_reads_others() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Busy) as service:
+        threading.Thread(target=service.serve_forever, daemon=True).start()
+        with Client(f"http://127.0.0.1:{service.server_address[1]}") as client:
+            assert list(client.video(b"clip")) == [{"timeline": {}}]
+        service.shutdown()
+    assert _Busy.asked == 2
+
+
 def test_where_nothing_can_be_written(env: dict[str, str], photos: list[Path]) -> None:
     with serving(env | {"CLIPHAR_STATE": "/proc/nowhere"}) as (url, _), Client(url, retry_s=0) as client:
         assert isinstance(client.predict(photos[:1])[0], Prediction)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,8 +17,9 @@ from PIL import Image
 from safetensors.numpy import save
 
 from cliphar.bundle import Bundle, BundleInfo, write_bundle
-from cliphar.errors import BundleError, MediaError, UsageError
+from cliphar.errors import BundleError, ClipharError, MediaError, UsageError
 from cliphar.recognizer import Background, Recognizer, fit_background, gda_vectors, read_background
+from cliphar.serving._state import State
 from conftest import FakeRuntime, unit
 
 RNG = np.random.default_rng(0)
@@ -224,3 +227,31 @@ def test_a_fork_shares_what_was_taught_and_learns_on_its_own(pupil: Recognizer) 
     other.forget("crimson")
     assert (set(pupil.taught), set(other.taught)) == ({"crimson"}, {"teal"})
     assert other.runtime is pupil.runtime
+
+
+def test_workers_that_write_in_the_same_tick_of_the_clock_agree(mini: Recognizer, tmp_path: Path) -> None:
+    one, other = State(tmp_path, mini.fork()), State(tmp_path, mini.fork())
+    one.put_vocabulary("a", ("waving",))
+    tick = (tmp_path / "vocabularies.json").stat().st_mtime_ns
+    other.put_vocabulary("b", ("waving",))
+    os.utime(tmp_path / "vocabularies.json", ns=(tick, tick))
+    assert one.is_stale()
+    one.put_vocabulary("c", ("waving",))
+    other.refresh()
+    assert {"a", "b", "c"} <= set(other.vocabularies)
+
+
+def test_what_cannot_be_kept_is_not_known(mini: Recognizer, photos: list[Path], tmp_path: Path) -> None:
+    pupil = mini.fork()
+    state = State(tmp_path, pupil)
+    state.teach("waving", photos)
+    bounds = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, bounds[1]))  # as on a full disk
+    try:
+        with pytest.raises(ClipharError, match="cannot keep this"):
+            state.teach("sulking", photos)
+        with pytest.raises(ClipharError, match="cannot keep this"):
+            state.forget("waving")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, bounds)
+    assert pupil.taught == {"waving": len(photos)}

@@ -32,13 +32,21 @@ class _Calls:
     """What both clients send and how they read answers."""
 
     def __init__(self, url: str, api_key: str | None, timeout_s: float, retry_s: float) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise UsageError(f"{url!r} is not a service's address; one is like http://127.0.0.1:8000")
         self._retry_s = retry_s
         self._options: dict[str, Any] = {
             "base_url": url.rstrip("/"),
             "timeout": timeout_s,
-            "headers": {"Authorization": f"Bearer {api_key}"} if api_key else {},
+            "headers": {"Authorization": f"Bearer {api_key.strip()}"} if api_key else {},
         }
         self._url = url
+
+    @staticmethod
+    def _path(kind: str, name: str) -> str:
+        if "/" in name or not name.strip(" ."):  # no path leads there, however it is quoted
+            raise UsageError(f"{name!r} cannot be a name here: write it in words, without a slash")
+        return f"/v1/{kind}/{quote(name, safe='')}"
 
     @staticmethod
     def _photos(photos: Photos) -> list[tuple[str, tuple[str, bytes, str]]]:
@@ -115,7 +123,8 @@ class Client(_Calls):
         retry_s: how long in all to go on trying when the service is busy (429, 503: after as long as it says), cannot
             be reached or breaks the connection, as when it is started anew.
 
-    Every call raises a ClipharError with one line when it is refused or nothing answers.
+    Raises:
+        UsageError: ``url`` is not an address. Every call: a ClipharError with one line when refused or nothing answers.
     """
 
     def __init__(self, url: str, *, api_key: str | None = None, timeout_s: float = 60.0, retry_s: float = 15.0) -> None:
@@ -164,18 +173,27 @@ class Client(_Calls):
         content = clip if isinstance(clip, bytes) else _read(clip)
         # a comma at the end makes a single word a list, not a vocabulary's name
         query = {"coverage": coverage} | ({"labels": ",".join([*labels, ""])} if labels else {})
-        try:
-            with self._http.stream("POST", "/v1/video", params=query, files={"video": content}) as response:
-                if not response.is_success:
-                    response.read()
-                    self._checked(response)
-                for line in response.iter_lines():
-                    told: dict[str, Any] = json.loads(line)
-                    if "error" in told:
-                        raise MediaError(told["error"])
-                    yield told
-        except httpx.TransportError as error:
-            raise self._unreachable(error) from error
+        since = time.monotonic()
+        for tries in itertools.count():
+            try:
+                with self._http.stream("POST", "/v1/video", params=query, files={"video": content}) as response:
+                    if (pause := self._pause_s("POST", "/v1/video", response, tries, since)) is None:
+                        yield from self._lines(response)
+                        return
+            except httpx.TransportError as error:
+                if (pause := self._pause_s("POST", "/v1/video", error, tries, since)) is None:
+                    raise self._unreachable(error) from error
+            time.sleep(pause)
+
+    def _lines(self, response: httpx.Response) -> Iterator[dict[str, Any]]:
+        if not response.is_success:
+            response.read()
+            self._checked(response)
+        for line in response.iter_lines():
+            told: dict[str, Any] = json.loads(line)
+            if "error" in told:
+                raise MediaError(told["error"])
+            yield told
 
     def model(self) -> dict[str, Any]:
         """The model that answers: name, labels, what was taught, metrics."""
@@ -184,7 +202,7 @@ class Client(_Calls):
 
     def model_card(self, name: str) -> dict[str, Any]:
         """The same of the model of that name, with its ``card`` in Markdown and its ``evaluation`` or None."""
-        answer: dict[str, Any] = self._call("GET", f"/v1/models/{quote(name, safe='')}")
+        answer: dict[str, Any] = self._call("GET", self._path("models", name))
         return answer
 
     def vocabularies(self) -> dict[str, list[str]]:
@@ -194,17 +212,17 @@ class Client(_Calls):
 
     def put_vocabulary(self, name: str, labels: Sequence[str]) -> None:
         """Keep a list of labels under a name."""
-        self._call("PUT", f"/v1/labels/{quote(name, safe='')}", json=list(labels))
+        self._call("PUT", self._path("labels", name), json=list(labels))
 
     def teach(self, name: str, photos: Photos) -> dict[str, Any]:
         """Teach an action; how well it works, as ``Lesson.to_dict`` has it."""
-        path = f"/v1/actions/{quote(name, safe='')}"
+        path = self._path("actions", name)
         answer: dict[str, Any] = self._call("POST", path, files=self._photos(photos))
         return answer
 
     def forget(self, name: str) -> None:
         """Forget an action that was taught."""
-        self._call("DELETE", f"/v1/actions/{quote(name, safe='')}")
+        self._call("DELETE", self._path("actions", name))
 
 
 class AsyncClient(_Calls):
@@ -256,7 +274,7 @@ class AsyncClient(_Calls):
 
     async def model_card(self, name: str) -> dict[str, Any]:
         """The same of the model of that name, with its ``card`` in Markdown and its ``evaluation`` or None."""
-        answer: dict[str, Any] = await self._call("GET", f"/v1/models/{quote(name, safe='')}")
+        answer: dict[str, Any] = await self._call("GET", self._path("models", name))
         return answer
 
     async def vocabularies(self) -> dict[str, list[str]]:
@@ -266,17 +284,17 @@ class AsyncClient(_Calls):
 
     async def put_vocabulary(self, name: str, labels: Sequence[str]) -> None:
         """Keep a list of labels under a name."""
-        await self._call("PUT", f"/v1/labels/{quote(name, safe='')}", json=list(labels))
+        await self._call("PUT", self._path("labels", name), json=list(labels))
 
     async def teach(self, name: str, photos: Photos) -> dict[str, Any]:
         """Teach an action; how well it works, as ``Lesson.to_dict`` has it."""
-        path = f"/v1/actions/{quote(name, safe='')}"
+        path = self._path("actions", name)
         answer: dict[str, Any] = await self._call("POST", path, files=self._photos(photos))
         return answer
 
     async def forget(self, name: str) -> None:
         """Forget an action that was taught."""
-        await self._call("DELETE", f"/v1/actions/{quote(name, safe='')}")
+        await self._call("DELETE", self._path("actions", name))
 
 
 def _read(path: str | PathLike[str]) -> bytes:

@@ -107,8 +107,6 @@ class RemoteBackend:
         """The service knows it at once; to discard it is to have the service forget it."""
         if self._trial:
             self.discard()
-        if "/" in name:
-            raise UsageError("a slash cannot be in an action's name: write it in words")
         if name in self.taught:
             raise UsageError(f"'{name}' was taught already; forget it first, or choose another name")
         told = self._client.teach(name, [photo.data for photo in photos])
