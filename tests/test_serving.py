@@ -115,6 +115,8 @@ def test_other_refusals(api: str) -> None:
     assert "64 MB" in problem(httpx.post(f"{api}/v1/predict", content=bytes(65 * 2**20), headers=image), 413)
     many = [("images", (str(i), b"x")) for i in range(65)]
     assert problem(httpx.post(f"{api}/v1/predict", files=many), 413)
+    misspelt = httpx.post(f"{api}/v1/actions/waving", files={"image": b"x"})
+    assert "did you mean 'images'?" in problem(misspelt, 422)
 
 
 # --- earlier clients

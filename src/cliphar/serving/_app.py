@@ -6,6 +6,7 @@ import os
 
 from fastapi import FastAPI, Response
 from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import PlainTextResponse
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
 
@@ -14,7 +15,7 @@ from cliphar.errors import UsageError
 from cliphar.serving import _legacy, _routes, _stream, _v2, _video
 from cliphar.serving._keys import Keys
 from cliphar.serving._middleware import Around
-from cliphar.serving._problems import ProblemError, add_problem_handlers
+from cliphar.serving._problems import PROBLEM_RESPONSES, ProblemError, add_problem_handlers
 from cliphar.serving._service import Service, TheService
 
 __all__ = ["create_app"]
@@ -41,14 +42,14 @@ def create_app(service: Service) -> FastAPI:
         """The process answers."""
         return {"status": "alive"}
 
-    @app.get("/readyz", tags=["operations"])
+    @app.get("/readyz", tags=["operations"], responses={503: PROBLEM_RESPONSES[503]})
     async def readyz(service: TheService) -> dict[str, str]:
         """The model is loaded and has run once; 503 while the service stops."""
         if not service.ready:
             raise ProblemError(503, "the service is starting or stopping", retry_after_s=1)
         return {"status": "ready"}
 
-    @app.get("/metrics", tags=["operations"])
+    @app.get("/metrics", tags=["operations"], response_class=PlainTextResponse)
     async def metrics(service: TheService) -> Response:
         """Prometheus text format."""
         return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)

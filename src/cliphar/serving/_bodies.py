@@ -19,7 +19,17 @@ from cliphar.serving._problems import ProblemError
 from cliphar.serving._settings import Settings
 from cliphar.serving._urls import Budget, fetch_image
 
-__all__ = ["PREDICT_BODY", "Answers", "Asked", "answers", "decode_base64", "read_asked"]
+__all__ = [
+    "FILE",
+    "PHOTOS",
+    "PREDICT_BODY",
+    "Answers",
+    "answers",
+    "decode_base64",
+    "form_body",
+    "photos_of",
+    "read_asked",
+]
 
 
 class Asked(BaseModel):
@@ -65,31 +75,26 @@ class Answers(BaseModel):
     predictions: list[Answer]
 
 
-_QUESTION = {
+FILE: dict[str, Any] = {"type": "string", "format": "binary"}
+PHOTOS: dict[str, Any] = {"type": "array", "items": FILE, "minItems": 1}
+_QUESTION: dict[str, dict[str, Any]] = {
     "labels": {"type": "string", "description": "Words with commas between them, or a vocabulary's name."},
     "top_k": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 5},
     "coverage": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1, "default": 0.9},
 }
-PREDICT_BODY: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["images"],
-                    "additionalProperties": False,
-                    "properties": {
-                        "images": {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1},
-                        **_QUESTION,
-                    },
-                }
-            },
-            "application/json": {"schema": Asked.model_json_schema()},
-            "image/*": {"schema": {"type": "string", "format": "binary"}},
-        },
-    }
-}
+
+
+def form_body(fields: dict[str, Any], others: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What OpenAPI is told of a form of these fields, the first of which must be there, and of ``others``, bodies that
+    will do as well, by their type."""
+    schema = {"type": "object", "required": [*fields][:1], "additionalProperties": False, "properties": fields}
+    contents = {"multipart/form-data": schema} | (others or {})
+    return {"requestBody": {"required": True, "content": {kind: {"schema": one} for kind, one in contents.items()}}}
+
+
+PREDICT_BODY: dict[str, Any] = form_body(
+    {"images": PHOTOS} | _QUESTION, {"application/json": Asked.model_json_schema(), "image/*": FILE}
+) | {"parameters": [{"name": name, "in": "query", "schema": one} for name, one in _QUESTION.items()]}
 
 
 def decode_base64(text: str) -> bytes:
@@ -118,10 +123,7 @@ async def read_asked(request: Request, settings: Settings) -> tuple[Sequence[byt
         return await asyncio.gather(*(_image(text, settings, budget) for text in asked.images)), asked
     if kind == "multipart/form-data":
         async with request.form(max_files=1000, max_fields=1000) as form:
-            contents = [await part.read() for part in form.getlist("images") if isinstance(part, UploadFile)]
-            _refuse_unknown(form)
-            if not contents:
-                raise ProblemError(422, "the form has no image; send each as a file 'images': -F images=@photo.jpg")
+            contents = await photos_of(form, *_QUESTION)
             question = _question(request.query_params) | _question(form)
             return contents, _checked(question | {"images": ["-"] * len(contents)})
     if kind.startswith("image/") or kind == "application/octet-stream":
@@ -147,14 +149,18 @@ async def _json(request: Request) -> Any:
         raise ProblemError(422, f"the body is not JSON: {error}") from error
 
 
-def _refuse_unknown(form: FormData) -> None:
-    """A field whose name is misspelt would be answered as if it were not there."""
-    known = ("images", *_QUESTION)
-    for name in form:
+async def photos_of(form: FormData, *others: str) -> list[bytes]:
+    """The files ``images`` of a form that may have other fields too; ProblemError 422 if there are none."""
+    known = ("images", *others)
+    for name in form:  # one that is misspelt would be answered as if it were not there
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean '{close[0]}'?" if close else f"known are {', '.join(known)}"
             raise ProblemError(422, f"unknown field '{name[:50]}'; {hint}")
+    contents = [await part.read() for part in form.getlist("images") if isinstance(part, UploadFile)]
+    if not contents:
+        raise ProblemError(422, "the form has no image; send each as a file 'images': -F images=@photo.jpg")
+    return contents
 
 
 def _question(fields: FormData | Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from starlette.datastructures import UploadFile
 
 from cliphar._version import __version__
 from cliphar.errors import MediaError
-from cliphar.serving._bodies import decode_base64
+from cliphar.serving._bodies import FILE, decode_base64, form_body
 from cliphar.serving._problems import PROBLEM_RESPONSES, ProblemError
 from cliphar.serving._service import Service, TheService
 from cliphar.serving._urls import Budget, fetch_image
@@ -65,14 +65,7 @@ async def predict(asked: _Asked, service: TheService) -> dict[str, Any]:
     return await _answer(service, content, asked.top_k)
 
 
-_FILE = {"type": "object", "required": ["file"], "properties": {"file": {"type": "string", "format": "binary"}}}
-
-
-@router.post(
-    "/predict/image",
-    response_model=_Answered,
-    openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FILE}}}},
-)
+@router.post("/predict/image", response_model=_Answered, openapi_extra=form_body({"file": FILE}))
 async def predict_image(
     request: Request, service: TheService, top_k: Annotated[int, Query(ge=1, le=1000)] = 5
 ) -> dict[str, Any]:

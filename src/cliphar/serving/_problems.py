@@ -31,7 +31,7 @@ _SCHEMA = {
 }
 PROBLEM_RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"description": HTTPStatus(status).phrase, "content": {_TYPE: {"schema": _SCHEMA}}}
-    for status in (400, 401, 403, 404, 405, 408, 413, 415, 422, 429, 503)
+    for status in (400, 401, 403, 404, 405, 408, 413, 415, 422, 429, 500, 503)
 }
 
 

@@ -6,12 +6,11 @@ import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Path, Request, Response
-from starlette.datastructures import UploadFile
 
 from cliphar.errors import MediaError
 from cliphar.evaluation import bundled_evaluation, model_card
 from cliphar.recognizer import Recognizer
-from cliphar.serving._bodies import PREDICT_BODY, Answers, answers, read_asked
+from cliphar.serving._bodies import PHOTOS, PREDICT_BODY, Answers, answers, form_body, photos_of, read_asked
 from cliphar.serving._problems import PROBLEM_RESPONSES, ProblemError
 from cliphar.serving._service import TheService
 
@@ -113,21 +112,13 @@ async def actions(service: TheService) -> dict[str, int]:
     return service.recognizer.taught
 
 
-_PHOTOS = {
-    "requestBody": {
-        "required": True,
-        "content": {"multipart/form-data": PREDICT_BODY["requestBody"]["content"]["multipart/form-data"]},
-    }
-}
-
-
-@router.post("/actions/{name}", openapi_extra=_PHOTOS)
+@router.post("/actions/{name}", openapi_extra=form_body({"images": PHOTOS}))
 async def teach(name: _Name, request: Request, service: TheService) -> dict[str, Any]:
     """Teach a new action from example photos, multipart ``images``: kept, and known from the next request on."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise ProblemError(415, "send multipart/form-data with images")
     async with request.form(max_files=1000, max_fields=1000) as form:
-        photos = [await part.read() for part in form.getlist("images") if isinstance(part, UploadFile)]
+        photos = await photos_of(form)
     service.settings.check_images(len(photos))
     lesson = await asyncio.to_thread(service.teach, name, photos)
     return lesson.to_dict()

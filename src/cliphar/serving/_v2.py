@@ -19,14 +19,15 @@ __all__ = ["router"]
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"], responses=PROBLEM_RESPONSES)
 _VERSION = "1"
-_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {"schema": Infer.model_json_schema()},
-            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+_BINARY = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+_DOCUMENTED: dict[str, Any] = {
+    "openapi_extra": {
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": Infer.model_json_schema()}} | _BINARY,
         },
-    }
+    },
+    "responses": {200: {"content": _BINARY}},
 }
 
 
@@ -88,8 +89,8 @@ async def model_ready(model: str, service: TheService, version: str = _VERSION) 
     return {"name": model, "ready": service.ready}
 
 
-@router.post("/models/{model}/infer", openapi_extra=_BODY)
-@router.post("/models/{model}/versions/{version}/infer", openapi_extra=_BODY)
+@router.post("/models/{model}/infer", **_DOCUMENTED)
+@router.post("/models/{model}/versions/{version}/infer", **_DOCUMENTED)
 async def infer(
     model: str,
     request: Request,

@@ -14,6 +14,7 @@ from starlette.concurrency import iterate_in_threadpool
 from starlette.datastructures import UploadFile
 
 from cliphar.errors import MediaError
+from cliphar.serving._bodies import FILE, form_body
 from cliphar.serving._problems import PROBLEM_RESPONSES, ProblemError
 from cliphar.serving._service import TheService
 from cliphar.timeline import Progress, Segment, Timeline, stream_video
@@ -25,25 +26,13 @@ _AT_ONCE = 2  # a clip keeps a core busy for long; more would make all late, and
 _places = asyncio.Semaphore(_AT_ONCE)
 _Items = Generator[Progress | Segment | Timeline, None, None]
 
-_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["video"],
-                    "additionalProperties": False,
-                    "properties": {"video": {"type": "string", "format": "binary"}},
-                }
-            },
-            "video/*": {"schema": {"type": "string", "format": "binary"}},
-        },
-    }
-}
 
-
-@router.post("/video", openapi_extra=_BODY, response_class=StreamingResponse)
+@router.post(
+    "/video",
+    openapi_extra=form_body({"video": FILE}, {"video/*": FILE}),
+    response_class=StreamingResponse,
+    responses={200: {"content": {"application/x-ndjson": {}}}},
+)
 async def video(
     request: Request,
     service: TheService,
