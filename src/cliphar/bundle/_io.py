@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from cliphar.bundle._schema import SCHEMA_VERSION, BundleInfo, FileInfo, is_inside
 from cliphar.errors import BundleError
 
-__all__ = ["BUNDLE_JSON", "Bundle", "read_bundle", "sha256_file", "write_bundle", "write_whole"]
+__all__ = ["BUNDLE_JSON", "Bundle", "read_bundle", "sha256_file", "whole_file", "write_bundle", "write_whole"]
 
 BUNDLE_JSON = "bundle.json"
 _HEAD = "head.safetensors"
@@ -234,18 +234,22 @@ def write_bundle(
     return Bundle(root, complete)
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is either the whole of it or what it was before, whoever reads it meanwhile."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file to write in the block, of the same name; it replaces ``path`` if the block ends well, and vanishes if not.
+
+    Whoever reads ``path`` meanwhile finds the old file or the new one, and never a part.
+    """
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as work:
+        partial = Path(work) / path.name
+        yield partial
+        with partial.open("rb") as file:
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(partial).chmod(0o666 & ~umask)
-        Path(partial).replace(path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
+        partial.replace(path)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file by :func:`whole_file`, and the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as partial:
+        partial.write_bytes(content)

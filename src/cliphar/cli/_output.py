@@ -6,15 +6,16 @@ import csv
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from cliphar.errors import MediaError, UsageError
-from cliphar.recognizer import Prediction
+
+if TYPE_CHECKING:
+    from cliphar.recognizer import Prediction
 
 __all__ = ["Writer", "named_error", "printable", "progress", "show"]
 
@@ -105,10 +106,9 @@ class Writer:
     ) -> None:
         if self._path is None or (kind is not None and not self._rows):
             return
-        handle, partial = tempfile.mkstemp(prefix=f".{self._path.name}.", dir=self._path.parent)
-        os.close(handle)
-        target = Path(partial)
-        try:
+        from cliphar.bundle import whole_file
+
+        with whole_file(self._path) as target:
             if self._path.suffix == ".parquet":
                 pyarrow, parquet = _pyarrow()
                 score = [("label", pyarrow.string()), ("score", pyarrow.float64())]
@@ -118,12 +118,6 @@ class Writer:
             else:
                 with target.open("w", encoding="utf-8", newline="") as file:
                     self._write_text(file)
-            umask = os.umask(0)
-            os.umask(umask)
-            target.chmod(0o666 & ~umask)
-            target.replace(self._path)
-        finally:
-            target.unlink(missing_ok=True)
 
     def _write_text(self, file: IO[str]) -> None:
         if self._path is not None and self._path.suffix == ".jsonl":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -173,15 +172,13 @@ def _check(targets: list[Path], files: list[str]) -> None:
 
 
 def _write(target: Path, path: str, timeline: Timeline) -> None:
+    from cliphar.bundle import whole_file
     from cliphar.timeline import annotate, contact_sheet, to_csv, to_webvtt
 
     if target.suffix == ".mp4":
         annotate(path, timeline.segments, target)
         return
-    handle, partial = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
-    os.close(handle)
-    part = Path(partial)
-    try:
+    with whole_file(target) as part:
         match target.suffix:
             case ".png":
                 contact_sheet(path, timeline.segments).save(part)
@@ -192,9 +189,3 @@ def _write(target: Path, path: str, timeline: Timeline) -> None:
             case _:
                 rows = [json.dumps(one.to_dict(), ensure_ascii=False) + "\n" for one in timeline.segments]
                 part.write_text("".join(rows), encoding="utf-8")
-        umask = os.umask(0)
-        os.umask(umask)
-        part.chmod(0o666 & ~umask)
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from cliphar.bundle import Bundle
+from cliphar.bundle import Bundle, write_whole
 from cliphar.errors import MediaError
 from cliphar.evaluation._analysis import Analysis, Mistake
 from cliphar.evaluation._compare import Comparison, harmonic_mean
@@ -108,12 +108,7 @@ def write_report(path: Path, evaluation: Evaluation) -> None:
         text = json.dumps(evaluation.to_dict(), ensure_ascii=False, indent=1) + "\n"
     else:
         text = _html(evaluation)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, text.encode())
 
 
 def _printable(text: str) -> str:

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import platform
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from importlib import import_module, metadata
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cliphar.bundle import Bundle, packaged, store
+from cliphar.bundle import Bundle, packaged, store, write_whole
 from cliphar.errors import ClipharError, UsageError
 from cliphar.media import decode_image, to_square
 from cliphar.runtime._base import Runtime
@@ -198,9 +197,6 @@ def _read(memory: Path) -> dict[str, dict[str, object]]:
 
 def _remember(memory: Path, key: str, choice: RuntimeChoice) -> None:
     try:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=memory.parent, prefix=".runtimes.", delete=False) as file:
-            json.dump(_read(memory) | {key: asdict(choice)}, file, indent=1)
-        Path(file.name).replace(memory)
+        write_whole(memory, json.dumps(_read(memory) | {key: asdict(choice)}, indent=1).encode())
     except OSError as error:  # a read-only container measures at each start
         _LOG.info("what was measured cannot be kept in %s (%s); set CLIPHAR_RUNTIME or CLIPHAR_HOME", memory, error)

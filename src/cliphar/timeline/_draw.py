@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import cycle
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from cliphar.bundle import whole_file
 from cliphar.errors import MediaError
 from cliphar.labels import UNKNOWN, with_score
 from cliphar.media import Frame, VideoLike, VideoReader
@@ -88,10 +88,8 @@ def annotate(source: VideoLike, segments: Sequence[Segment], target: str | os.Pa
     import av
 
     path = Path(target)
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".mp4", dir=path.parent)
-    os.close(handle)
     try:
-        with VideoReader(source) as reader, av.open(partial, "w", format="mp4") as out:
+        with whole_file(path) as partial, VideoReader(source) as reader, av.open(partial, "w", format="mp4") as out:
             rate = Fraction(reader.info.fps or 25).limit_denominator(1001)
             stream = out.add_stream("libx264", rate=rate, options={"preset": "veryfast", "crf": "23"})
             stream.pix_fmt, stream.time_base = "yuv420p", Fraction(1, 90_000)
@@ -108,14 +106,8 @@ def annotate(source: VideoLike, segments: Sequence[Segment], target: str | os.Pa
                 drawn.pts, drawn.time_base, last = pts, stream.time_base, pts
                 out.mux(stream.encode(drawn))
             out.mux(stream.encode(None))
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(partial).chmod(0o666 & ~umask)
-        Path(partial).replace(path)
     except av.error.FFmpegError as error:
         raise MediaError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        Path(partial).unlink(missing_ok=True)
 
 
 class _Overlay:
