@@ -22,6 +22,7 @@ from urllib.parse import quote, urljoin, urlsplit
 import httpx
 import numpy as np
 import pytest
+from fastapi.testclient import TestClient
 from PIL import Image
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
@@ -30,7 +31,7 @@ from cliphar.bundle import packaged
 from cliphar.client import AsyncClient, Client
 from cliphar.errors import MediaError, UsageError
 from cliphar.recognizer import Prediction, Recognizer
-from cliphar.serving import Engine, Service, Settings
+from cliphar.serving import Engine, Service, Settings, create_app
 from cliphar.serving._problems import ProblemError
 from serving_process import problem, serving
 
@@ -487,6 +488,17 @@ def test_a_stream_is_refused(api: str) -> None:
         assert "not an image" in json.loads(camera.recv(20))["error"]
     with connect(f"{address}?labels=unknown") as camera:
         assert "cannot be a label" in json.loads(camera.recv(20))["error"]
+
+
+def test_a_frame_on_which_the_service_fails_does_not_end_the_stream(tmp_path: Path) -> None:
+    def fail(_squares: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    service = replace(Service.start(Settings(state=tmp_path)), engine=engine(fail))
+    with TestClient(create_app(service)) as client, client.websocket_connect("/v1/stream") as camera:
+        for _ in range(2):
+            camera.send_bytes(b"frame")
+            assert "its log says more" in camera.receive_json()["error"]
 
 
 # --- video

@@ -7,9 +7,10 @@ import time
 from contextlib import suppress
 from typing import Annotated
 
+import structlog
 from fastapi import APIRouter, Query, WebSocket, WebSocketDisconnect
 
-from cliphar.errors import MediaError, UsageError
+from cliphar.errors import ClipharError, MediaError
 from cliphar.serving._problems import ProblemError
 from cliphar.serving._service import Service
 from cliphar.timeline import Live
@@ -58,7 +59,7 @@ async def stream(
     try:
         await service.refresh()
         live = await asyncio.to_thread(watch, service)
-    except (ProblemError, UsageError) as error:
+    except (ProblemError, ClipharError) as error:
         await websocket.send_json({"error": str(error)})
         await websocket.close(_POLICY)
         return
@@ -76,8 +77,11 @@ async def stream(
                     raise found
                 steady = await asyncio.to_thread(live.push_embedding, found, came)
                 said = steady.to_dict() | {"evidence": round(steady.prediction.evidence, 6)}
-            except (MediaError, ProblemError, UsageError) as error:
+            except (ProblemError, ClipharError) as error:
                 said = {"error": str(error)}
+            except Exception as error:
+                structlog.get_logger().error("failed", error=type(error).__name__, exc_info=error)
+                said = {"error": "the service failed on this frame; its log says more"}
             latency_ms = round(1e3 * (time.perf_counter() - came), 1)
             await websocket.send_json({"frame": number, "latency_ms": latency_ms} | said)
 
