@@ -259,6 +259,7 @@ def test_every_ready_recipe_loads(file: Path) -> None:
         ("method=ful", "did you mean full?"),
         ("train.accumulate=3", "not a multiple"),
         ("data.val=0.9", "data.val"),
+        ("track=[mlflow", "is not YAML"),
     ],
 )
 def test_wrong_settings_are_refused_by_name(override: str, said: str) -> None:

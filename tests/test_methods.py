@@ -35,6 +35,7 @@ from cliphar.models import (  # noqa: E402
 )
 from cliphar.recognizer import load  # noqa: E402
 from cliphar.training import Surroundings, load_recipe, train  # noqa: E402
+from cliphar.training._checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 
 COLOURS = {"jumping": (220, 40, 40), "running": (40, 200, 60), "sleeping_late": (50, 60, 220)}
 PHOTOS = 14
@@ -259,6 +260,7 @@ _WORKER = """
 import os, sys
 from pathlib import Path
 import torch
+from cliphar.training._checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from cliphar.training import Surroundings, Stopped, load_recipe, train
 
 torch.set_num_threads(1)
@@ -298,6 +300,18 @@ def test_a_label_that_no_model_can_be_asked_about_is_refused(recipe: Callable[..
         Image.new("RGB", (32, 32)).save(tmp_path / "set" / label / "1.png")
     with pytest.raises(UsageError, match="cannot be a label"):
         run(recipe("gda"), f"data.source={tmp_path / 'set'}")
+
+
+def test_a_full_disk_and_a_damaged_checkpoint_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "state"
+    (tmp_path / "state.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=f"No space left on device: '{file}'"):
+        save_checkpoint(file, {"weights": torch.ones(10_000)})
+    assert not list(tmp_path.iterdir())  # it is full enough
+    for content in (b"", b"PK\3\4", b"no checkpoint"):
+        file.write_bytes(content)
+        with pytest.raises(UsageError, match="state is damaged"):
+            load_checkpoint(file)
 
 
 def test_a_killed_run_ends_where_a_whole_one_does(recipe: Callable[..., Path], clip_base: Path) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["BundleError", "ClipharError", "DataError", "MediaError", "UsageError"]
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["BundleError", "ClipharError", "DataError", "MediaError", "UsageError", "naming"]
 
 
 class ClipharError(Exception):
@@ -23,3 +28,14 @@ class MediaError(ClipharError):
 
 class DataError(ClipharError):
     """A data set is missing, empty or malformed."""
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError of the block that names no file, as that of a full disk, names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from cliphar.bundle._schema import SCHEMA_VERSION, BundleInfo, FileInfo, is_inside
-from cliphar.errors import BundleError
+from cliphar.errors import BundleError, naming
 
 __all__ = ["BUNDLE_JSON", "Bundle", "read_bundle", "sha256_file", "whole_file", "write_bundle", "write_whole"]
 
@@ -212,7 +212,7 @@ def write_bundle(
             raise BundleError(f"{root} exists; choose another place or ask to overwrite it")
         if not _may_replace(root):
             raise BundleError(f"{root} exists and is not a bundle; choose another place")
-    with _staging(root, overwrite=overwrite) as work:
+    with naming(root), _staging(root, overwrite=overwrite) as work:
         entries: dict[str, FileInfo] = {}
         for name, content in sorted(files.items()):
             file = work / name
@@ -240,7 +240,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     Whoever reads ``path`` meanwhile finds the old file or the new one, and never a part.
     """
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as work:
+    with naming(path), tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as work:
         partial = Path(work) / path.name
         yield partial
         with partial.open("rb") as file:

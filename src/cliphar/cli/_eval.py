@@ -79,12 +79,12 @@ def evaluate(
         comparison=comparison,
         novel=novel_report,
     )
-    for path in report or ():
-        write_report(path, done)
     if as_json:
         print(json.dumps(done.figures()))
     else:
         _show(done)
+    for path in report or ():  # last: a full disk does not take the figures
+        write_report(path, done)
     if failed:
         raise typer.Exit(1)
 

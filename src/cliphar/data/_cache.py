@@ -19,7 +19,7 @@ from cliphar.data._clips import clip_frames
 from cliphar.data._duplicates import difference_hash, group_duplicates
 from cliphar.data._readers import PhotoSource, is_clip_name
 from cliphar.data._sources import Photo
-from cliphar.errors import DataError, MediaError
+from cliphar.errors import DataError, MediaError, naming
 from cliphar.media import decode_image
 
 __all__ = ["PhotoSet", "load_photos"]
@@ -151,7 +151,7 @@ def _build(
     shapes, hashes = [], []
     digest = hashlib.sha256()
     try:
-        with (work / "pixels.bin").open("wb") as pixels:
+        with naming(folder), (work / "pixels.bin").open("wb") as pixels:
             for photo, found in _ahead(source.read(), lambda photo: _decode(photo, side, max_aspect, frames)):
                 about = [photo.key, photo.label, photo.captions, photo.split]
                 digest.update(f"{json.dumps(about)}\0{hashlib.sha256(photo.content).hexdigest()}\n".encode())

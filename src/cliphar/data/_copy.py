@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from cliphar.data._cache import PhotoSet
 from cliphar.data._readers import SPLITS, PhotoSource
+from cliphar.errors import naming
 
 __all__ = ["copy_parts"]
 
@@ -44,7 +45,8 @@ def copy_parts(source: PhotoSource, photos: PhotoSet, parts: NDArray[np.int64], 
             while place.exists():  # files of one name from different folders
                 taken[plain] += 1
                 place = folder / f"{pure.stem}-{taken[plain]}{pure.suffix}"
-            place.write_bytes(photo.content)
+            with naming(out):
+                place.write_bytes(photo.content)
             counts[SPLITS[part]] += 1
         work.chmod(0o755)
         work.rename(out)

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from cliphar.errors import UsageError, naming
+
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
 
@@ -15,16 +17,26 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write ``state`` (tensors, numbers and containers of them) beside ``path``, then put it in its place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with naming(path), partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)  # else it fills a disk that is full already
 
 
 def load_checkpoint(path: Path) -> dict[str, Any] | None:
-    """The state that was saved, or None; tensors only, no code is run."""
+    """The state that was saved, or None; tensors only, no code is run.
+
+    Raises:
+        UsageError: the file is damaged.
+    """
     if not path.exists():
         return None
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many classes, a pickle's among them
+        raise UsageError(f"{path} is damaged or cut short; copy it again, or remove it to start anew") from error
     return state

@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from cliphar.bundle import Bundle
+from cliphar.bundle import Bundle, whole_file
 from cliphar.data import PhotoSet, assign_parts, load_photos, open_source
 from cliphar.errors import DataError
 from cliphar.labels import clean_labels, prompts
@@ -104,9 +104,8 @@ class Job:
             return np.asarray(np.load(file), np.float32)
         self.around.log(f"embedding {len(self.rows(part))} photos")
         found = embed_rows(self.base, self.photos, self.rows(part))
-        partial = file.with_suffix(".partial.npy")
-        np.save(partial, found)
-        partial.replace(file)
+        with whole_file(file) as partial:  # another training may be at the same
+            np.save(partial, found)
         return found
 
 
@@ -166,21 +165,16 @@ def open_job(recipe: MethodRecipe, around: Surroundings) -> Job:
         clean_labels([label])
     number = {label: i for i, label in enumerate(labels)}
     targets = np.array([-1 if label is None else number[label] for label in photos.labels], np.int64)
-    part = _divide(recipe, photos, targets)
+    data = recipe.data
+    part = assign_parts(photos, data.val, data.test, data.seed)
+    if data.shots is not None:
+        random = np.random.default_rng(data.seed)
+        for target in range(len(labels)):
+            mine = random.permutation(np.flatnonzero((part == TRAIN) & (targets == target)))
+            part[mine[data.shots :]] = -1
     for name, which in _PART.items():
         if not ((part == which) & (targets >= 0)).any():
             raise DataError(f"{recipe.data.source} leaves no photo for {name}; give more photos or other fractions")
     counts = ", ".join(f"{name} {int((part == which).sum()):,}" for name, which in _PART.items())
     around.log(f"{len(photos):,} photos of {len(labels)} labels: {counts}")
     return Job(recipe, Recognizer(bundle, OnnxRuntime(bundle)), photos, part, labels, targets, around)
-
-
-def _divide(recipe: MethodRecipe, photos: PhotoSet, targets: NDArray[np.int64]) -> NDArray[np.int64]:
-    data = recipe.data
-    part = assign_parts(photos, data.val, data.test, data.seed)
-    if data.shots is not None:
-        random = np.random.default_rng(data.seed)
-        for target in range(int(targets.max()) + 1):
-            mine = random.permutation(np.flatnonzero((part == TRAIN) & (targets == target)))
-            part[mine[data.shots :]] = -1
-    return part

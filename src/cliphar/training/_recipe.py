@@ -164,14 +164,17 @@ Recipe: TypeAlias = SpaceRecipe | MiniRecipe | MethodRecipe
 def _set(tree: dict[str, Any], assignment: str) -> None:
     key, equals, value = assignment.partition("=")
     if not equals or not key:
-        raise UsageError(f"cannot read override {assignment!r}; write key=value, as in data.root=../photos")
+        raise UsageError(f"cannot read {assignment!r}; write key=value, as in data.root=../photos")
     *parents, last = key.split(".")
     for parent in parents:
         below = tree.setdefault(parent, {})
         if not isinstance(below, dict):
-            raise UsageError(f"override {assignment!r}: {parent} is not a section")
+            raise UsageError(f"{assignment!r}: {parent} is not a section")
         tree = below
-    tree[last] = yaml.safe_load(value)
+    try:
+        tree[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{assignment!r} is not YAML; quote the value") from error
 
 
 def _known_keys(model: type[BaseModel]) -> list[str]:
@@ -196,7 +199,7 @@ def _schema(tree: dict[str, Any], path: Path) -> type[Recipe]:
 
 
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
-    """Read a recipe and apply ``key=value`` overrides (dots reach into sections, values are YAML).
+    """Read a recipe; apply ``key=value`` overrides (dots reach into sections, values are YAML).
 
     Raises:
         UsageError: unreadable, an unknown key, or a value out of its range; the message names the key.
