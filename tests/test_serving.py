@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import fcntl
 import hashlib
 import json
 import re
@@ -322,7 +323,7 @@ def test_a_photo_asked_for_again_is_not_computed_again() -> None:
     assert told.count("kept") == 7
 
 
-def test_new_words_are_under_the_deadline_too(mini: Recognizer, photos: list[Path], tmp_path: Path) -> None:
+def test_new_words_are_under_the_deadline_and_wait_for_no_teaching(photos: list[Path], tmp_path: Path) -> None:
     async def ask() -> None:
         service = Service.start(Settings(state=tmp_path, deadline_s=30))
         contents = [photos[0].read_bytes()]
@@ -331,6 +332,13 @@ def test_new_words_are_under_the_deadline_too(mini: Recognizer, photos: list[Pat
         slow = replace(service, settings=service.settings.model_copy(update={"deadline_s": 0.01}))
         with pytest.raises(ProblemError, match="no answer within"):
             await slow.answer(contents, words, 5, 0.9)
+        with (tmp_path / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another worker is taught
+            put = service.state.put_vocabulary
+            waiting = [asyncio.create_task(service.change(put, "mine", ("waving",))) for _ in range(40)]
+            await asyncio.sleep(0.1)
+            await service.answer(contents, ["standing", "lying"], 5, 0.9)
+        await asyncio.gather(*waiting)
         service.engine.close()
 
     asyncio.run(ask())

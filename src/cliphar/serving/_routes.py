@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Path, Request, Response
@@ -94,14 +93,14 @@ async def put_vocabulary(
 ) -> list[str]:
     """Keep a list of labels under a name; requests then give the name as ``labels``."""
     chosen = service.labels(labels) or ()
-    await asyncio.to_thread(service.state.put_vocabulary, name, chosen)
+    await service.change(service.state.put_vocabulary, name, chosen)
     return list(chosen)
 
 
 @router.delete("/labels/{name}", status_code=204)
 async def delete_vocabulary(name: _Name, service: TheService) -> Response:
     """Drop a list that was put here."""
-    await asyncio.to_thread(service.state.delete_vocabulary, name)
+    await service.change(service.state.delete_vocabulary, name)
     return Response(status_code=204)
 
 
@@ -120,12 +119,12 @@ async def teach(name: _Name, request: Request, service: TheService) -> dict[str,
     async with request.form(max_files=1000, max_fields=1000) as form:
         photos = await photos_of(form)
     service.settings.check_images(len(photos))
-    lesson = await asyncio.to_thread(service.teach, name, photos)
+    lesson = await service.change(service.teach, name, photos)
     return lesson.to_dict()
 
 
 @router.delete("/actions/{name}", status_code=204)
 async def forget(name: _Name, service: TheService) -> Response:
     """Forget an action that was taught."""
-    await asyncio.to_thread(service.state.forget, name)
+    await service.change(service.state.forget, name)
     return Response(status_code=204)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, field
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from fastapi import Depends, Request
@@ -25,6 +26,8 @@ from cliphar.serving._state import State
 
 __all__ = ["Service", "TheService"]
 
+T = TypeVar("T")
+
 
 @dataclass
 class Service:
@@ -40,6 +43,7 @@ class Service:
     ready: bool = False
     users: int = 0
     """Requests that are being answered; while there are any, the engine stays open."""
+    changes: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "changes"))
 
     @classmethod
     def start(cls, settings: Settings, metrics: Metrics | None = None) -> Service:
@@ -77,6 +81,10 @@ class Service:
         """Take in what another worker was told or taught."""
         if self.state.is_stale():
             await asyncio.to_thread(self.state.refresh)
+
+    async def change(self, do: Callable[..., T], *arguments: Any) -> T:
+        """Tell or teach, one after another: each waits for the state's file, many would keep all threads waiting."""
+        return await asyncio.get_running_loop().run_in_executor(self.changes, do, *arguments)
 
     def in_time(self) -> AbstractAsyncContextManager[None]:
         """ProblemError 503 if what is done inside takes longer than a request may."""

@@ -39,7 +39,7 @@ class State:
         self._recognizer = recognizer
         self._seen: dict[Path, _Stamp] = {}
         self._named: dict[str, tuple[str, ...]] = {}
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self.refresh()
 
     def is_stale(self) -> bool:
@@ -79,7 +79,7 @@ class State:
         directory = self._vocabularies.parent
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            with self._lock, (directory / ".lock").open("w") as lock:
+            with (directory / ".lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 self.refresh()
                 yield
@@ -126,8 +126,7 @@ class State:
 
     def _write_vocabularies(self, named: dict[str, tuple[str, ...]]) -> None:
         write_whole(self._vocabularies, json.dumps(named, ensure_ascii=False, indent=1).encode())
-        self._named = named
-        self._changed(self._vocabularies)
+        self.refresh()
 
 
 def _stamp(path: Path) -> _Stamp | None:
