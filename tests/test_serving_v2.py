@@ -96,6 +96,8 @@ BAD = {
     "numbers": (b'{"inputs":[{"name":"images","shape":[1],"datatype":"BYTES","data":[1]}]}', {}),
     "no data": (b'{"inputs":[{"name":"images","shape":[1],"datatype":"UINT8"}]}', {}),
     "pixels cut short": (b'{"inputs":[{"name":"images","shape":[1,9,9,3],"datatype":"UINT8","data":[1]}]}', {}),
+    "pixels 0..1": (b'{"inputs":[{"name":"images","shape":[1,1,1,3],"datatype":"UINT8","data":[0.5,0,1]}]}', {}),
+    "pixels over 255": (b'{"inputs":[{"name":"images","shape":[1,1,1,3],"datatype":"UINT8","data":[256,0,1]}]}', {}),
     "more bytes than sent": (
         b'{"inputs":[{"name":"images","shape":[1],"datatype":"BYTES","parameters":{"binary_data_size":9}}]}',
         {},

@@ -136,12 +136,17 @@ def images_of(tensor: _Tensor) -> list[bytes]:
         raise ProblemError(400, f"input {tensor.name} must be BYTES [N] or UINT8 [N,H,W,3]")
     try:
         if tensor.raw is None:
-            pixels = np.asarray(tensor.data, np.int64).astype(np.uint8)
+            pixels = np.asarray(tensor.data)
+            if pixels.dtype.kind != "i" or pixels.min() < 0 or pixels.max() > 255:
+                raise ValueError  # 0..1 would all be black
+            pixels = pixels.astype(np.uint8)
         else:
             pixels = np.frombuffer(tensor.raw, np.uint8)
         pixels = pixels.reshape(tensor.shape)
     except (ValueError, TypeError, OverflowError) as error:
-        raise ProblemError(400, f"input {tensor.name}: the data does not have the shape it says") from error
+        raise ProblemError(
+            400, f"input {tensor.name} must be whole numbers 0..255, as many as its shape says"
+        ) from error
     _, height, width, _ = tensor.shape
     return [b"P6 %d %d 255\n" % (width, height) + image.tobytes() for image in pixels]
 
