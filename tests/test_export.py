@@ -240,7 +240,7 @@ def test_what_answers_otherwise_is_refused_and_the_bundle_is_as_it_was(
         weights.raw_data = (-np.frombuffer(weights.raw_data, np.float32)).tobytes()
         return {"image.fp32.onnx": model.SerializeToString()}
 
-    monkeypatch.setitem(_targets.TARGETS, "onnx-fp32", _targets.Target("fp32", turned, "wrong"))
+    monkeypatch.setitem(_targets.TARGETS, "onnx-fp32", _targets.Target("fp32", turned))
     bundle, outcomes = export_bundle(find_bundle(packaged("mini")), ["onnx-fp32"], out=tmp_path / "out")
     assert outcomes[0].failed is not None
     assert "onnx-fp32 is refused: mean cosine" in outcomes[0].failed

@@ -71,9 +71,12 @@ class _Eager:
 
 
 def serve(pipe: Connection, path: Path, name: str, threads: int) -> None:
-    """Answer requests until None comes: ("start",), ("tensors"|"bytes", batch, seconds), ("embed", images), ("peak",).
+    """Load a runtime, then answer requests until None comes or the pipe is closed.
 
-    The first message back is {"load_s", "memory_mib"} or a line that says why the runtime does not run.
+    The first message back is ``{"load_s": seconds}``, or a line that says why the runtime does not run. Requests:
+    ``("tensors", batch, seconds)``, answered with the seconds of each call; ``("bytes", batch, seconds)``, photos a
+    second from JPEG; ``("embed", uint8 [N,S,S,3], batch)``, a list of float32 [batch,D]; ``("peak",)``, operations a
+    second of matrix products, or None if the runtime is not PyTorch; ``("memory",)``, MiB at the most.
     """
     try:
         bundle = read_bundle(path, verify=False)

@@ -28,20 +28,19 @@ from typing import Any
 
 from cliphar.data._sources import Photo, is_hidden, read_captioned
 from cliphar.errors import DataError, UsageError
-from cliphar.media import is_image_name
+from cliphar.media import is_image_name, is_video_name
 
 __all__ = ["SPLITS", "PhotoSource", "is_clip_name", "open_source"]
 
 SPLITS = ("train", "val", "test")
 _SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
 _SPLIT_NAMES |= {"test": "test", "testing": "test"}
-_CLIP_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".y4m"})
 _TEXTS = frozenset({"cls", "txt", "json"})
 
 
 def is_clip_name(name: str) -> bool:
-    """Whether a file's name has the suffix of a video."""
-    return PurePosixPath(name).suffix.lower() in _CLIP_SUFFIXES
+    """Whether a file's name has the suffix of a video, and not of an image (a GIF is a photo here)."""
+    return is_video_name(name) and not is_image_name(name)
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,12 @@ Files = dict[str, bytes]
 
 @dataclass(frozen=True)
 class Material:
-    """What a target is made from: the bundle's own graph as shipped, the float32 graph behind it, photos uint8
-    [N,S,S,3] for its ranges, and a judge of 8-bit graphs that says what is wrong with one, or None. ``work`` is a
-    folder to be untidy in."""
+    """What a target is made from: ``shipped`` is the bundle's image.onnx and ``model`` the float32 graph behind it.
+
+    ``calibration`` is uint8 [N,S,S,3], for the ranges of 8-bit graphs. ``judge`` says what is wrong with an 8-bit
+    graph, or None. ``work`` is a folder for temporary files, ``say`` is told what is going on, and ``quantized`` keeps
+    the 8-bit graph that several targets are made from.
+    """
 
     shipped: Path
     model: onnx.ModelProto
@@ -39,11 +42,10 @@ class Material:
 
 @dataclass(frozen=True)
 class Target:
-    """A runtime to add: how precise it is to be, what makes its files (the first is what is loaded), and in a word."""
+    """A runtime to add: its precision, a key of ``TOLERANCES``, and what makes its files; the first is loaded."""
 
     precision: str
     build: Callable[[Material], Files]
-    about: str
 
 
 def _onnx_fp32(material: Material) -> Files:
@@ -102,21 +104,15 @@ def _tensorrt(model: onnx.ModelProto, name: str) -> Files:
 
 
 TARGETS: dict[str, Target] = {
-    "onnx-fp32": Target("fp32", _onnx_fp32, "ONNX, float32 throughout, constants folded"),
-    "onnx-fp16": Target("fp16", _onnx_fp16, "ONNX, half precision: half the size; for GPUs"),
-    "onnx-w8": Target("w8", _onnx_w8, "ONNX, weights in 8 bits, arithmetic in float: a quarter of the size"),
-    "onnx-int8": Target("int8", _onnx_int8, "ONNX, static 8-bit arithmetic"),
-    "openvino": Target("fp32", lambda m: _openvino(m.model, "fp32", m.work), "OpenVINO, float32"),
-    "openvino-bf16": Target(
-        "bf16", lambda m: _openvino(m.model, "bf16", m.work, half=True), "OpenVINO, bfloat16 where the CPU has it"
-    ),
-    "openvino-int8": Target(
-        "int8", lambda m: _openvino(_quantized(m), "int8", m.work), "OpenVINO, static 8-bit arithmetic"
-    ),
-    "torch-export": Target(
-        "fp32", lambda m: {"image.pt2": torch_program(m.model)}, "torch.export program, for C++ by AOTInductor"
-    ),
-    "torchscript": Target("fp32", lambda m: {"image.pt": torchscript(m.model)}, "TorchScript, for libtorch"),
-    "tensorrt": Target("fp16", lambda m: _tensorrt(_half(m.model), "fp16"), "TensorRT, half precision, for this GPU"),
-    "tensorrt-int8": Target("int8", lambda m: _tensorrt(_quantized(m), "int8"), "TensorRT, 8 bits, for this GPU"),
+    "onnx-fp32": Target("fp32", _onnx_fp32),
+    "onnx-fp16": Target("fp16", _onnx_fp16),
+    "onnx-w8": Target("w8", _onnx_w8),
+    "onnx-int8": Target("int8", _onnx_int8),
+    "openvino": Target("fp32", lambda m: _openvino(m.model, "fp32", m.work)),
+    "openvino-bf16": Target("bf16", lambda m: _openvino(m.model, "bf16", m.work, half=True)),
+    "openvino-int8": Target("int8", lambda m: _openvino(_quantized(m), "int8", m.work)),
+    "torch-export": Target("fp32", lambda m: {"image.pt2": torch_program(m.model)}),
+    "torchscript": Target("fp32", lambda m: {"image.pt": torchscript(m.model)}),
+    "tensorrt": Target("fp16", lambda m: _tensorrt(_half(m.model), "fp16")),
+    "tensorrt-int8": Target("int8", lambda m: _tensorrt(_quantized(m), "int8")),
 }

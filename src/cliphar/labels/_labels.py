@@ -80,18 +80,17 @@ def glossary() -> dict[str, tuple[str, ...]]:
 
 
 def describe(label: str) -> tuple[str, ...]:
-    """What a photo of the action shows, if the glossary knows it; case and articles do not matter."""
-    key = re.sub(r"\b(a|an|the)\b", " ", label.lower().replace("-", " "))
-    return _index().get(" ".join(key.split()), ())
+    """What a photo of the action shows, if the glossary knows it; case, hyphens and articles do not matter."""
+    return _index().get(_key(label), ())
+
+
+def _key(name: str) -> str:
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", name.lower().replace("-", " ")).split())
 
 
 @functools.cache
 def _index() -> dict[str, tuple[str, ...]]:
-    index = {}
-    for name, descriptions in glossary().items():
-        key = re.sub(r"\b(a|an|the)\b", " ", name.replace("-", " "))
-        index[" ".join(key.split())] = descriptions
-    return index
+    return {_key(name): descriptions for name, descriptions in glossary().items()}
 
 
 @functools.cache

@@ -38,7 +38,7 @@ VideoLike: TypeAlias = str | os.PathLike[str] | bytes | BinaryIO
 
 VIDEO_SUFFIXES = frozenset(
     {".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts"}
-    | {".webm", ".wmv"}
+    | {".webm", ".wmv", ".y4m"}
 )
 MAX_SIDE = 16_384
 _LUMA = (32, 32)  # width, height of the thumbnail that changes are measured on

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cliphar.bundle import Bundle
@@ -159,7 +158,7 @@ def _captioned(job: Job, recipe: GradientRecipe, source: str, texts: list[str]) 
 
 
 class _Validation:
-    """Top-1 on the validation part by class vectors (``score``) and by words (``words``), as the model stands."""
+    """Top-1 by class vectors on the validation part, 0..1, of the model as it stands: ``{"score": ...}``."""
 
     def __init__(self, job: Job, objective: ContrastObjective, size: int) -> None:
         self._objective, self._job, self._size = objective, job, size
@@ -174,15 +173,12 @@ class _Validation:
         device = objective.class_vectors.device
         embedded = torch.cat([objective.embed(pixels.to(device)).float().cpu() for pixels in self._pixels()])
         vectors = F.normalize(objective.class_vectors.detach().float(), dim=-1).cpu()
-        score = float((self._hits(embedded, vectors)).mean())
+        hits = (embedded @ vectors.T).argmax(1) == self._targets
         for module, mode in modes.items():
             module.training = mode
-        return {"score": score}
+        return {"score": float(hits.double().mean())}
 
-    def _hits(self, embedded: Tensor, vectors: Tensor) -> NDArray[np.float64]:
-        return ((embedded @ vectors.T).argmax(1) == self._targets).double().numpy()
-
-    def _pixels(self) -> Sequence[Tensor] | list[Tensor]:
+    def _pixels(self) -> list[Tensor]:
         from PIL import Image
 
         spec, batch = self._job.bundle.info.image, 64
