@@ -167,6 +167,18 @@ def test_a_clock_that_jumps_is_told_of_and_the_gap_left_out(tmp_path: Path, fake
     assert "clock jumps from 5.9 s" in str(timeline.warning)
 
 
+def test_a_clock_that_jumps_before_the_first_picture_is_not_waited_for(tmp_path: Path) -> None:
+    content = film(tmp_path / "late.mkv", [RED] * 3, times=[0, 1e6, 1e6 + 1], codec="mjpeg").read_bytes()
+    first = content.index(b"\xff\xd8")
+    with VideoReader(content[:first] + bytes(600) + content[first + 600 :]) as reader:
+        assert sum(1 for _ in reader.sample(0.1)) < 10
+
+
+def test_frames_without_times_are_counted(tmp_path: Path) -> None:
+    with VideoReader(film(tmp_path / "raw.h264", [RED], codec="libx264", fps=25)) as reader:
+        assert [time_s for time_s, _ in reader.sample(1)][:6] == [0, 1, 2, 3, 4, 5]
+
+
 @pytest.mark.parametrize(("codec", "times"), [("mjpeg", range(900, 908)), ("libx264", range(0, 80, 10))])
 def test_a_part_of_a_recording_and_slow_pictures_are_whole(tmp_path: Path, codec: str, times: range) -> None:
     path = film(tmp_path / "part.mkv", [RED] * 8, codec=codec, fps=Fraction(1, times.step), times=times)

@@ -191,6 +191,7 @@ class VideoReader:
         stream, context = self._stream, self._stream.codec_context
         stream.thread_type = "AUTO"
         sparse = fps is not None and self.info.fps is not None and self.info.fps >= 3 * fps
+        sparse = sparse and self._start is not None  # frames without times are counted, so all are needed
         context.skip_frame = "NONREF" if sparse else "DEFAULT"
         frame_s = 1 / self.info.fps if self.info.fps else 0.04
         pixel_aspect = float(stream.sample_aspect_ratio or 1)
@@ -214,7 +215,7 @@ class VideoReader:
                 time_s = self._time(raw, last, frame_s) + shift
                 if self._jumped and time_s <= last:  # a jump may land a little before where it was aimed
                     continue
-                if seen and not self._jumped and time_s > last + frame_s + _LONGEST_STILL_S:
+                if not self._jumped and time_s > last + frame_s + _LONGEST_STILL_S:
                     self.problems.append(f"its clock jumps from {last:.1f} s to {time_s:.1f} s; the gap was left out")
                     shift -= time_s - last - frame_s
                     time_s = last + frame_s
