@@ -194,6 +194,9 @@ def test_what_was_taught_outlives_the_service(clean_env: dict[str, str], samples
 def test_operations(api: str) -> None:
     assert httpx.get(f"{api}/livez").json() == {"status": "alive"}
     assert httpx.get(f"{api}/readyz").json() == {"status": "ready"}
+    for path in ("/livez", "/v1/models"):
+        asked = httpx.head(f"{api}{path}")
+        assert (asked.status_code, asked.content, int(asked.headers["content-length"]) > 0) == (200, b"", True)
     text = httpx.get(f"{api}/metrics").text
     for name in ("cliphar_requests_total", "cliphar_batch_images_count", "cliphar_queue_images", "cliphar_model_info"):
         assert f"\n{name}" in text
@@ -221,17 +224,22 @@ def test_sigterm_answers_what_came_in(clean_env: dict[str, str], photos: list[Pa
 
 def test_keys_and_rates(clean_env: dict[str, str], tmp_path: Path) -> None:
     keys = tmp_path / "keys"
-    keys.write_text(f"# who\nanna {hashlib.sha256(b'secret').hexdigest()}\n")
-    with serving(clean_env, "--api-keys", str(keys), "--rate", "3") as (url, _):
+    # a key and the one that takes its place
+    keys.write_text("# who\n" + "".join(f"anna {hashlib.sha256(key).hexdigest()}\n" for key in (b"secret", b"new")))
+    page = {"origin": "http://page.example", "access-control-request-method": "GET"}
+    with serving(clean_env, "--api-keys", str(keys), "--rate", "3", "--cors", page["origin"]) as (url, _):
         assert httpx.get(f"{url}/livez").status_code == 200
+        asked = httpx.options(f"{url}/v1/models", headers=page | {"access-control-request-headers": "x-api-key"})
+        assert (asked.status_code, asked.headers["access-control-allow-headers"]) == (200, "x-api-key")
         assert "key" in problem(httpx.get(f"{url}/v1/models"), 401)
         assert problem(httpx.get(f"{url}/v1/models", headers={"x-api-key": "wrong"}), 401)
         with Client(url, api_key="secret") as client:
             assert client.model()["name"] == "mini"
-        for _ in range(2):
-            assert httpx.get(f"{url}/v1/models", headers={"x-api-key": "secret"}).status_code == 200
-        refused = httpx.get(f"{url}/v1/models", headers={"x-api-key": "secret"})
+        for key in ("secret", "new"):
+            assert httpx.get(f"{url}/v1/models", headers={"x-api-key": key}).status_code == 200
+        refused = httpx.get(f"{url}/v1/models", headers=page | {"x-api-key": "secret"})
         assert problem(refused, 429)
+        assert "Retry-After" in refused.headers["access-control-expose-headers"]  # else the page could not read it
         assert int(refused.headers["retry-after"]) >= 1
 
 

@@ -34,7 +34,11 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(Around, owner=app, keys=Keys(settings.api_keys, settings.rate_per_minute))
     if settings.cors_origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["*"], allow_headers=["*"]
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After", "X-Request-ID", "Inference-Header-Content-Length"],
         )
 
     @app.get("/livez", tags=["operations"])

@@ -21,7 +21,8 @@ class Keys:
     """Checks callers.
 
     Args:
-        file: ``NAME SHA256`` a line, the digest of a key's UTF-8 bytes; None lets everyone in.
+        file: ``NAME SHA256`` a line, the digest of a key's UTF-8 bytes; a name may have several keys, as while one
+            is replaced; None lets everyone in.
         rate_per_minute: requests of one key, or of one address where no keys are asked for; None sets no bound.
 
     Raises:
@@ -41,7 +42,7 @@ class Keys:
             key = token if scheme.lower() == "bearer" else api_key or ""
             digest = hashlib.sha256(key.encode()).hexdigest()
             # every digest is compared, so that the time taken tells nothing
-            matches = [name for name, known in self._digests.items() if hmac.compare_digest(known, digest)]
+            matches = [name for known, name in self._digests.items() if hmac.compare_digest(known, digest)]
             if not matches:
                 raise ProblemError(401, "give a key: Authorization: Bearer KEY, or X-API-Key: KEY")
             caller = f"key {matches[0]}"
@@ -71,7 +72,7 @@ def _read(file: Path) -> dict[str, str]:
         if name and not name.startswith("#"):
             if not re.fullmatch(r"[0-9a-f]{64}", digest.strip()):
                 raise UsageError(f"{file} has a line without a sha256; write 'NAME SHA256', as in docs/serving.md")
-            digests[name] = digest.strip()
+            digests[digest.strip()] = name
     if not digests:
         raise UsageError(f"{file} holds no key; write 'NAME SHA256' a line, or leave --api-keys out")
     return digests

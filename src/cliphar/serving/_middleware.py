@@ -48,6 +48,8 @@ class Around:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":  # what watches a service often asks so; uvicorn leaves the body out
+            scope = {**scope, "method": "GET"}
         service: Service = self._owner.state.service
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
