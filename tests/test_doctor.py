@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 from cliphar.cli import _doctor
 
@@ -51,6 +53,19 @@ def test_the_gpu_s_first_missing_thing_is_named(tmp_path: Path, monkeypatch: pyt
     assert "provider 'cuda'" in _doctor._gpu(["cuda", "cpu"], tmp_path)[1]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     assert _doctor._gpu(["cuda", "cpu"], tmp_path)[2] == "unset CUDA_VISIBLE_DEVICES"
+
+
+def test_the_warning_that_names_doctor_is_not_given_by_doctor(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.WARNING, "cliphar.runtime")  # and back at the end
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr("cliphar.runtime._onnx._without_nvidia", lambda: False)
+    monkeypatch.setattr(_doctor, "_gpu", lambda _: _doctor._cuda())
+    with pytest.raises(typer.Exit), pytest.warns(UserWarning, match="CUDAExecutionProvider"):
+        _doctor.doctor()
+    assert "does not find CUDA's libraries" in capsys.readouterr().out
+    assert not caplog.records
 
 
 def test_folders_that_cannot_be_written_to_are_told() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import shutil
@@ -32,6 +33,7 @@ def doctor() -> None:
     """Say what is here, what is missing, and the command that mends it."""
     from cliphar.runtime import available_providers
 
+    logging.getLogger("cliphar.runtime").setLevel(logging.ERROR)  # its warnings name this command
     providers = available_providers()
     bad = 0
     print(f"     cliphar {__version__}, Python {platform.python_version()}, {platform.platform()}")
