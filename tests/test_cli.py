@@ -131,6 +131,13 @@ def test_a_name_that_is_not_text(cli: Run, photos: list[Path], tmp_path: Path) -
     assert (done.returncode, len(error_lines(done))) == (1, 1)
 
 
+def test_letters_that_the_output_lacks(cli: Run, photos: list[Path], tmp_path: Path) -> None:
+    shutil.copy(photos[0], tmp_path / "фото.jpg")
+    done = cli("predict", "фото.jpg", PYTHONIOENCODING="latin-1")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(r"\u0444\u043e\u0442\u043e.jpg" + "\t")
+
+
 WRONG = {
     "both ways to give labels": ["predict", "PHOTO", "--labels", "a", "--labels-file", "LABELS"],
     "no labels": ["predict", "PHOTO", "--labels", " , "],

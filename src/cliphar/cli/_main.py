@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from contextlib import suppress
@@ -67,6 +68,8 @@ def _root(
 
 def main() -> None:
     """Run the command line; exit status 0 done, 1 failed on some input, 2 wrong usage."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names and labels in letters that its encoding lacks
     try:
         sys.exit(app(standalone_mode=False))
     except _WrongUsage as error:
