@@ -226,7 +226,7 @@ class Client(_Calls):
 
 
 class AsyncClient(_Calls):
-    """The same for asyncio; see :class:`Client`."""
+    """The same for asyncio, but for ``video``; see :class:`Client`."""
 
     def __init__(self, url: str, *, api_key: str | None = None, timeout_s: float = 60.0, retry_s: float = 15.0) -> None:
         super().__init__(url, api_key, timeout_s, retry_s)

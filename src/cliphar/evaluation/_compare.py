@@ -45,7 +45,7 @@ class Comparison:
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Exact two-sided p-value that ``only_first`` and ``only_second`` are a fair coin's heads and tails.
+    """Exact two-sided p-value of so many heads and tails if the coin is fair: that neither of two models is better.
 
     McNemar, "Note on the sampling error of the difference between correlated proportions", 1947, in its exact form.
     """

@@ -87,7 +87,7 @@ class Frame:
         return np.asarray(small.to_ndarray(), np.uint8)
 
     def image(self, min_side: int = 0) -> Image.Image:
-        """Upright RGB with square pixels; ``min_side`` above 0 allows it smaller, down to that short side."""
+        """Upright RGB with square pixels; with ``min_side`` above 0 it may be smaller, down to that short side."""
         width, height = max(1, round(self._raw.width * self._pixel_aspect)), self._raw.height
         way = "BICUBIC"
         if min_side:
@@ -166,8 +166,8 @@ class VideoReader:
     def sample(self, fps: float) -> Iterator[tuple[float, Frame]]:
         """The frame that is seen at 0, 1/fps, 2/fps ... seconds, whatever the video's own rate.
 
-        Frames that no other is predicted from are left out where the video has three times as many as asked for, and
-        whole groups of frames are jumped over where an index says that none of them is needed.
+        Frames that no other is predicted from are not decoded if the video has at least three times as many frames as
+        are asked for, and groups of frames of which the file's index says that none is needed are jumped over.
 
         Raises:
             MediaError: not one frame can be read.

@@ -30,9 +30,9 @@ _ABOUT = "about"  # one key: safetensors writes several in no fixed order
 @dataclass(frozen=True)
 class Towers:
     """``image`` takes float [N,3,S,S] with values in 0..255 and returns float [N,D], unit length. ``text`` takes
-    int64 ids [N,T], as ``tokenize`` gives them, and returns the same; None where the bundle has its text tower as a
-    graph only. ``architecture`` is ``efficientnet-lite0`` to ``2`` or ``open_clip``, whose configuration is
-    ``config``; ``logit_scale`` is what training multiplied cosines by.
+    int64 ids [N,T], as ``tokenize`` gives them, and returns float [N,D], unit length; None where the bundle has its
+    text tower as a graph only. ``architecture`` is ``efficientnet-lite0`` to ``2`` or ``open_clip``, whose
+    configuration is ``config``; ``logit_scale`` is what training multiplied cosines by.
     """
 
     architecture: str

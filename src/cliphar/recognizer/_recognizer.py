@@ -60,7 +60,7 @@ def load(
 
 
 class Recognizer:
-    """Recognises actions in photos. Safe to share between threads."""
+    """Recognises actions in photos, ``batch_size`` at a time at most. Safe to share between threads."""
 
     def __init__(self, bundle: Bundle, runtime: Runtime, *, batch_size: int = 16) -> None:
         self.bundle = bundle

@@ -30,7 +30,7 @@ def probabilities(cosines: NDArray[np.float32], logit_scale: float) -> NDArray[n
 
 
 def conformal_threshold(calibration: Calibration, coverage: float) -> float:
-    """The bound on 1 - p(label) for a coverage in (0, 1), interpolated upwards to the next one that was fitted."""
+    """The bound on 1 - p(label) of the next fitted coverage at or above this one, in (0, 1); 1 above the last."""
     if not 0 < coverage < 1:
         raise UsageError(f"coverage {coverage} is not between 0 and 1; 0.9 is usual")
     for fitted, threshold in calibration.conformal:

@@ -62,8 +62,8 @@ class OnnxRuntime:
     Args:
         bundle: a bundle that was read.
         file: the bundle's image graph to run.
-        provider: ``cpu``, ``cuda``, ``tensorrt`` or ``openvino``; None takes the best present. The next is gone on to
-            if it does not start, or no GPU is there for it.
+        provider: ``cpu``, ``cuda``, ``tensorrt`` or ``openvino``; None takes the best present. If it does not start, or
+            needs a GPU and there is none, the next one is taken.
         threads: for the CPU; None takes what the container's quota allows.
 
     Raises:

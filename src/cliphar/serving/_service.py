@@ -47,7 +47,7 @@ class Service:
 
     @classmethod
     def start(cls, settings: Settings, metrics: Metrics | None = None) -> Service:
-        """Load the model, verify it and run it once; ``metrics`` of a service that this one takes the place of.
+        """Load the model, verify it and run it once; ``metrics`` are those of the service that this one replaces.
 
         Raises:
             ClipharError: the model cannot be loaded.

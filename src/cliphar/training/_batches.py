@@ -29,8 +29,11 @@ def stack_views(views: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class TrainItems:
-    """What is trained on: ``photos`` with the numbers ``rows`` of those that are, and for each of these its class or
-    -1 (``targets``, int64) and the numbers of the texts that may stand for it (``texts``; may be empty)."""
+    """What is trained on: those of ``photos`` whose numbers are ``rows``, int64 [N].
+
+    ``targets``, int64 [N], is the class of each or -1, and ``texts`` the numbers of the texts that may stand for it, of
+    which there may be none.
+    """
 
     photos: PhotoSet
     rows: NDArray[np.int64]

@@ -41,8 +41,8 @@ class SetRecipe(_Model):
     """The photos: ``source`` is any that ``cliphar data check`` takes.
 
     Where the source names parts (train, val, test), they hold. Else ``val`` and ``test`` are the fractions of every
-    label kept for calibration and for the reported figures, near-duplicates together. ``shots`` trains on so many
-    photos of a label only. ``seed`` draws parts and shots.
+    label kept for calibration and for the reported figures, near-duplicates together. ``shots`` is how many
+    photos of each label are trained on; None takes all. ``seed`` draws parts and shots.
     """
 
     source: str
