@@ -550,6 +550,8 @@ def test_a_clip_is_answered_in_lines(api: str, clip: bytes) -> None:
         assert [line["segment"] for line in lines if "segment" in line] == timelines[-1]["segments"]
     assert timelines[0] == timelines[1]
     assert timelines[0]["duration_s"] == pytest.approx(6, abs=0.3)
+    with Client(api) as client:  # words in a string are words, not their letters
+        assert list(client.video(clip, "being a cat, taking a photo"))[-1]["timeline"] == timelines[0]
 
 
 def test_what_is_no_clip_is_refused(api: str, clip: bytes) -> None:

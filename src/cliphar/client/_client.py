@@ -167,12 +167,13 @@ class Client(_Calls):
         return self._answers(self._call("POST", "/v1/predict", **self._predict(photos, labels, top_k, coverage)))
 
     def video(
-        self, clip: Photo, labels: Sequence[str] | None = None, *, coverage: float = 0.9
+        self, clip: Photo, labels: Sequence[str] | str | None = None, *, coverage: float = 0.9
     ) -> Iterator[dict[str, Any]]:
         """A clip's lines while the service reads it: ``progress``, each ``segment``, at last the ``timeline``."""
         content = clip if isinstance(clip, bytes) else _read(clip)
-        # a comma at the end makes a single word a list, not a vocabulary's name
-        query = {"coverage": coverage} | ({"labels": ",".join([*labels, ""])} if labels else {})
+        # a list of one is no vocabulary's name
+        words = labels if isinstance(labels, str) else ",".join([*(labels or ()), ""])
+        query = {"coverage": coverage} | ({"labels": words} if words else {})
         since = time.monotonic()
         for tries in itertools.count():
             try:
