@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
@@ -33,6 +34,9 @@ from serving_process import serving
 PACKAGE = Path(cliphar.__file__).resolve().parent
 RUNTIME = {"CLIPHAR_RUNTIME": "onnx"}  # the same arithmetic in every process, and none of them measures which is faster
 os.environ |= RUNTIME
+# neither the time of day nor the speed of the machine decides
+settings.register_profile("steady", deadline=None, database=None, derandomize=True)
+settings.load_profile("steady")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background, and what is started here would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

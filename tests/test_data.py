@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
@@ -24,8 +24,6 @@ from cliphar.data import (
     split_grouped,
 )
 from cliphar.errors import DataError
-
-PROPERTY = settings(deadline=None, database=None, derandomize=True, max_examples=100)
 
 
 def scene(seed: int, width: int = 160, height: int = 120) -> Image.Image:
@@ -182,7 +180,6 @@ def test_one_photo_and_none() -> None:
     assert group_duplicates([]).dtype == np.int64
 
 
-@PROPERTY
 @given(st.lists(st.lists(st.integers(0, 127), max_size=30), min_size=1, max_size=25), st.integers(0, 30))
 def test_groups_are_the_connected_parts(flipped: list[list[int]], max_distance: int) -> None:
     hashes = [bits(*some) for some in flipped]
@@ -214,7 +211,6 @@ def test_each_stratum_is_divided_by_the_fractions(fractions: tuple[float, ...], 
             assert fraction > 0 or found[part] == 0
 
 
-@PROPERTY
 @given(
     photos=st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 30)), max_size=80),
     fractions=st.sampled_from(FRACTIONS),
@@ -239,7 +235,6 @@ def test_few_photos_of_each_label_still_fill_every_part(photos: int) -> None:
     assert set(parts.tolist()) == {0, 1, 2}
 
 
-@PROPERTY
 @given(st.lists(st.integers(1, 4), min_size=20, max_size=60), st.integers(0, 1000))
 def test_small_groups_move_the_fractions_by_little(sizes: list[int], seed: int) -> None:
     groups = np.repeat(np.arange(len(sizes)), sizes)

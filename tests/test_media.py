@@ -22,7 +22,7 @@ from cliphar.errors import MediaError
 from cliphar.media import IMAGE_SUFFIXES, MAX_PIXELS, decode_image, is_image_name, to_square
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
-PROPERTY = settings(deadline=None, database=None, derandomize=True, max_examples=150)
+PROPERTY = settings(max_examples=150)
 
 
 def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
