@@ -53,6 +53,15 @@ def test_every_way_to_give_a_photo_gives_the_same_answer(mini: Recognizer, photo
     assert all(near(first, other) for other in rest)
 
 
+def test_one_photo_alone_is_a_list_of_one(fake: Recognizer, tmp_path: Path) -> None:
+    Image.fromarray(RED).save(tmp_path / "red.png")
+    path = tmp_path / "red.png"
+    for alone in (path, str(path), path.read_bytes(), Image.fromarray(RED), RED):
+        assert [answer.label for answer in fake.stream(alone)] == ["red"]  # type: ignore[arg-type,union-attr]
+    for many in (np.stack([RED, BLUE]), np.array([str(path)] * 2), {path: 1, str(path): 2}):
+        assert len(list(fake.stream(many))) == 2
+
+
 def test_lists_and_generators_keep_the_order(mini: Recognizer, photos: list[Path]) -> None:
     order = photos * 2 + photos[::-1]
     alone = {photo: mini.predict(photo, WORDS) for photo in photos}

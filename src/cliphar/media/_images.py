@@ -6,10 +6,10 @@ import io
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from cliphar.errors import MediaError
 
-__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "ImageLike", "decode_image", "is_image_name", "to_square"]
+__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "ImageLike", "decode_image", "is_image_name", "several", "to_square"]
 
 ImageLike: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | NDArray[np.generic]
 
@@ -42,6 +42,12 @@ _WIDE_RANGES = {"I", "I;16", "I;16B", "I;16L", "I;16N", "F"}
 def is_image_name(name: str) -> bool:
     """Whether a file's name has the suffix of an image format that is read here."""
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122 - names inside archives too
+
+
+def several(images: Any) -> Iterable[ImageLike]:
+    """The images; one alone is a list of one, not the letters of its path or the rows of its array."""
+    alone = isinstance(images, str | bytes | os.PathLike | Image.Image)
+    return [images] if alone or (isinstance(images, np.ndarray) and images.ndim in (2, 3)) else images
 
 
 def decode_image(image: ImageLike, *, min_side: int = 0, max_pixels: int = MAX_PIXELS) -> Image.Image:

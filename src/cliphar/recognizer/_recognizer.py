@@ -20,7 +20,7 @@ from PIL import Image
 from cliphar.bundle import Bundle, Calibration, find_bundle
 from cliphar.errors import MediaError, UsageError
 from cliphar.labels import clean_labels, prompts
-from cliphar.media import ImageLike, decode_image, to_square
+from cliphar.media import ImageLike, decode_image, several, to_square
 from cliphar.recognizer._scoring import mean_direction, to_predictions
 from cliphar.recognizer._taught import TAUGHT_FILE, Lesson, Taught, read_taught, write_taught
 from cliphar.recognizer._teaching import Background, gda_vectors, read_background
@@ -321,7 +321,7 @@ class Recognizer:
             except MediaError as error:
                 return error
 
-        source = iter(images)
+        source = iter(several(images))
         pool = ThreadPoolExecutor(cpu_quota(), thread_name_prefix="decode")
         try:
             pending: deque[Future[NDArray[np.uint8] | MediaError]] = deque(
