@@ -16,6 +16,8 @@ import pytest
 
 from serving_process import free_port
 
+PROXY = {"http_proxy": "http://127.0.0.1:9"}  # for others: through it no way leads back to this machine
+
 
 def lines_until(stream: IO[str], start: str) -> list[str]:
     lines = []
@@ -42,7 +44,7 @@ def children(pid: int) -> list[int]:
 def running(clean_env: dict[str, str], tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], list[str], str]]:
     api, page = free_port(), free_port()
     command = [sys.executable, "-m", "cliphar", "up", "--port", str(api), "--page-port", str(page)]
-    with subprocess.Popen(command, env=clean_env, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, env=clean_env | PROXY, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
             yield process, lines_until(process.stdout, "Try"), f"http://127.0.0.1:{api}"
@@ -63,6 +65,8 @@ def test_it_prints_addresses_and_a_command_that_works(
     assert command.startswith("curl ")
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert "label" in json.dumps(json.loads(done.stdout))
+    check = Path(__file__).parents[1] / "docker" / "healthcheck.py"
+    subprocess.run([sys.executable, str(check), f"{api}/readyz"], env=PROXY, check=True)
     both = children(process.pid)
     assert len(both) == 2
     process.send_signal(signal.SIGTERM)
@@ -77,3 +81,24 @@ def test_if_one_ends_all_ends(running: tuple[subprocess.Popen[str], list[str], s
     os.kill(both[which], signal.SIGKILL)
     assert process.wait(60) == 1
     assert not any(alive(pid) for pid in both)
+
+
+def test_a_stop_while_a_process_is_started_leaves_none(clean_env: dict[str, str], tmp_path: Path) -> None:
+    program = f"""
+import os, signal, subprocess
+from cliphar.cli._up import up
+
+class Stopped(subprocess.Popen):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        print(self.pid, flush=True)
+        os.kill(os.getpid(), signal.SIGINT)
+
+subprocess.Popen = Stopped
+up(None, "127.0.0.1", {free_port()}, {free_port()})
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=clean_env, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr.count("Traceback")) == (0, 0)
+    assert not alive(int(done.stdout))

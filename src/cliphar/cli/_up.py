@@ -10,7 +10,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from types import FrameType
 from typing import Annotated
 
 import typer
@@ -31,30 +30,43 @@ def up(
 ) -> None:
     """Start the API and the web page; if one of them ends, so does the other."""
     near = "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104 - a comparison, nothing is bound
+    # the three of us talk directly, whatever proxy is there for others
+    direct = ",".join(filter(None, [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), near]))
+    os.environ.update(no_proxy=direct, NO_PROXY=direct)
     near = f"[{near}]" if ":" in near else near
     api, page = f"http://{near}:{port}", f"http://{near}:{page_port}"
     program = [sys.executable, "-m", "cliphar"]
     chosen = ["--model", model] if model else []
-    signal.signal(signal.SIGTERM, _interrupt)  # the same way out as Ctrl-C
-    # a session of their own: Ctrl-C on a terminal reaches us alone, and each child gets one SIGTERM from us
-    serve = subprocess.Popen([*program, "serve", "--host", host, "--port", str(port), *chosen], start_new_session=True)
-    children = {"the API": serve}
+    stopping: list[int] = []
+    for number in (
+        signal.SIGTERM,
+        signal.SIGINT,
+    ):  # raised as an exception, one could leave a child that we do not know
+        signal.signal(number, lambda number, _frame: stopping.append(number))
+    children: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(name: str, url: str, arguments: list[str]) -> None:
+        # a session of its own: Ctrl-C on a terminal reaches us alone, and each child gets one SIGTERM from us
+        environment = os.environ | {"CLIPHAR_API_URL": api}
+        children[name] = subprocess.Popen([*program, *arguments], env=environment, start_new_session=True)
+        end = time.monotonic() + 120
+        while not (stopping or _answers(url)):
+            _ended(children)
+            if time.monotonic() > end:
+                raise ClipharError(f"{name} did not answer at {url} within two minutes; see its lines above")
+            time.sleep(0.1)
+
     try:
-        _wait(f"{api}/readyz", "the API", children)
-        children["the web page"] = subprocess.Popen(
-            [*program, "app", "--host", host, "--port", str(page_port)],
-            env=os.environ | {"CLIPHAR_API_URL": api},
-            start_new_session=True,
-        )
-        _wait(f"{page}/_stcore/health", "the web page", children)
-        print(f"API       {api}  (its documentation: {api}/docs)")
-        print(f"Web page  {page}")
-        print(f"Try       {shlex.join(_example(api))}", flush=True)
-        while True:
+        start("the API", f"{api}/readyz", ["serve", "--host", host, "--port", str(port), *chosen])
+        if not stopping:
+            start("the web page", f"{page}/_stcore/health", ["app", "--host", host, "--port", str(page_port)])
+        if not stopping:
+            print(f"API       {api}  (its documentation: {api}/docs)")
+            print(f"Web page  {page}")
+            print(f"Try       {shlex.join(_example(api))}", flush=True)
+        while not stopping:
             _ended(children)
             time.sleep(0.2)
-    except KeyboardInterrupt:
-        return  # how it is meant to end: status 0, as of serve and app
     finally:
         _stop(children)
 
@@ -66,31 +78,21 @@ def _example(api: str) -> list[str]:
     return ["curl", "-F", f"images=@{photo}", "-F", f"labels={words}", f"{api}/v1/predict"]
 
 
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 def _ended(children: dict[str, subprocess.Popen[bytes]]) -> None:
     for name, child in children.items():
         if child.poll() is not None:
             raise ClipharError(f"{name} ended with status {child.returncode}, so all of it stops; its lines say why")
 
 
-def _wait(url: str, name: str, children: dict[str, subprocess.Popen[bytes]]) -> None:
-    end = time.monotonic() + 120
-    while time.monotonic() < end:
-        _ended(children)
-        try:
-            with urllib.request.urlopen(url, timeout=5):  # noqa: S310 - an address of our own making
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.1)
-    raise ClipharError(f"{name} did not answer at {url} within two minutes; see its lines above")
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=1):  # noqa: S310 - an address of our own making
+            return True
+    except (urllib.error.URLError, OSError):
+        return False
 
 
 def _stop(children: dict[str, subprocess.Popen[bytes]]) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     for child in children.values():
         if child.poll() is None:
             child.terminate()
