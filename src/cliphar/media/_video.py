@@ -299,21 +299,21 @@ def error_reason(error: Exception) -> str:
 def _open(source: VideoLike, name: str) -> InputContainer:
     import av
 
-    if isinstance(source, str | os.PathLike):
-        path = Path(source)
-        if not path.exists():
-            raise MediaError(f"{path} does not exist")
-        if path.is_dir():
-            raise MediaError(f"{path} is a directory, not a video")
-        if path.is_file() and path.stat().st_size == 0:
-            raise MediaError(f"{path} is empty (0 bytes)")
-        # a name such as "concat:a|b" or "http:x" is a file's name here, never a protocol
-        opened: Any = f"file:{path}"
-    else:
-        opened = io.BytesIO(source) if isinstance(source, bytes) else source
     allowed = ",".join(sorted(name for name in av.formats_available if not _PLAYLISTS & set(name.split(","))))
     options = {"format_whitelist": allowed, "protocol_whitelist": "file"}
     try:
+        if isinstance(source, str | os.PathLike):
+            path = Path(source)
+            if not path.exists():
+                raise MediaError(f"{path} does not exist")
+            if path.is_dir():
+                raise MediaError(f"{path} is a directory, not a video")
+            if path.is_file() and path.stat().st_size == 0:
+                raise MediaError(f"{path} is empty (0 bytes)")
+            # a name such as "concat:a|b" or "http:x" is a file's name here, never a protocol
+            opened: Any = f"file:{path}"
+        else:
+            opened = io.BytesIO(source) if isinstance(source, bytes) else source
         container: InputContainer = av.open(opened, "r", metadata_errors="replace", options=options)
         return container
     except PermissionError as error:
