@@ -77,14 +77,14 @@ if __name__ == "__main__":
 def test_the_command(clean_env: dict[str, str]) -> None:
     command = [sys.executable, "-m", "cliphar", "bench", "mini", "--runtime", "onnx", "--batch", "1"]
     done = subprocess.run(
-        [*command, "--seconds", "0.1", "--json"],
+        [*command, "--seconds", "0.1", "--json", "--plot", "none/x.png"],
         capture_output=True,
         text=True,
         env=clean_env,
         timeout=120,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 2, done.stderr  # told, and then not drawn
     assert [row["runtime"] for row in json.loads(done.stdout)["rows"]] == ["onnx"]
     wrong = subprocess.run(
         [*command[:-1], "none"], capture_output=True, text=True, env=clean_env, timeout=120, check=False

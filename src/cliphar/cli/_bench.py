@@ -6,11 +6,14 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cliphar.errors import UsageError
+
+if TYPE_CHECKING:
+    from cliphar.bench import Bench
 
 __all__ = ["bench"]
 
@@ -64,11 +67,15 @@ def bench(
         ) from error
     for reason in result.skipped.values():
         print(f"cliphar: {reason}", file=sys.stderr)
-    if plot is not None:
-        plot_bench(result, plot)
     if as_json:
         print(json.dumps(result.to_dict()))
-        return
+    else:
+        _show(result)
+    if plot is not None:
+        plot_bench(result, plot)
+
+
+def _show(result: Bench) -> None:
     if result.gflop is not None:
         peaks = ", ".join(f"{peak:g} GFLOP/s with {count} threads" for count, peak in result.peak_gflops.items())
         print(f"{result.model}: {result.gflop:g} GFLOP a photo; matrix products at {peaks or 'an unknown peak'}")
