@@ -51,6 +51,7 @@ def items() -> TrainItems:
         labels=[str(t) for t in targets],
         captions=[()] * 12,
         splits=[None] * 12,
+        seconds=np.zeros(12),
         groups=np.arange(12),
         refused=[],
         sha256="0" * 64,

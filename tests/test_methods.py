@@ -251,6 +251,7 @@ def test_clips_are_trained_on(recipe: Callable[..., Path], clip_base: Path, tmp_
     bundle = run(recipe("temporal", train=loop, **sections))
     assert bundle.info.labels == ("falling", "waving")
     assert bundle.info.metrics["known"].n == 4
+    assert bundle.info.video.window_s == pytest.approx(1)
     assert changed_weights(clip_base, bundle)
 
 

@@ -24,8 +24,9 @@ from cliphar.media import decode_image
 
 __all__ = ["PhotoSet", "load_photos"]
 
-_VERSION = 2
+_VERSION = 3
 _AHEAD = 64
+_Found = tuple[NDArray[np.uint8], float] | MediaError
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class PhotoSet:
     """N photos, or clips of T frames each.
 
     ``labels`` are theirs or None, ``captions`` theirs or (), ``splits`` ``train``, ``val``, ``test`` or None,
-    ``groups`` int64 [N] numbers that near-duplicates share, ``refused`` what could not be read with the reason, and
-    ``sha256`` a digest of contents, labels and captions.
+    ``groups`` int64 [N] numbers that near-duplicates share, ``seconds`` float [N] a clip's length, 0 for a photo,
+    ``refused`` what could not be read with the reason, and ``sha256`` a digest of contents, labels and captions.
     """
 
     keys: list[str]
@@ -42,6 +43,7 @@ class PhotoSet:
     captions: list[tuple[str, ...]]
     splits: list[str | None]
     groups: NDArray[np.int64]
+    seconds: NDArray[np.float64]
     refused: list[tuple[str, str]]
     sha256: str
     _pixels: NDArray[np.uint8]
@@ -98,6 +100,7 @@ def load_photos(
         captions=[tuple(texts) for texts in index["captions"]],
         splits=index["splits"],
         groups=arrays["groups"],
+        seconds=arrays["seconds"],
         refused=[(key, reason) for key, reason in index["refused"]],
         sha256=index["sha256"],
         _pixels=np.memmap(folder / "pixels.bin", np.uint8, "r"),
@@ -117,21 +120,20 @@ def _small(image: Image.Image, side: int, max_aspect: float) -> NDArray[np.uint8
     return np.asarray(image.resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=2.0))
 
 
-def _decode(photo: Photo, side: int, max_aspect: float, frames: int) -> NDArray[np.uint8] | MediaError:
+def _decode(photo: Photo, side: int, max_aspect: float, frames: int) -> _Found:
     try:
         if is_clip_name(photo.key):
-            return np.stack([_small(frame, side, max_aspect) for frame in clip_frames(photo.content, frames, side)])
-        return _small(decode_image(photo.content, min_side=side), side, max_aspect)[None]
+            found, seconds = clip_frames(photo.content, frames, side)
+            return np.stack([_small(frame, side, max_aspect) for frame in found]), seconds
+        return _small(decode_image(photo.content, min_side=side), side, max_aspect)[None], 0.0
     except MediaError as error:
         return error
 
 
-def _ahead(
-    photos: Iterator[Photo], work: Callable[[Photo], NDArray[np.uint8] | MediaError]
-) -> Iterator[tuple[Photo, NDArray[np.uint8] | MediaError]]:
+def _ahead(photos: Iterator[Photo], work: Callable[[Photo], _Found]) -> Iterator[tuple[Photo, _Found]]:
     """Each photo with its decoded frames, in order; a bounded number of them is under way."""
     with ThreadPoolExecutor() as pool:
-        pending: list[tuple[Photo, Future[NDArray[np.uint8] | MediaError]]] = []
+        pending: list[tuple[Photo, Future[_Found]]] = []
         for photo in photos:
             pending.append((photo, pool.submit(work, photo)))
             if len(pending) >= _AHEAD:
@@ -148,7 +150,7 @@ def _build(
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     kept: list[Photo] = []
     refused: list[tuple[str, str]] = []
-    shapes, hashes = [], []
+    shapes, seconds, hashes = [], [], []
     digest = hashlib.sha256()
     try:
         with naming(folder), (work / "pixels.bin").open("wb") as pixels:
@@ -160,10 +162,12 @@ def _build(
                     log(f"left out {photo.key}: {reason}")
                     refused.append((photo.key, reason))
                     continue
-                pixels.write(found.tobytes())
+                view, length = found
+                pixels.write(view.tobytes())
+                seconds.append(length)
                 kept.append(Photo(photo.key, b"", photo.label, photo.captions, photo.split))
-                shapes.append(found.shape)
-                hashes.append(difference_hash(found[len(found) // 2]))
+                shapes.append(view.shape)
+                hashes.append(difference_hash(view[len(view) // 2]))
                 if len(kept) % 5000 == 0:
                     log(f"decoded {len(kept):,}")
         if not kept:
@@ -172,6 +176,7 @@ def _build(
             work / "arrays.npz",
             groups=group_duplicates(hashes),
             shapes=np.array(shapes, np.int64),
+            seconds=np.array(seconds),
             offsets=np.cumsum([0] + [int(np.prod(shape)) for shape in shapes], dtype=np.int64),
         )
         index = {

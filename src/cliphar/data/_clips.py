@@ -10,8 +10,8 @@ from cliphar.media import VideoReader
 __all__ = ["clip_frames"]
 
 
-def clip_frames(content: bytes, count: int, min_side: int = 0) -> list[Image.Image]:
-    """``count`` RGB frames of an encoded clip: what is seen in the middles of as many equal parts.
+def clip_frames(content: bytes, count: int, min_side: int = 0) -> tuple[list[Image.Image], float]:
+    """``count`` RGB frames of an encoded clip, what is seen in the middles of as many equal parts; its seconds.
 
     ``min_side`` above 0 allows them smaller, down to that short side.
 
@@ -27,7 +27,7 @@ def clip_frames(content: bytes, count: int, min_side: int = 0) -> list[Image.Ima
             raise MediaError(f"the clip is not whole: {reader.warning}")
     middles = [frame for _, frame in samples[1::2]] or [samples[0][1]]
     # a duration that the file rounds may be a frame off
-    return [middles[min(k, len(middles) - 1)].image(min_side) for k in range(count)]
+    return [middles[min(k, len(middles) - 1)].image(min_side) for k in range(count)], duration_s
 
 
 def _length(content: bytes) -> float:

@@ -16,7 +16,17 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from cliphar.bundle import Bundle, BundleInfo, Calibration, Metrics, Provenance, Source, read_bundle, write_bundle
+from cliphar.bundle import (
+    Bundle,
+    BundleInfo,
+    Calibration,
+    Metrics,
+    Provenance,
+    Source,
+    VideoSpec,
+    read_bundle,
+    write_bundle,
+)
 from cliphar.evaluation import (
     EVALUATION_FILE,
     Evaluation,
@@ -30,6 +40,7 @@ from cliphar.evaluation import (
 from cliphar.recognizer import BACKGROUND_FILE, TAUGHT_FILE, Prediction, Recognizer, fit_background, to_predictions
 from cliphar.runtime import OnnxRuntime
 from cliphar.training._job import TEST, TRAIN, VAL, Job, Outcome, embed_rows, text_vectors
+from cliphar.training._method_recipe import TemporalRecipe
 from cliphar.training._revision import code_revision
 
 __all__ = ["package", "versions"]
@@ -59,6 +70,7 @@ def package(job: Job, outcome: Outcome) -> tuple[Bundle, Evaluation]:
             "name": job.recipe.name,
             "description": job.recipe.description or f"{info.name}, trained by method {job.recipe.method}",
             "labels": job.labels,
+            "video": _video(job),
             "metrics": {},
             "sources": (*info.sources, *_sources(job)),
             "provenance": _provenance(job),
@@ -104,6 +116,13 @@ def package(job: Job, outcome: Outcome) -> tuple[Bundle, Evaluation]:
     finished = draft.model_copy(update={"known": known, "open": unseen, "metrics": metrics})
     write_bundle(job.recipe.output, BundleInfo.model_validate(finished.model_dump()), files, overwrite=True)
     return read_bundle(job.recipe.output), evaluation
+
+
+def _video(job: Job) -> VideoSpec:
+    """A clip's label was learned from the mean of its frames: so long a window is scored when it serves."""
+    seconds = job.photos.seconds[job.rows(TRAIN)]
+    clips = seconds[seconds > 0] if isinstance(job.recipe, TemporalRecipe) else ()
+    return VideoSpec(fps=job.bundle.info.video.fps, window_s=min(60, float(np.median(clips))) if len(clips) else 0)
 
 
 def _sources(job: Job) -> tuple[Source, ...]:
