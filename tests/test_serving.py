@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -220,6 +221,23 @@ def test_sigterm_answers_what_came_in(clean_env: dict[str, str], photos: list[Pa
         process.send_signal(signal.SIGTERM)
         assert all(caller.recv(100).startswith(b"HTTP/1.1 200 ") for caller in callers)
         assert process.wait(60) == 0
+
+
+def test_workers_that_stop_take_no_new_connections(clean_env: dict[str, str]) -> None:
+    with serving(clean_env, "--workers", "2") as (url, process):
+        address = urlsplit(url).hostname, urlsplit(url).port or 0
+        with socket.create_connection(address) as slow:
+            slow.sendall(
+                b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 9\r\n\r\n"
+            )
+            time.sleep(1)
+            process.send_signal(signal.SIGTERM)
+            end = time.monotonic() + 15
+            with pytest.raises(ConnectionRefusedError):
+                while time.monotonic() < end:
+                    socket.create_connection(address).close()
+                    time.sleep(0.1)
+            assert process.poll() is None  # for it has a request to answer
 
 
 def test_keys_and_rates(clean_env: dict[str, str], tmp_path: Path) -> None:

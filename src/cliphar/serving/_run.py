@@ -53,7 +53,8 @@ def run(settings: Settings, host: str, port: int, drain_s: int, workers: int = 1
         "queue_size": max(1, settings.queue_size // workers),
         "rate_per_minute": settings.rate_per_minute and max(1, settings.rate_per_minute // workers),
     }
-    supervise(_worker, (settings.model_copy(update=share), listener, drain_s), workers)
+    # closed here too at a stop, or connections would be taken that no worker answers
+    supervise(_worker, (settings.model_copy(update=share), listener, drain_s), workers, listener.close)
 
 
 def _worker(settings: Settings, listener: socket.socket, drain_s: int) -> None:

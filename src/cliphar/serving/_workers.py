@@ -22,34 +22,48 @@ __all__ = ["supervise"]
 _START_S = 5.0
 
 
-def supervise(target: Callable[..., None], arguments: tuple[Any, ...], count: int) -> None:
+def supervise(
+    target: Callable[..., None], arguments: tuple[Any, ...], count: int, let_go: Callable[[], None] = lambda: None
+) -> None:
     """Run ``target(*arguments)`` in ``count`` processes until SIGTERM or SIGINT; SIGHUP is passed on.
+
+    ``let_go`` is called when they are told to stop and none will be started any more.
 
     Raises:
         ClipharError: one ended as it started.
     """
     context, log = get_context("spawn"), structlog.get_logger()
     workers: dict[int, tuple[SpawnProcess, float]] = {}
-    stopping = False
+    stopping = starting = False
 
     def start() -> None:
-        process = context.Process(target=target, args=arguments)
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # in the worker, until it listens: it would end it
-        process.start()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
-        workers[process.sentinel] = (process, time.monotonic())
+        nonlocal starting
+        starting = True
+        if not stopping:
+            process = context.Process(target=target, args=arguments)
+            # in the worker too, until it listens to it: before that it would end it
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+            process.start()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+            workers[process.sentinel] = (process, time.monotonic())
+        starting = False
         if stopping:  # since it was told to start
-            tell(signal.SIGTERM)
+            end()
 
     def tell(number: int) -> None:
         for process, _ in workers.values():
             if process.pid is not None and process.is_alive():
                 os.kill(process.pid, number)
 
-    def stop(_number: int, _frame: FrameType | None) -> None:
+    def end() -> None:
         nonlocal stopping
         stopping = True
         tell(signal.SIGTERM)
+        if not starting:
+            let_go()
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        end()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
@@ -66,8 +80,8 @@ def supervise(target: Callable[..., None], arguments: tuple[Any, ...], count: in
             if stopping:
                 continue
             if process.exitcode == 1 or time.monotonic() - since < _START_S:
-                stopping = failed = True
-                tell(signal.SIGTERM)
+                failed = True
+                end()
             else:
                 log.error("a worker ended and is started anew", pid=process.pid, exit=process.exitcode)
                 start()
