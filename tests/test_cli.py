@@ -292,6 +292,15 @@ def test_eval_with_a_stray_folder(cli: Run, labelled: Path) -> None:
     assert "taking a photo" in error_lines(done)[0]
 
 
+def test_eval_of_one_label_is_no_measurement(cli: Run, labelled: Path, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (labelled / "smiling").rename(tmp_path / "one" / "smiling")
+    done = cli("eval", "--data", tmp_path / "one")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "'smiling' is the only label" in error_lines(done)[0]
+    assert cli("eval", "--data", tmp_path / "one", "--labels", "smiling, cooking", "--json").returncode == 0
+
+
 def test_eval_with_a_damaged_photo(cli: Run, labelled: Path) -> None:
     (labelled / "smiling" / "damaged.jpg").write_bytes(b"\xff\xd8\xff no photo")
     done = cli("eval", "--data", labelled, "--json")

@@ -370,3 +370,12 @@ def test_the_command(tmp_path: Path, clean_env: dict[str, str]) -> None:
     )
     assert wrong.returncode == 2
     assert wrong.stderr.count("\n") == 1
+
+
+def test_a_trained_bundle_has_a_model_in_plain_torch_to_be_compared_with() -> None:
+    from cliphar.bench._worker import _Eager
+
+    mini = find_bundle(packaged("mini"))
+    origin = mini.info.provenance.model_copy(update={"recipe": {"method": "gda"}})
+    trained = Bundle(mini.path, mini.info.model_copy(update={"provenance": origin}))
+    assert _Eager(trained, 1).encode_images(np.zeros((2, 192, 192, 3), np.uint8)).shape == (2, 512)

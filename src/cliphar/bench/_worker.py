@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cliphar.bundle import Bundle, packaged, read_bundle
-from cliphar.errors import ClipharError, UsageError
+from cliphar.errors import ClipharError
 from cliphar.recognizer import Recognizer
 from cliphar.runtime import Runtime, load_runtime
 
@@ -25,14 +25,14 @@ EAGER = "pytorch"
 
 
 class _Eager:
-    """The bundle's architecture in plain PyTorch, initialised at random: its weights do not change its speed."""
+    """The bundle's architecture in plain PyTorch, maybe initialised at random: its weights do not change its speed."""
 
     name = EAGER
 
     def __init__(self, bundle: Bundle, threads: int) -> None:
         import torch
 
-        from cliphar.models import ImageTower, open_clip_encoder
+        from cliphar.models import ImageTower, load_towers, open_clip_encoder
 
         torch.set_num_threads(threads)
         recipe = bundle.info.provenance.recipe
@@ -43,8 +43,8 @@ class _Eager:
                 self._tower = open_clip_encoder("ViT-B-16-quickgelu").image
             case "open_clip":
                 self._tower = open_clip_encoder(recipe["model"]).image
-            case kind:
-                raise UsageError(f"no PyTorch model is known for a bundle made by {kind!r}")
+            case _:  # a method of training: its towers can be trained on
+                self._tower = load_towers(bundle).image
         self._tower.eval()
 
     def encode_images(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -105,6 +105,8 @@ def read_labelled(data: Path, labels: tuple[str, ...] | None) -> tuple[_Listed, 
     stray = sorted({label for _, label in listed} - set(chosen))
     if stray:
         raise UsageError(f"{data} has folders that are not among the labels: {', '.join(stray[:5])}; add or move them")
+    if len(chosen) < 2:
+        raise UsageError(f"'{chosen[0]}' is the only label of {data}, and every answer would be right; give --labels")
     return listed, chosen
 
 
