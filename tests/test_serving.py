@@ -516,6 +516,10 @@ def test_a_stream_is_refused(api: str) -> None:
     with pytest.raises(InvalidStatus) as refused:
         connect(address, additional_headers={"Origin": "http://elsewhere.example"})
     assert refused.value.response.status_code == 403
+    with pytest.raises(InvalidStatus) as refused:
+        connect(f"{address}?top_k=0")
+    assert refused.value.response.status_code == 422
+    assert b"query.top_k" in (refused.value.response.body or b"")
     many = quote(",".join(f"{'very ' * 35}long label {i}" for i in range(45)))  # over 8 KiB
     with connect(f"{address}?labels={many}") as camera:
         camera.send(b"no photo")

@@ -7,8 +7,8 @@ from http import HTTPStatus
 from typing import Any
 
 import structlog
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
+from fastapi import FastAPI, Request, WebSocket
+from fastapi.exceptions import RequestValidationError, ValidationException, WebSocketRequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
@@ -79,11 +79,18 @@ def add_problem_handlers(app: FastAPI) -> None:
     async def cannot(_request: Request, error: ClipharError) -> JSONResponse:
         return problem_response(422 if isinstance(error, MediaError | UsageError) else 500, str(error))
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
+    def said(error: ValidationException) -> JSONResponse:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         return problem_response(422, f"{where}: {first['msg']}; see /docs")
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
+        return said(error)
+
+    @app.exception_handler(WebSocketRequestValidationError)
+    async def no_stream(websocket: WebSocket, error: WebSocketRequestValidationError) -> None:
+        await websocket.send_denial_response(said(error))
 
     @app.exception_handler(HTTPException)
     async def http(_request: Request, error: HTTPException) -> JSONResponse:
