@@ -102,7 +102,8 @@ async def infer(
     _check(service, model, version)
     if request.headers.get("content-encoding", "identity") != "identity":
         raise ProblemError(415, "send the body without compression")
-    asked = read_infer(await request.body(), inference_header_content_length)
+    # on a thread: with millions of numbers in JSON it takes seconds
+    asked = await asyncio.to_thread(read_infer, await request.body(), inference_header_content_length)
     images, labels = asked.input("images"), asked.input("labels")
     if images is None or len(asked.inputs) > 2:
         raise ProblemError(400, "the inputs are images and, if you like, labels")
@@ -110,7 +111,7 @@ async def infer(
     chosen = service.labels(texts_of(labels)) if labels is not None else None
     own = service.recognizer.labels
     async with service.in_time():
-        found = await service.embed(images_of(images))
+        found = await service.embed(await asyncio.to_thread(images_of, images))
         bad = [one for one in found if isinstance(one, MediaError)]
         if bad:
             raise ProblemError(422, "; ".join(dict.fromkeys(str(one) for one in bad)))
