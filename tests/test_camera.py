@@ -241,7 +241,10 @@ def test_rtsp() -> None:
 # --- the command
 
 
-def test_the_command_says_what_changes_until_ctrl_c(clean_env: dict[str, str], photos: list[Path]) -> None:
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_says_what_changes_until_it_is_stopped(
+    clean_env: dict[str, str], photos: list[Path], stop: signal.Signals
+) -> None:
     port = free_port()
     command = [sys.executable, "-m", "cliphar", "video", f"http://u:secret@127.0.0.1:{port}/", "--json"]
     with http_camera(port, photos[0].read_bytes()):
@@ -251,7 +254,7 @@ def test_the_command_says_what_changes_until_ctrl_c(clean_env: dict[str, str], p
                 assert process.stdout is not None
                 with bounded(process):
                     first = json.loads(process.stdout.readline())
-                process.send_signal(signal.SIGINT)
+                process.send_signal(stop)
                 rest, errors = process.communicate(timeout=60)
             finally:
                 process.kill()

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -248,6 +249,21 @@ def test_a_reader_that_goes_away(clean_env: dict[str, str], photos: list[Path]) 
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.skipif(sys.platform == "win32", reason="no signals")
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_in_the_middle_it_keeps_what_was_answered(
+    clean_env: dict[str, str], photos: list[Path], tmp_path: Path, stop: signal.Signals
+) -> None:
+    command = [sys.executable, "-m", "cliphar", "predict", *map(str, photos * 1000), "-o", str(tmp_path / "a.jsonl")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_env) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(stop)
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (128 + signal.SIGINT, "")
+    assert 0 < len((tmp_path / "a.jsonl").read_text().splitlines()) < 1000 * len(photos)
+
+
 def test_a_full_disk(clean_env: dict[str, str], photos: list[Path]) -> None:
     command = [sys.executable, "-m", "cliphar", "predict", str(photos[0])]
     with Path("/dev/full").open("w") as full:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 from contextlib import suppress
 from typing import Any
@@ -68,6 +69,7 @@ def _root(
 
 def main() -> None:
     """Run the command line; exit status 0 done, 1 failed on some input, 2 wrong usage."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same way out as Ctrl-C: what was done is written
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for names and labels in letters that its encoding lacks
     try:
