@@ -38,16 +38,10 @@ def group_duplicates(hashes: Sequence[NDArray[np.bool_]], max_distance: int = 12
     signs = np.stack(hashes).astype(np.float32) * 2 - 1
     bits = signs.shape[1]
     groups = np.arange(len(signs))
-
-    def root(i: int) -> int:
-        while groups[i] != i:
-            groups[i] = groups[groups[i]]
-            i = int(groups[i])
-        return i
-
     for start in range(0, len(signs), 1024):
-        distance = (bits - signs[start : start + 1024] @ signs.T) / 2
-        for a, b in np.argwhere(distance <= max_distance):
-            if start + a < b:
-                groups[root(int(b))] = root(int(start + a))
-    return np.array([root(i) for i in range(len(groups))])
+        near = (bits - signs[start : start + 1024] @ signs.T) / 2 <= max_distance
+        for row in near[near.sum(1) > 1]:  # not pair by pair: a film's black frames are a million of them
+            joined = groups[row]
+            if (joined != joined[0]).any():
+                groups[np.isin(groups, joined)] = joined.min()
+    return groups

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -178,11 +178,10 @@ class _Validation:
             module.training = mode
         return {"score": float(hits.double().mean())}
 
-    def _pixels(self) -> list[Tensor]:
+    def _pixels(self) -> Iterator[Tensor]:
         from PIL import Image
 
         spec, batch = self._job.bundle.info.image, 64
-        out = []
         for at in range(0, len(self._rows), batch):
             views = [
                 np.stack(
@@ -193,8 +192,7 @@ class _Validation:
                 )
                 for i in self._rows[at : at + batch]
             ]
-            out.append(torch.from_numpy(stack_views(views)).permute(0, 1, 4, 2, 3))
-        return out
+            yield torch.from_numpy(stack_views(views)).permute(0, 1, 4, 2, 3)
 
 
 @torch.no_grad()
