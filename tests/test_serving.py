@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from cliphar.client import AsyncClient, Client
 from cliphar.errors import MediaError, UsageError
 from cliphar.recognizer import Prediction, Recognizer
 from cliphar.serving import Engine, Service, Settings, create_app
+from cliphar.serving._keys import Keys
 from cliphar.serving._problems import ProblemError
 from serving_process import problem, serving
 
@@ -259,6 +260,18 @@ def test_keys_and_rates(clean_env: dict[str, str], tmp_path: Path) -> None:
         assert problem(refused, 429)
         assert "Retry-After" in refused.headers["access-control-expose-headers"]  # else the page could not read it
         assert int(refused.headers["retry-after"]) >= 1
+
+
+def test_who_asks_too_often_is_still_answered_at_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    keys, answered = Keys(None, 60), 0
+    for _ in range(240):  # two a second
+        now += 0.5
+        with suppress(ProblemError):
+            keys.check(None, None, "10.0.0.1")
+            answered += 1
+    assert answered == 60 + 119
 
 
 def test_a_taken_port_is_one_line(clean_env: dict[str, str]) -> None:

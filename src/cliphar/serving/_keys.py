@@ -54,7 +54,8 @@ class Keys:
         now = time.monotonic()
         left, since = self._tokens.pop(caller, (float(rate), now))
         left = min(float(rate), left + (now - since) * rate / 60)
-        self._tokens[caller] = (max(0.0, left - 1), now)
+        # to be refused takes nothing, or who asks faster would never be answered again
+        self._tokens[caller] = (left if left < 1 else left - 1, now)
         while len(self._tokens) > _CALLERS:
             self._tokens.popitem(last=False)
         if left < 1:
