@@ -54,6 +54,14 @@ def test_the_service_answers_as_the_recogniser_does(api: str, mini: Recognizer, 
                 assert dict(one.top) == pytest.approx(dict(other.top), abs=1e-4)
 
 
+def test_the_client_asks_nothing_of_no_photos_and_has_no_answer_without_labels(api: str, photos: list[Path]) -> None:
+    with Client(api) as client:
+        assert client.predict([]) == []
+        for ask in (client.predict, lambda photo, labels: list(client.video(photo, labels))):
+            with pytest.raises(UsageError, match="no labels"):
+                ask(photos[0], [])
+
+
 def test_three_kinds_of_body(api: str, photos: list[Path]) -> None:
     content = photos[0].read_bytes()
     encoded = base64.b64encode(content).decode()

@@ -60,8 +60,8 @@ class _Calls:
     ) -> dict[str, Any]:
         data: dict[str, Any] = {"top_k": str(top_k), "coverage": str(coverage)}
         if labels is not None:
-            # a list of one is a list, not a vocabulary's name
-            data["labels"] = labels if isinstance(labels, str) else [*labels, ""]
+            # a list of one is a list, not a vocabulary's name, and one of none is not the model's own
+            data["labels"] = labels if isinstance(labels, str) else [*labels, "", ""]
         return {"files": self._photos(photos), "data": data}
 
     def _pause_s(
@@ -164,15 +164,15 @@ class Client(_Calls):
         coverage: float = 0.9,
     ) -> list[Answer]:
         """One answer a photo (encoded bytes or a path; one or many), or its MediaError; ``labels`` may name a list."""
-        return self._answers(self._call("POST", "/v1/predict", **self._predict(photos, labels, top_k, coverage)))
+        body = self._predict(photos, labels, top_k, coverage)
+        return self._answers(self._call("POST", "/v1/predict", **body)) if body["files"] else []
 
     def video(
         self, clip: Photo, labels: Sequence[str] | str | None = None, *, coverage: float = 0.9
     ) -> Iterator[dict[str, Any]]:
         """A clip's lines while the service reads it: ``progress``, each ``segment``, at last the ``timeline``."""
         content = clip if isinstance(clip, bytes) else _read(clip)
-        # a list of one is no vocabulary's name
-        words = labels if isinstance(labels, str) else ",".join([*(labels or ()), ""])
+        words = labels if isinstance(labels, str | None) else ",".join([*labels, "", ""])  # as in _predict
         query = {"coverage": coverage} | ({"labels": words} if words else {})
         since = time.monotonic()
         for tries in itertools.count():
@@ -266,7 +266,8 @@ class AsyncClient(_Calls):
         coverage: float = 0.9,
     ) -> list[Answer]:
         """One answer a photo (encoded bytes or a path; one or many), or its MediaError; ``labels`` may name a list."""
-        return self._answers(await self._call("POST", "/v1/predict", **self._predict(photos, labels, top_k, coverage)))
+        body = self._predict(photos, labels, top_k, coverage)
+        return self._answers(await self._call("POST", "/v1/predict", **body)) if body["files"] else []
 
     async def model(self) -> dict[str, Any]:
         """The model that answers: name, labels, what was taught, metrics."""
