@@ -5,7 +5,7 @@ import io
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -448,6 +448,28 @@ def test_several_threads_share_the_embedded_model(mini: Recognizer, photos: list
     with ThreadPoolExecutor(4) as pool:
         for answers in pool.map(lambda _: mini.predict(photos, WORDS), range(4)):
             assert all(near(a, b) for a, b in zip(answers, alone, strict=True))
+
+
+def test_known_words_do_not_wait_for_new_ones(fake: Recognizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    encode = fake.runtime.encode_text
+
+    def slow(texts: Sequence[str]) -> NDArray[np.float32]:
+        begun.set()
+        go_on.wait(60)
+        return encode(texts)
+
+    fake.embed_labels(["swimming", "diving"])
+    monkeypatch.setattr(fake.runtime, "encode_text", slow)
+    with ThreadPoolExecutor(3) as pool:
+        new = [pool.submit(fake.embed_labels, ["climbing", "diving"]) for _ in range(2)]
+        assert begun.wait(60)
+        known = pool.submit(fake.embed_labels, ["swimming", "diving"])
+        try:
+            assert known.result(30).shape == (2, 3)
+        finally:
+            go_on.set()
+        np.testing.assert_array_equal(new[0].result(60), new[1].result(60))
 
 
 # --- loading

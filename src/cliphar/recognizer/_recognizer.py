@@ -68,7 +68,7 @@ class Recognizer:
         self.batch_size = batch_size
         self._known = dict(zip(bundle.info.labels, bundle.class_vectors(), strict=True))
         self._cache: OrderedDict[str, NDArray[np.float32]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock, self._embedding = threading.Lock(), threading.Lock()
         # never changed, only replaced: who reads it once has a list of labels that fits together
         self._taught: dict[str, Taught] = {}
         if TAUGHT_FILE in bundle.info.files:
@@ -122,18 +122,22 @@ class Recognizer:
         return bool(self._known) and all(label in self._known or label in taught for label in labels)
 
     def _text_vectors(self, labels: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-        with self._lock:
-            missing = [label for label in dict.fromkeys(labels) if label not in self._cache]
-            if missing:
-                self._embed_text(missing)
-            for label in labels:
-                self._cache.move_to_end(label)
-            found = {label: self._cache[label] for label in labels}
-            while len(self._cache) > _CACHED_LABELS:
-                self._cache.popitem(last=False)
+        found = self._cached(labels)
+        if len(found) < len(set(labels)):
+            with self._embedding:  # whose words are known does not wait for the many new ones of another
+                found |= self._cached(labels)
+                if missing := [label for label in dict.fromkeys(labels) if label not in found]:
+                    found |= self._embed_text(missing)
         return found
 
-    def _embed_text(self, labels: list[str]) -> None:
+    def _cached(self, labels: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+        with self._lock:
+            found = {label: self._cache[label] for label in labels if label in self._cache}
+            for label in found:
+                self._cache.move_to_end(label)
+        return found
+
+    def _embed_text(self, labels: list[str]) -> dict[str, NDArray[np.float32]]:
         templates = self.bundle.info.text.templates
         sentences: list[str] = []
         owners: list[tuple[str, int, int]] = []
@@ -144,14 +148,19 @@ class Recognizer:
         vectors = np.concatenate(
             [self.runtime.encode_text(sentences[k : k + 256]) for k in range(0, len(sentences), 256)]
         )
-        at = 0
+        at, made = 0, dict[str, NDArray[np.float32]]()
         for label, named_count, described_count in owners:
             named_end = at + named_count
             vector = mean_direction(vectors[at:named_end])
             at = named_end + described_count
             if described_count:
                 vector = mean_direction(np.stack([vector, mean_direction(vectors[named_end:at])]))
-            self._cache[label] = vector
+            made[label] = vector
+        with self._lock:
+            self._cache.update(made)
+            while len(self._cache) > _CACHED_LABELS:
+                self._cache.popitem(last=False)
+        return made
 
     def calibration(self, labels: Sequence[str]) -> Calibration:
         """The calibration that holds for these labels: ``known`` if all were trained or taught, else ``open``."""
@@ -344,22 +353,12 @@ class Recognizer:
 
     @overload
     def predict(
-        self,
-        images: Sequence[ImageLike],
-        labels: Iterable[str] | None = None,
-        *,
-        top_k: int = 5,
-        coverage: float = 0.9,
+        self, images: Sequence[ImageLike], labels: Iterable[str] | None = None, *, top_k: int = 5, coverage: float = 0.9
     ) -> list[Prediction]: ...
 
     @overload
     def predict(
-        self,
-        images: Iterator[ImageLike],
-        labels: Iterable[str] | None = None,
-        *,
-        top_k: int = 5,
-        coverage: float = 0.9,
+        self, images: Iterator[ImageLike], labels: Iterable[str] | None = None, *, top_k: int = 5, coverage: float = 0.9
     ) -> Iterator[Prediction]: ...
 
     def predict(
