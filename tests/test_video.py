@@ -117,6 +117,15 @@ def test_a_turned_video_is_set_upright(tmp_path: Path) -> None:
         assert frame.image().size == (48, 64)
 
 
+def test_a_closed_reader_refuses_to_read(tmp_path: Path) -> None:
+    with VideoReader(film(tmp_path / "clip.mp4", [RED])) as reader:
+        begun, unbegun = reader.frames(), reader.sample(1)
+        next(begun)
+    for frames in (begun, unbegun):
+        with pytest.raises(MediaError, match="is closed"):  # and does not end the process
+            next(frames)
+
+
 @pytest.mark.parametrize("suffix", ["avi", "ts", "mkv"])
 def test_of_a_file_cut_short_what_is_there_is_answered_and_the_rest_is_said(
     tmp_path: Path, fake: Recognizer, suffix: str

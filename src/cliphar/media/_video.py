@@ -118,6 +118,7 @@ class VideoReader:
         self.name = _name(source)
         self.problems: list[str] = []
         self.end_s = 0.0
+        self._closed = False
         self._container = _open(source, self.name)
         try:
             self._stream = video_stream(self._container, self.name)
@@ -136,8 +137,13 @@ class VideoReader:
         self.close()
 
     def close(self) -> None:
-        """Close the file; nothing may be read after."""
+        """Close the file; MediaError if frames are asked for after."""
+        self._closed = True
         self._container.close()
+
+    def _check_open(self) -> None:
+        if self._closed:  # ffmpeg would bring the process down
+            raise MediaError(f"{self.name} is closed; read its frames before")
 
     @property
     def warning(self) -> str | None:
@@ -188,6 +194,7 @@ class VideoReader:
     def _decode(self, fps: float | None) -> Iterator[tuple[float, Frame]]:
         import av
 
+        self._check_open()
         stream, context = self._stream, self._stream.codec_context
         stream.thread_type = "AUTO"
         sparse = fps is not None and self.info.fps is not None and self.info.fps >= 3 * fps
@@ -234,6 +241,7 @@ class VideoReader:
                 last, seen = time_s, seen + 1
                 self.end_s = time_s + frame_s
                 yield time_s, Frame(raw, pixel_aspect)
+                self._check_open()
         self._check_end(seen)
 
     def _check_end(self, seen: int) -> None:
