@@ -301,6 +301,12 @@ def test_live_answers_are_steady_and_close_their_segments(fake: Recognizer) -> N
     assert [segment.label for segment in closed] == ["red", "green"]
 
 
+def test_a_camera_that_was_away_says_nothing_of_that_time(fake: Recognizer) -> None:
+    live, red = Live(fake), np.full((48, 64, 3), RED, np.uint8)
+    assert [live.push(red, at).since_s for at in (7, 8, 3600, 3601)] == [0, 0, 3593, 3593]
+    assert [(segment.start_s, segment.end_s) for segment in live.close()] == [(3593, 3594)]
+
+
 def test_bad_requests_are_refused_at_the_call(tmp_path: Path, fake: Recognizer) -> None:
     path = film(tmp_path / "clip.mp4", [RED])
     for wrong in ({"fps": 0}, {"coverage": 1.0}, {"labels": []}):

@@ -109,6 +109,7 @@ class Live:
         closed = self._tracker.push(time_s, embedding, cut)
         if self._tracker.current != before:
             self._since_s = time_s
+        self._since_s = max(self._since_s, self._tracker.began_s)
         return LiveAnswer(time_s, self._since_s, self._answer(), tuple(closed))
 
     def close(self) -> tuple[Segment, ...]:

@@ -112,6 +112,8 @@ class Tracker:
     Args:
         choice: what was asked for.
         change: what a change of action costs within a shot, in nats; at a cut it is never more than ``CHANGE_AT_CUT``.
+
+    ``began_s`` is where it began, anew after a time that nobody saw.
     """
 
     def __init__(self, choice: Choice, change: float = CHANGE) -> None:
@@ -121,6 +123,7 @@ class Tracker:
         self._chains = self._fresh_chains()
         self._pool: deque[tuple[float, NDArray[np.float32]]] = deque()
         self._last_s: float | None = None
+        self.began_s = 0.0
         self._recent: NDArray[np.float64] = np.zeros(len(choice.labels))
 
     def _fresh_chains(self) -> dict[int, _Chain]:
@@ -131,7 +134,7 @@ class Tracker:
         step = 1 / self.choice.fps
         if self._last_s is not None and time_s - self._last_s > max(_LONGEST_GAP_S, 2 * step):  # nobody was looking
             segments = self.flush(self._last_s + step)
-            self._chains, self._last_s = self._fresh_chains(), None
+            self._chains, self._last_s, self.began_s = self._fresh_chains(), None, time_s
             self._pool.clear()
             return segments + self._push(time_s, embedding, cut, time_s, step)
         if self._last_s is None:
