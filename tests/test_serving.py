@@ -270,6 +270,18 @@ def test_keys_and_rates(clean_env: dict[str, str], tmp_path: Path) -> None:
         assert int(refused.headers["retry-after"]) >= 1
 
 
+def test_bodies_in_chunks_take_the_room_that_they_need(clean_env: dict[str, str], photos: list[Path]) -> None:
+    with serving(clean_env, "--max-body", "1") as (url, _), ExitStack() as stack:
+        for _ in range(8):
+            one = stack.enter_context(socket.create_connection((urlsplit(url).hostname, urlsplit(url).port or 0)))
+            one.sendall(b"POST /v1/embed HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n")
+            one.sendall(b"Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n")
+        with Client(url, retry_s=0) as client:
+            assert isinstance(client.predict(photos[:1])[0], Prediction)
+        chunks, kind = (bytes(2**16) for _ in range(20)), {"content-type": "application/json"}
+        assert problem(httpx.put(f"{url}/v1/labels/x", content=chunks, headers=kind), 413)
+
+
 def test_who_asks_too_often_is_still_answered_at_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)

@@ -40,7 +40,7 @@ class Keys:
         if self._digests:
             scheme, _, token = (authorization or "").partition(" ")
             key = token if scheme.lower() == "bearer" else api_key or ""
-            digest = hashlib.sha256(key.encode()).hexdigest()
+            digest = hashlib.sha256(key.strip().encode("latin-1")).hexdigest()  # its bytes, as headers are decoded
             # every digest is compared, so that the time taken tells nothing
             matches = [name for known, name in self._digests.items() if hmac.compare_digest(known, digest)]
             if not matches:

@@ -6,6 +6,7 @@ import asyncio
 import re
 import time
 import uuid
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 import structlog
@@ -70,17 +71,15 @@ class Around:
                     out["Connection"] = "close"
             await send(message)
 
-        body = _Body(receive, service.settings.max_body_mb * 2**20, service.settings.deadline_s)
-        held = 0
+        body = _Body(receive, service.settings.max_body_mb * 2**20, service.settings.deadline_s, self._hold)
         scope.setdefault("state", {})["service"] = service
         service.users += 1
         try:
             if scope["path"] not in _OPEN:
                 self._check_caller(headers, scope)
-            expected = body.expected(headers)
             if scope["method"] == "POST":  # before its body is read
                 service.engine.check_room(1, service.settings.deadline_s)
-            held = self._hold(expected, service)
+            body.declare(headers)
             await self._unless_gone(scope, body, answer)
         except ProblemError as problem:  # raised here, or by the body inside a handler that let it pass
             await refusal(problem)(scope, receive, answer)
@@ -93,14 +92,13 @@ class Around:
             await problem_response(500, "the service failed on this request; its log says more")(scope, receive, answer)
         finally:
             service.users -= 1
-            self._held -= held
+            self._held -= body.held
             self._record(service, scope, status, time.perf_counter() - started)
 
-    def _hold(self, size: int, service: Service) -> int:
-        if self._held + size > _BODIES_AT_ONCE * service.settings.max_body_mb * 2**20:
+    def _hold(self, size: int, limit: int) -> None:
+        if self._held + size > _BODIES_AT_ONCE * limit:
             raise ProblemError(503, "too many large bodies at once; try again later", retry_after_s=1)
         self._held += size
-        return size
 
     @staticmethod
     def _record(service: Service, scope: Scope, status: int, took: float) -> None:
@@ -158,21 +156,25 @@ class Around:
 class _Body:
     """The request's messages, counted; once the body is in, it watches for the client's going away."""
 
-    def __init__(self, receive: Receive, limit: int, deadline_s: float) -> None:
-        self._receive, self._limit, self._size = receive, limit, 0
+    def __init__(self, receive: Receive, limit: int, deadline_s: float, hold: Callable[[int, int], None]) -> None:
+        self._receive, self._limit, self._hold = receive, limit, hold
+        self._size = self.held = 0
         self._until = asyncio.get_running_loop().time() + deadline_s
         self._watch: asyncio.Task[None] | None = None
         self.gone = asyncio.Event()
 
-    def expected(self, headers: Headers) -> int:
-        """The bytes that are to come; all that may come if the client does not say."""
-        if "transfer-encoding" in headers:
-            return self._limit
+    def declare(self, headers: Headers) -> None:
+        """Find room for what is to come; a body in chunks does not say how large it is, and takes room as it comes."""
         length = headers.get("content-length", "")
-        size = int(length) if length.isdecimal() else 0
+        size = int(length) if length.isdecimal() and "transfer-encoding" not in headers else 0
         if size > self._limit:
             raise self._too_large()
-        return size
+        self._grow(size)
+
+    def _grow(self, size: int) -> None:
+        if size > self.held:
+            self._hold(size - self.held, self._limit)
+            self.held = size
 
     def _too_large(self) -> ProblemError:
         return ProblemError(413, f"the body is over {self._limit // 2**20} MB; send fewer or smaller images")
@@ -193,6 +195,7 @@ class _Body:
         self._size += len(message.get("body", b""))
         if self._size > self._limit:
             raise self._too_large()
+        self._grow(self._size)
         return message
 
     async def _until_gone(self) -> None:

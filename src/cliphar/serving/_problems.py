@@ -94,4 +94,6 @@ def add_problem_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(_request: Request, error: HTTPException) -> JSONResponse:
+        if isinstance(error.__cause__, ProblemError):  # of the body, which FastAPI was reading
+            return refusal(error.__cause__)
         return problem_response(error.status_code, str(error.detail), dict(error.headers or {}))
