@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import resource
 import struct
 import time
@@ -131,6 +132,15 @@ def test_other_names(name: str) -> None:
 
 def test_suffixes_are_lower_case_with_a_dot() -> None:
     assert all(suffix.startswith(".") and suffix == suffix.lower() for suffix in IMAGE_SUFFIXES)
+
+
+@pytest.mark.skipif(not Path("/dev/fd").is_dir(), reason="a pipe has no path here")
+def test_a_pipe_is_read_too() -> None:
+    reader, writer = os.pipe()
+    with os.fdopen(reader), os.fdopen(writer, "wb") as file:
+        file.write(encode(scene(), "PNG"))
+        file.close()
+        assert decode_image(f"/dev/fd/{reader}").size == (96, 64)
 
 
 # what is refused

@@ -80,10 +80,10 @@ def decode_image(image: ImageLike, *, min_side: int = 0, max_pixels: int = MAX_P
         raise MediaError(f"cannot take {type(image).__name__} as an image; give a path, bytes, PIL image or array")
     path = Path(image)
     try:
-        if path.stat().st_size == 0:
+        if path.is_file() and path.stat().st_size == 0:
             raise MediaError(f"{path} is empty (0 bytes)")
-        with path.open("rb") as file:
-            return _open(file, str(path), min_side, max_pixels)
+        with path.open("rb") as file:  # a pipe, as a shell's <(...), is read whole
+            return _open(file if file.seekable() else io.BytesIO(file.read()), str(path), min_side, max_pixels)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise MediaError(f"{path} does not exist") from error
     except IsADirectoryError as error:
