@@ -97,7 +97,7 @@ def split(
 ) -> None:
     """Copy labelled photos into train, val and test: every label alike, near-duplicates on one side.
 
-    Parts that the source names hold. 'cliphar train' and 'cliphar eval' then take the parts as they are.
+    Parts that the source itself names are kept. 'cliphar train' and 'cliphar eval' then take the parts as they are.
     """
     from cliphar.data import assign_parts, copy_parts
 

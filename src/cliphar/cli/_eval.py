@@ -93,7 +93,7 @@ def _check_report(path: Path) -> None:
     if path.suffix not in (".html", ".json"):
         raise UsageError(f"cannot write {path}: its name must end in .html or .json")
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UsageError(f"cannot write {path}: {path.parent} is not a folder where it can be written")
+        raise UsageError(f"cannot write {path}: {path.parent} is not a folder that can be written to")
 
 
 def read_labelled(data: Path, labels: tuple[str, ...] | None) -> tuple[_Listed, tuple[str, ...]]:

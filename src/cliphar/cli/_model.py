@@ -147,7 +147,7 @@ def teach(
 def promote(
     candidate: Annotated[str, typer.Argument(help="The model that may take the other's place.")],
     over: Annotated[
-        Path, typer.Option(metavar="BUNDLE", help="Whose place it takes; the first one if nothing is there.")
+        Path, typer.Option(metavar="BUNDLE", help="The bundle whose place it takes; there may be none yet.")
     ],
     data: Annotated[Path, typer.Option("--data", "-d", help="A folder of LABEL/PHOTO that neither was trained on.")],
     level: Annotated[float, typer.Option(min=0, max=1, help="The p-value that is enough.")] = 0.05,

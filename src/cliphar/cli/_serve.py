@@ -64,7 +64,7 @@ def serve(
         typer.Option(envvar="CLIPHAR_RATE_PER_MINUTE", min=1, help="Requests a minute of one key or address."),
     ] = None,
     cors: Annotated[
-        str | None, typer.Option(envvar="CLIPHAR_CORS_ORIGINS", help="Origins of pages that may call, by commas.")
+        str | None, typer.Option(envvar="CLIPHAR_CORS_ORIGINS", help="Origins of pages that may call, with commas.")
     ] = None,
     image_urls: Annotated[
         bool, typer.Option("--image-urls", envvar="CLIPHAR_IMAGE_URLS", help="Fetch images by address, if public.")

@@ -105,7 +105,7 @@ def import_open_clip() -> ModuleType:
             _stand_in.append(library)
         import open_clip
     except ImportError as error:
-        raise UsageError(f"open_clip is not here ({error}); run 'pip install cliphar[train]'") from error
+        raise UsageError(f"open_clip is not here ({error}); run: pip install 'cliphar[train]'") from error
     module: ModuleType = open_clip
     return module
 

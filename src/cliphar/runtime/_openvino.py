@@ -26,7 +26,7 @@ def import_openvino() -> Any:
     try:
         import openvino
     except ImportError as error:
-        raise UsageError("OpenVINO is not installed; run 'pip install cliphar[openvino]'") from error
+        raise UsageError("OpenVINO is not installed; run: pip install 'cliphar[openvino]'") from error
     finally:
         if hidden:
             del sys.modules["openvino_telemetry"]

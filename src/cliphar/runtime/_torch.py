@@ -33,7 +33,7 @@ class TorchRuntime:
         try:
             import torch
         except ImportError as error:
-            raise UsageError("torch is not installed; run 'pip install cliphar[train]'") from error
+            raise UsageError("torch is not installed; run: pip install 'cliphar[train]'") from error
         self.bundle = bundle
         self.threads = threads or cpu_quota()
         self.name = bundle.info.files[file].runtime or "torchscript"
