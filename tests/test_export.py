@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("torch")
@@ -379,3 +380,13 @@ def test_a_trained_bundle_has_a_model_in_plain_torch_to_be_compared_with() -> No
     origin = mini.info.provenance.model_copy(update={"recipe": {"method": "gda"}})
     trained = Bundle(mini.path, mini.info.model_copy(update={"provenance": origin}))
     assert _Eager(trained, 1).encode_images(np.zeros((2, 192, 192, 3), np.uint8)).shape == (2, 512)
+
+
+def test_photos_of_other_labels_say_that_accuracy_is_not_compared(tmp_path: Path) -> None:
+    (tmp_path / "photos" / "juggling").mkdir(parents=True)
+    for i in range(16):
+        Image.new("RGB", (40, 30), (i, 100, 50)).save(tmp_path / "photos" / "juggling" / f"{i}.png")
+    said: list[str] = []
+    mini = find_bundle(packaged("mini"))
+    export_bundle(mini, ["onnx-fp32"], photos=tmp_path / "photos", out=tmp_path / "out", say=said.append)
+    assert "accuracy is not compared" in said[0]

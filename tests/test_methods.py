@@ -328,7 +328,7 @@ def test_a_killed_run_ends_where_a_whole_one_does(recipe: Callable[..., Path], c
     assert "step 1" not in lines
     assert "--resume" in lines[-1]
     with pytest.raises(UsageError, match="--resume"):
-        run(file)
+        run(file, "data.source=nowhere")
     with pytest.raises(UsageError, match="another recipe"):
         run(file, "train.ema=0.5", resume=True)
     said: list[str] = []

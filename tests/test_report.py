@@ -109,6 +109,7 @@ def test_mistakes_come_most_confident_first() -> None:
 def test_mcnemar_is_the_exact_binomial_test(first: int, second: int) -> None:
     expected = binomtest(first, first + second).pvalue if first + second else 1.0
     assert mcnemar(first, second) == pytest.approx(expected, rel=1e-9)
+    assert mcnemar(20_000 + first, 20_000 + second) > 0  # and in no time
 
 
 def test_comparison_by_hand() -> None:

@@ -69,6 +69,8 @@ def export_bundle(
     proof = read_proof(bundle, photos)
     if photos is None:
         say("proved on crops of the package's three photos: give --calibration DIR of your own for figures that count")
+    elif proof.truth is None and bundle.info.labels:
+        say(f"accuracy is not compared, --max-loss does nothing: {photos} has labels that the model was not trained on")
     model = float_graph(bundle)
     outcomes: list[Added] = []
     with tempfile.TemporaryDirectory() as work:

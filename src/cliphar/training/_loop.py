@@ -28,7 +28,7 @@ from cliphar.training._method_recipe import LoopRecipe
 from cliphar.training._ranks import OneProcess, Ranks
 from cliphar.training._tracker import NoTracker, Tracker
 
-__all__ = ["Objective", "Run", "StepReport", "Stopped", "fit", "pick_device", "stop_on_signals"]
+__all__ = ["Objective", "Run", "StepReport", "Stopped", "fit", "pick_device", "refuse_unasked", "stop_on_signals"]
 
 
 class Stopped(ClipharError):  # noqa: N818 - not an error
@@ -309,6 +309,14 @@ def _groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[st
     return [{"params": members, "weight_decay": decay} for decay, members in kinds if members]
 
 
+def refuse_unasked(checkpoint: Path, resume: bool) -> None:
+    """UsageError if there is a checkpoint and nobody asked to ``resume`` it."""
+    if checkpoint.exists() and not resume:
+        raise UsageError(
+            f"a run was stopped before its end: {checkpoint}; give --resume to go on with it, or remove that file"
+        )
+
+
 def _resume(
     state: _State,
     run: Run,
@@ -317,15 +325,12 @@ def _resume(
     average: _Average,
     scaler: torch.amp.GradScaler,
 ) -> None:
+    refuse_unasked(run.checkpoint, run.resume)
     kept = load_checkpoint(run.checkpoint)
     if kept is None:
         if run.resume:
             run.log("nothing to resume; starting from the beginning")
         return
-    if not run.resume:
-        raise UsageError(
-            f"a run was stopped before its end: {run.checkpoint}; give --resume to go on with it, or remove that file"
-        )
     if kept["identity"] != run.identity:
         raise UsageError(f"{run.checkpoint} is of another recipe, model or data; remove it to start anew")
     for name in vars(state):

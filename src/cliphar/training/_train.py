@@ -12,6 +12,7 @@ from cliphar.evaluation import write_report
 from cliphar.training._distributed import open_ranks
 from cliphar.training._gradient import checkpoint_of
 from cliphar.training._job import Job, Outcome, Surroundings, open_job
+from cliphar.training._loop import refuse_unasked
 from cliphar.training._method_recipe import GradientRecipe, MethodRecipe
 from cliphar.training._methods import METHODS
 from cliphar.training._package import package
@@ -32,6 +33,8 @@ def train(recipe: Recipe, around: Surroundings | None = None) -> Bundle:
     """
     around = around or Surroundings()
     _check_place(recipe.output)
+    if isinstance(recipe, GradientRecipe):  # before photos are read and a tracker has a run that fails
+        refuse_unasked(checkpoint_of(recipe.output), around.resume)
     ranks = open_ranks(recipe.train.distributed if isinstance(recipe, GradientRecipe) else "ddp")
     if not isinstance(recipe, MethodRecipe):
         if ranks.world > 1:
