@@ -559,6 +559,11 @@ def test_a_stream_is_refused(api: str) -> None:
         assert "not an image" in json.loads(camera.recv(60))["error"]
     with connect(f"{address}?labels=unknown") as camera:
         assert "cannot be a label" in json.loads(camera.recv(60))["error"]
+    end = time.monotonic() + 10
+    for route, status in (("unknown", 403), ("/v1/stream", 422), ("/v1/stream", 101)):  # counted, and so logged
+        line = f'\ncliphar_requests_total{{method="WS",route="{route}",status="{status}"}}'
+        while line not in httpx.get(f"{api}/metrics").text:
+            assert time.monotonic() < end
 
 
 def test_a_frame_on_which_the_service_fails_does_not_end_the_stream(tmp_path: Path) -> None:

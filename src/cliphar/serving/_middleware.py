@@ -53,10 +53,7 @@ class Around:
             scope = {**scope, "method": "GET"}
         service: Service = self._owner.state.service
         headers = Headers(scope=scope)
-        given = headers.get("x-request-id", "")
-        request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
-        structlog.contextvars.clear_contextvars()
-        structlog.contextvars.bind_contextvars(request_id=request_id)
+        request_id = _request_id(headers)
         started, status = time.perf_counter(), 499
 
         async def answer(message: Message) -> None:
@@ -104,11 +101,12 @@ class Around:
     def _record(service: Service, scope: Scope, status: int, took: float) -> None:
         # the route's own pattern, for paths are endless and a metric must not be
         route = getattr(scope.get("route"), "path", "unknown")
-        metrics = service.metrics
-        metrics.requests.labels(scope["method"], route, str(status)).inc()
-        metrics.latency.labels(route).observe(took)
+        method = scope.get("method", "WS")
+        service.metrics.requests.labels(method, route, str(status)).inc()
+        if scope["type"] == "http":  # how long a camera watches is no latency
+            service.metrics.latency.labels(route).observe(took)
         if scope["path"] not in _OPEN:
-            _log.info("request", method=scope["method"], path=scope["path"], status=status, seconds=round(took, 4))
+            _log.info("request", method=method, path=scope["path"], status=status, seconds=round(took, 4))
 
     def _check_caller(self, headers: Headers, scope: Scope) -> None:
         client = (scope.get("client") or ("",))[0]
@@ -122,18 +120,27 @@ class Around:
             raise ProblemError(403, "pages of this origin may not call; see --cors")
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope)
+        service, headers = self._owner.state.service, Headers(scope=scope)
+        _request_id(headers)
+        started, status = time.perf_counter(), 403  # of a handshake that is closed unanswered
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] in ("websocket.accept", "websocket.http.response.start"):
+                status = message.get("status", 101)
+            await send(message)
+
         try:
             self._check_origin(headers)
             self._check_caller(headers, scope)
+            await self._app(scope, receive, answer)
         except ProblemError as problem:
             response = refusal(problem)
-            await send(
-                {"type": "websocket.http.response.start", "status": problem.status, "headers": response.raw_headers}
-            )
-            await send({"type": "websocket.http.response.body", "body": bytes(response.body)})
-            return
-        await self._app(scope, receive, send)
+            start = {"type": "websocket.http.response.start", "status": problem.status, "headers": response.raw_headers}
+            await answer(start)
+            await answer({"type": "websocket.http.response.body", "body": bytes(response.body)})
+        finally:
+            self._record(service, scope, status, time.perf_counter() - started)
 
     async def _unless_gone(self, scope: Scope, body: _Body, send: Send) -> None:
         """Run the handler, and stop it when the client has gone away."""
@@ -151,6 +158,15 @@ class Around:
         finally:
             gone.cancel()
             body.close()
+
+
+def _request_id(headers: Headers) -> str:
+    """The caller's, or a new one; in every line that is logged from here on."""
+    given = headers.get("x-request-id", "")
+    request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
+    structlog.contextvars.clear_contextvars()
+    structlog.contextvars.bind_contextvars(request_id=request_id)
+    return request_id
 
 
 class _Body:
