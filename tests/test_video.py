@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import resource
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -56,6 +57,7 @@ def film(
         if turn:
             stream.set_display_rotation(turn)
         stream.codec_context.time_base = Fraction(1, 1000)
+        stream.codec_context.sample_aspect_ratio = Fraction(1)
         each = round(seconds * fps)
         shown = [colour for colour in colours for _ in range(each)] if times is None else list(colours)
         for at, colour in enumerate(shown):
@@ -115,6 +117,14 @@ def test_a_turned_video_is_set_upright(tmp_path: Path) -> None:
     with VideoReader(film(tmp_path / "turned.mp4", [RED], turn=90)) as reader:
         _, frame = next(reader.frames())
         assert frame.image().size == (48, 64)
+
+
+@pytest.mark.parametrize(("shape", "width"), [((2, 1), 128), ((65535, 1), 64), ((2**31 - 1, 1), 64), ((1, 9999), 64)])
+def test_pixels_that_no_lens_makes_are_square(tmp_path: Path, shape: tuple[int, int], width: int) -> None:
+    content = film(tmp_path / "clip.mp4", [RED]).read_bytes()
+    box = content.index(b"pasp") + 4
+    with VideoReader(content[:box] + struct.pack(">2I", *shape) + content[box + 8 :]) as reader:
+        assert next(reader.frames())[1].image().size == (width, 48)
 
 
 def test_a_closed_reader_refuses_to_read(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from cliphar.errors import MediaError
-from cliphar.media._video import Frame, error_reason, require_av, video_stream
+from cliphar.media._video import Frame, error_reason, pixel_aspect, require_av, video_stream
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -105,7 +105,7 @@ class Camera:
         import av
 
         bad = 0
-        aspect = float(stream.sample_aspect_ratio or 1)
+        aspect = pixel_aspect(stream)
         try:
             for packet in container.demux(stream):
                 try:

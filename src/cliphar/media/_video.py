@@ -30,6 +30,7 @@ __all__ = [
     "VideoReader",
     "error_reason",
     "is_video_name",
+    "pixel_aspect",
     "require_av",
     "video_stream",
 ]
@@ -201,7 +202,7 @@ class VideoReader:
         sparse = sparse and self._start is not None  # frames without times are counted, so all are needed
         context.skip_frame = "NONREF" if sparse else "DEFAULT"
         frame_s = 1 / self.info.fps if self.info.fps else 0.04
-        pixel_aspect = float(stream.sample_aspect_ratio or 1)
+        aspect = pixel_aspect(stream)
         self._wanted_s, self._jumped = 0.0, False
         last, shift, seen = 0.0, 0.0, 0
         before, anew = -(2**62), False
@@ -240,7 +241,7 @@ class VideoReader:
                     self._skipped(time_s, None)
                 last, seen = time_s, seen + 1
                 self.end_s = time_s + frame_s
-                yield time_s, Frame(raw, pixel_aspect)
+                yield time_s, Frame(raw, aspect)
                 self._check_open()
         self._check_end(seen)
 
@@ -341,3 +342,9 @@ def video_stream(container: InputContainer, name: str) -> VideoStream:
     if not pictures:
         raise MediaError(f"{name} has no picture in it; give a file with a video stream")
     return pictures[0]
+
+
+def pixel_aspect(stream: VideoStream) -> float:
+    """The width of a pixel over its height; where the file says what no lens makes, it is damaged: 1."""
+    aspect = float(stream.sample_aspect_ratio or 1)
+    return aspect if 1 / 4 <= aspect <= 4 else 1.0
