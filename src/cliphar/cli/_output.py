@@ -81,7 +81,6 @@ class Writer:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._rows: list[dict[str, Any]] = []
-        self._file: IO[str] | None = None
         if path is None:
             return
         if path.suffix not in (".csv", ".jsonl", ".parquet"):
