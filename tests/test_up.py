@@ -83,7 +83,8 @@ def test_if_one_ends_all_ends(running: tuple[subprocess.Popen[str], list[str], s
     assert not any(alive(pid) for pid in both)
 
 
-def test_a_stop_while_a_process_is_started_leaves_none(clean_env: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGHUP])
+def test_a_stop_while_a_process_is_started_leaves_none(clean_env: dict[str, str], tmp_path: Path, stop: int) -> None:
     program = f"""
 import os, signal, subprocess
 from cliphar.cli._up import up
@@ -92,7 +93,7 @@ class Stopped(subprocess.Popen):
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         print(self.pid, flush=True)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), {stop:d})
 
 subprocess.Popen = Stopped
 up(None, "127.0.0.1", {free_port()}, {free_port()})

@@ -30,30 +30,28 @@ def up(
 ) -> None:
     """Start the API and the web page; if one of them ends, so does the other."""
     near = "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104 - a comparison, nothing is bound
-    # the three of us talk directly, whatever proxy is there for others
+    # whatever proxy is there for others
     direct = ",".join(filter(None, [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), near]))
     os.environ.update(no_proxy=direct, NO_PROXY=direct)
     near = f"[{near}]" if ":" in near else near
     api, page = f"http://{near}:{port}", f"http://{near}:{page_port}"
-    program = [sys.executable, "-m", "cliphar"]
     chosen = ["--model", model] if model else []
     stopping: list[int] = []
-    for number in (
-        signal.SIGTERM,
-        signal.SIGINT,
-    ):  # raised as an exception, one could leave a child that we do not know
-        signal.signal(number, lambda number, _frame: stopping.append(number))
+    # not raised, which could lose a child just started; SIGHUP is of a terminal that closes
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _frame: stopping.append(number))
     children: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(name: str, url: str, arguments: list[str]) -> None:
-        # a session of its own: Ctrl-C on a terminal reaches us alone, and each child gets one SIGTERM from us
-        environment = os.environ | {"CLIPHAR_API_URL": api}
-        children[name] = subprocess.Popen([*program, *arguments], env=environment, start_new_session=True)
+        # a session of its own: Ctrl-C reaches us alone, and each child gets one SIGTERM from us
+        command, environment = [sys.executable, "-m", "cliphar", *arguments], os.environ | {"CLIPHAR_API_URL": api}
+        children[name] = subprocess.Popen(command, env=environment, start_new_session=True)
         end = time.monotonic() + 120
         while not (stopping or _answers(url)):
             _ended(children)
             if time.monotonic() > end:
-                raise ClipharError(f"{name} did not answer at {url} within two minutes; see its lines above")
+                raise ClipharError(f"{name} did not answer at {url} in two minutes; see its lines above")
             time.sleep(0.1)
 
     try:
@@ -86,7 +84,7 @@ def _ended(children: dict[str, subprocess.Popen[bytes]]) -> None:
 
 def _answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=1):  # noqa: S310 - an address of our own making
+        with urllib.request.urlopen(url, timeout=1):  # noqa: S310 - our own
             return True
     except (urllib.error.URLError, OSError):
         return False
