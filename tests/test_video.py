@@ -242,7 +242,9 @@ def test_what_is_no_video_is_one_line(tmp_path: Path, photos: list[Path]) -> Non
     playlist.write_text("#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n")
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "noise.mp4").write_bytes(bytes(range(256)) * 40)
-    names = ("empty.mp4", "noise.mp4", "none.mp4", "long" * 99)
+    coded = film(tmp_path / "codec.avi", [RED])
+    coded.write_bytes(coded.read_bytes().replace(b"FMP4", b"XYZ9"))
+    names = ("empty.mp4", "noise.mp4", "none.mp4", "long" * 99, "codec.avi")
     for bad in (playlist, *(tmp_path / name for name in names), tmp_path, photos[0]):
         with pytest.raises(MediaError) as caught:
             VideoReader(bad)

@@ -341,6 +341,8 @@ def video_stream(container: InputContainer, name: str) -> VideoStream:
     pictures = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not pictures:
         raise MediaError(f"{name} has no picture in it; give a file with a video stream")
+    if pictures[0].codec_context is None:
+        raise MediaError(f"{name} cannot be decoded: its codec is unknown here; convert it, to H.264 for one")
     return pictures[0]
 
 
