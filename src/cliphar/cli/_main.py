@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from contextlib import suppress
+from types import FrameType
 from typing import Any
 
 import typer
@@ -68,12 +69,19 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line; exit status 0 done, 1 failed on some input, 2 wrong usage."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same way out as Ctrl-C: what was done is written
+    """Run the command line; exit status 0 done, 1 failed on some input, 2 wrong usage, 128 + a signal that ended it."""
+    stopped: list[int] = []
+
+    def stop(number: int, _frame: FrameType | None) -> None:  # the same way out as Ctrl-C: what was done is written
+        stopped.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for names and labels in letters that its encoding lacks
     try:
-        sys.exit(app(standalone_mode=False))
+        status = app(standalone_mode=False)
+        sys.exit(128 + stopped[0] if stopped and status == 128 + signal.SIGINT else status)
     except _WrongUsage as error:
         if "Usage:" in error.format_message():  # no arguments: the message is the help
             error.show()
