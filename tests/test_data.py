@@ -246,9 +246,9 @@ def test_small_groups_move_the_fractions_by_little(sizes: list[int], seed: int) 
 
 
 def test_frames_that_are_all_alike_are_grouped_in_no_time() -> None:
-    started = time.perf_counter()
+    started = time.process_time()  # what others do on the machine does not count
     assert set(group_duplicates([np.zeros(128, np.bool_)] * 4000).tolist()) == {0}
-    assert time.perf_counter() - started < 10  # pair by pair it is half a minute
+    assert time.process_time() - started < 10  # pair by pair it is half a minute
 
 
 @pytest.mark.parametrize("size", [2, 5, 10])

@@ -223,7 +223,7 @@ def test_sigterm_answers_what_came_in(clean_env: dict[str, str], photos: list[Pa
         callers = [stack.enter_context(socket.create_connection(place, timeout=60)) for _ in range(16)]
         for caller in callers:
             caller.sendall(f"{head}Expect: 100-continue\r\n\r\n".encode())
-        for caller in callers:  # without this answer it may not have come in before the signal does
+        for caller in callers:  # it has come in before the signal
             assert caller.recv(100).startswith(b"HTTP/1.1 100 ")
         for i, caller in enumerate(callers):
             caller.sendall(content + bytes([i]))  # else they would be computed once
@@ -235,13 +235,12 @@ def test_sigterm_answers_what_came_in(clean_env: dict[str, str], photos: list[Pa
 def test_workers_that_stop_take_no_new_connections(clean_env: dict[str, str]) -> None:
     with serving(clean_env, "--workers", "2") as (url, process):
         address = urlsplit(url).hostname, urlsplit(url).port or 0
-        with socket.create_connection(address) as slow:
-            slow.sendall(
-                b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 9\r\n\r\n"
-            )
-            time.sleep(1)
+        with socket.create_connection(address, timeout=60) as slow:
+            head = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 9\r\n"
+            slow.sendall(head + b"Expect: 100-continue\r\n\r\n")
+            assert slow.recv(100).startswith(b"HTTP/1.1 100 ")  # it has come in
             process.send_signal(signal.SIGTERM)
-            end = time.monotonic() + 15
+            end = time.monotonic() + 25  # it may take 30
             with pytest.raises(ConnectionRefusedError):
                 while time.monotonic() < end:
                     socket.create_connection(address).close()
