@@ -18,7 +18,7 @@ import pytest
 
 import cliphar
 from cliphar.bundle import packaged
-from serving_process import read_terminal
+from serving_process import bounded, read_terminal
 
 WORDS = "taking a photo, riding_a_bike, smiling"
 Done = subprocess.CompletedProcess[str]
@@ -422,3 +422,17 @@ def test_help_is_quick(run_python: Callable[[str], str], arguments: list[str]) -
     modules = set(run_python(code).split())
     assert "typer" in modules
     assert not modules & {"numpy", "onnxruntime", "torch", "PIL", "tokenizers", "scipy", "pyarrow"}
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_service_ends_when_its_terminal_is_closed(clean_env: dict[str, str], workers: str) -> None:
+    ours, its = os.openpty()
+    terminal = os.ttyname(its)  # the first that a session opens is its own
+    serve = f"exec {sys.executable} -m cliphar serve --port 0 --workers {workers} <{terminal} >{terminal} 2>&1"
+    with subprocess.Popen(["sh", "-c", serve], env=clean_env, start_new_session=True) as process, bounded(process):
+        shown = b""
+        while shown.count(b'"ready"') < int(workers):
+            shown += os.read(ours, 65536)
+        os.close(its)
+        os.close(ours)
+        assert process.wait() not in (-signal.SIGKILL, -signal.SIGHUP)

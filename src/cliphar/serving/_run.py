@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from types import FrameType
 
 import structlog
@@ -19,12 +20,11 @@ from cliphar.runtime import cpu_quota
 from cliphar.serving._app import create_app
 from cliphar.serving._service import Service
 from cliphar.serving._settings import Settings
-from cliphar.serving._workers import supervise
+from cliphar.serving._workers import supervise, terminal_closed
 
 __all__ = ["run"]
 
 _LAST_CALL_S = 0.5
-_HANGUP = {signal.SIGHUP}
 
 
 def run(settings: Settings, host: str, port: int, drain_s: int, workers: int = 1) -> None:
@@ -42,11 +42,10 @@ def run(settings: Settings, host: str, port: int, drain_s: int, workers: int = 1
         UsageError: the address cannot be listened on.
         ClipharError: the model cannot be loaded.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, _HANGUP)  # one that comes before it is listened to waits, and ends nothing
     _set_up_logs()
     listener = _listen(host, port)
     if workers == 1:
-        _serve(settings, listener, drain_s)
+        _serve(settings, listener, drain_s, terminal_closed())
         return
     share: dict[str, int | None] = {
         "threads": settings.threads or max(1, cpu_quota() // workers),
@@ -60,13 +59,15 @@ def run(settings: Settings, host: str, port: int, drain_s: int, workers: int = 1
 def _worker(settings: Settings, listener: socket.socket, drain_s: int) -> None:
     _set_up_logs()
     try:
-        _serve(settings, listener, drain_s)
+        _serve(settings, listener, drain_s, lambda: False)  # the supervisor tells
     except ClipharError as error:
         print(f"cliphar: {error}", file=sys.stderr)
         sys.exit(1)
 
 
-def _serve(settings: Settings, listener: socket.socket, drain_s: int) -> None:
+def _serve(settings: Settings, listener: socket.socket, drain_s: int, closed: Callable[[], bool]) -> None:
+    early: list[int] = []
+    signal.signal(signal.SIGHUP, lambda number, _frame: early.append(number))  # until the loop listens to it
     service = Service.start(settings)
     log = structlog.get_logger()
     app = create_app(service)
@@ -79,7 +80,7 @@ def _serve(settings: Settings, listener: socket.socket, drain_s: int) -> None:
         timeout_keep_alive=75,  # longer than proxies keep theirs, so that they close first
         ws_max_size=settings.max_body_mb * 2**20,
     )
-    server = _Server(config, app)
+    server = _Server(config, app, closed, early)
     name, runtime = service.recognizer.bundle.info.name, service.recognizer.runtime.name
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
@@ -95,9 +96,9 @@ def _serve(settings: Settings, listener: socket.socket, drain_s: int) -> None:
 class _Server(uvicorn.Server):
     """Changes the model on SIGHUP, and says that it is not ready as soon as it is told to stop, while it answers."""
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
+    def __init__(self, config: uvicorn.Config, app: FastAPI, closed: Callable[[], bool], early: list[int]) -> None:
         super().__init__(config)
-        self._app = app
+        self._app, self._terminal_closed, self._early = app, closed, early
         self._loading, self._waiting = asyncio.Lock(), False
         self._changes: set[asyncio.Task[None]] = set()
 
@@ -107,11 +108,15 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._on_hangup)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANGUP)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})  # a worker is started with it blocked
+        if self._early:
+            self._on_hangup()
         await super().startup(sockets)
 
     def _on_hangup(self) -> None:
-        if not self._waiting:  # else what is there in its turn is loaded
+        if self._terminal_closed():
+            self.should_exit = True
+        elif not self._waiting:  # else what is there in its turn is loaded
             self._changes.add(change := asyncio.get_running_loop().create_task(self._change_model()))
             change.add_done_callback(self._changes.discard)
 

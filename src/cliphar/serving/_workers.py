@@ -16,7 +16,7 @@ from prometheus_client import multiprocess
 
 from cliphar.errors import ClipharError
 
-__all__ = ["supervise"]
+__all__ = ["supervise", "terminal_closed"]
 
 # one that ends sooner, or by an error of its own, was not able to start and would not be the next time
 _START_S = 5.0
@@ -67,7 +67,8 @@ def supervise(
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    signal.signal(signal.SIGHUP, lambda number, _frame: tell(number))
+    closed = terminal_closed()
+    signal.signal(signal.SIGHUP, lambda number, _frame: end() if closed() else tell(number))
     for _ in range(count):
         start()
     failed = False
@@ -87,3 +88,17 @@ def supervise(
                 start()
     if failed:
         raise ClipharError("a worker ended as it started; its line above says why")
+
+
+def terminal_closed() -> Callable[[], bool]:
+    """To be asked at a SIGHUP: whether it is of the terminal that there is now, and not to change the model."""
+    had = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN and _terminal()  # ignored: nohup
+    return lambda: had and not _terminal()
+
+
+def _terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY))
+    except OSError:
+        return False
+    return True
