@@ -199,6 +199,8 @@ def test_frozen_weights_stay(items: TrainItems, tmp_path: Path) -> None:
     assert changed == {"image.project.bias", "class_vectors"}
     with pytest.raises(UsageError, match="fits no weight"):
         freeze(model, ["text.*"])
+    with pytest.raises(UsageError, match="nothing to train"):
+        freeze(model, ["*"])
 
 
 def test_photos_of_one_label_are_not_each_others_negatives() -> None:
@@ -261,10 +263,11 @@ def test_every_ready_recipe_loads(file: Path) -> None:
         ("train.accumulate=3", "not a multiple"),
         ("data.val=0.9", "data.val"),
         ("track=[mlflow", "is not YAML"),
+        ("contrastive=0 classes=0", "no loss"),
     ],
 )
 def test_wrong_settings_are_refused_by_name(override: str, said: str) -> None:
     with pytest.raises(UsageError) as caught:
-        load_recipe(RECIPES / "full.yaml", (override,))
+        load_recipe(RECIPES / "full.yaml", tuple(override.split()))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)

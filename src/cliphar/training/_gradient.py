@@ -104,7 +104,7 @@ def freeze(objective: nn.Module, patterns: Sequence[str]) -> None:
     """Parameters whose names fit a pattern stay as they are.
 
     Raises:
-        UsageError: a pattern fits none.
+        UsageError: a pattern fits none, or nothing is left to train.
     """
     names = dict(objective.named_parameters())
     for pattern in patterns:
@@ -113,6 +113,8 @@ def freeze(objective: nn.Module, patterns: Sequence[str]) -> None:
             raise UsageError(f"train.freeze: {pattern!r} fits no weight; there are {', '.join(list(names)[:3])}, ...")
         for name in fitting:
             names[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in names.values()):
+        raise UsageError(f"train.freeze: {', '.join(patterns)} leave nothing to train")
 
 
 def _train_mode(objective: nn.Module) -> None:

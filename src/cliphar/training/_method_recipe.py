@@ -149,6 +149,12 @@ class GradientRecipe(MethodRecipe):
     contrastive: float = Field(default=0.5, ge=0)
     classes: float = Field(default=1.0, ge=0)
 
+    @model_validator(mode="after")
+    def _has_a_loss(self) -> GradientRecipe:
+        if not self.contrastive + self.classes:
+            raise ValueError("contrastive and classes are both 0, which leaves no loss")
+        return self
+
 
 class LoraSection(_Model):
     """``targets`` are patterns of the names of the adapted weights; none takes what the method's paper adapts."""
