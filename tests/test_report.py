@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import save
 from scipy.stats import binomtest
 
-from cliphar.bundle import packaged, read_bundle, write_bundle
+from cliphar.bundle import Bundle, find_bundle, packaged, read_bundle, write_bundle
 from cliphar.evaluation import (
     Evaluation,
     analyse,
@@ -24,6 +24,7 @@ from cliphar.evaluation import (
     harmonic_mean,
     macro_f1,
     mcnemar,
+    model_card,
     reliability,
     write_report,
 )
@@ -301,3 +302,16 @@ def test_wrong_places_to_promote_to(cli: Cli, drinks: Path) -> None:
         done = cli("model", "promote", "mini", "--over", place, "--data", drinks)
         assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
     assert (drinks / "cycling" / "0.jpg").is_file()
+
+
+def test_other_labels_do_not_inherit_what_a_runtime_answered() -> None:
+    mini = find_bundle(packaged("mini"))
+    files = {name: file.for_other_labels() for name, file in mini.info.files.items()}
+    bundle = Bundle(mini.path, mini.info.model_copy(update={"files": files}))
+    assert bundle.runtimes == mini.runtimes
+    parity = files["image.int8.onnx"].parity
+    assert parity is not None
+    assert {"cosine_mean", "cosine_min", "photos"} <= set(parity)
+    assert not {"agreement", "accuracy", "difference_low"} & set(parity)
+    row = next(line for line in model_card(bundle).split("\n") if line.startswith("| `onnx-int8`"))
+    assert row.endswith("|  |  |")

@@ -127,6 +127,12 @@ class FileInfo(_Model):
     runtime: str | None = None
     parity: dict[str, float] | None = None
 
+    def for_other_labels(self) -> FileInfo:
+        """The same file, without what ``parity`` says of answers: these were other labels'."""
+        of_answers = ("agreement", "accuracy", "difference")
+        kept = {key: value for key, value in (self.parity or {}).items() if not key.startswith(of_answers)}
+        return self.model_copy(update={"parity": kept or None})
+
 
 def is_inside(path: str) -> bool:
     """Whether a file's path in a bundle is relative, with forward slashes, and stays below it on every system."""

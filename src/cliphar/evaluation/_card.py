@@ -77,8 +77,9 @@ def _runtimes(bundle: Bundle) -> list[str]:
         if not parity:
             continue
         change = "{accuracy_difference:+.3f} ({difference_low:+.3f} to {difference_high:+.3f})"
+        same = f"{parity['agreement']:.3f}" if "agreement" in parity else ""
         rows.append(
-            f"| `{name}` | {parity['photos']:.0f} | {parity['cosine_mean']:.4f} | {parity['agreement']:.3f} "
+            f"| `{name}` | {parity['photos']:.0f} | {parity['cosine_mean']:.4f} | {same} "
             f"| {change.format(**parity) if 'accuracy_difference' in parity else ''} |"
         )
     if not rows:

@@ -74,7 +74,11 @@ def package(job: Job, outcome: Outcome) -> tuple[Bundle, Evaluation]:
             "metrics": {},
             "sources": (*info.sources, *_sources(job)),
             "provenance": _provenance(job),
-            "files": {name: entry for name, entry in info.files.items() if files.get(name) == base.path / name},
+            "files": {
+                name: entry.for_other_labels()
+                for name, entry in info.files.items()
+                if files.get(name) == base.path / name
+            },
         }
     )
     with tempfile.TemporaryDirectory() as work:
