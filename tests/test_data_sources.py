@@ -250,6 +250,8 @@ def test_what_a_manifest_leaves_open(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     photos = photos_of(str(tmp_path / "list.jsonl"), tmp_path / "cache")
     assert photos.labels[:3] == ["riding a bike", None, "riding a bike"]
+    (tmp_path / "set" / LABELS[0] / "1.jpg").write_bytes(jpeg(0))  # a copy of another, but of no label
+    assert not check_photos(photos_of(str(tmp_path / "list.jsonl"), tmp_path / "cache")).conflicts
     parts = assign_parts(photos, 0.4, 0.4, 0).tolist()
     assert parts[0] == 2
     assert set(parts[1:]) == {0, 1}

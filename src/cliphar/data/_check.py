@@ -56,7 +56,7 @@ def check_photos(photos: PhotoSet) -> DataReport:
         refused=photos.refused,
         duplicates=named(groups),
         across=named([its for its in groups if len({photos.splits[i] for i in its}) > 1]),
-        conflicts=named([its for its in groups if len({photos.labels[i] for i in its}) > 1]),
+        conflicts=named([its for its in groups if len({photos.labels[i] for i in its} - {None}) > 1]),
         unlabelled=sum(label is None for label in photos.labels),
         imbalance=round(most / min(counts.values()), 2) if counts else 1.0,
         rare=sorted(label for label, count in counts.items() if count * _IMBALANCE < most),
