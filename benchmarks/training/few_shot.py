@@ -133,5 +133,6 @@ def write(found: dict[str, dict[int, float]], beside: dict[str, float], out: Pat
 
 if __name__ == "__main__":
     target = Path(sys.argv[2])
+    target.mkdir(parents=True, exist_ok=True)  # not after an hour of measuring
     write(*measure(Path(sys.argv[1]), [int(shots) for shots in sys.argv[3:]]), target)
     print((target / "few-shot.md").read_text(encoding="utf-8"))
