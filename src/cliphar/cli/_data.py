@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cliphar.cli._output import printable
 from cliphar.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -47,17 +46,17 @@ def check(source: _Source, as_json: _Json = False, cache: _Cache = _CACHE) -> No
     _, photos = _read(source, cache)
     report = check_photos(photos)
     if as_json:
-        print(printable(json.dumps(report.to_dict(), ensure_ascii=False)))
+        print(json.dumps(report.to_dict(), ensure_ascii=False))
     else:
         print(f"{report.photos:,} photos can be read, {len(report.refused)} cannot")
         for key, reason in report.refused[:_SHOWN]:
-            print(printable(f"  {key}: {reason}"))
+            print(f"  {key}: {reason}")
         extra = sum(map(len, report.duplicates)) - len(report.duplicates)
         print(f"{len(report.duplicates)} groups of near-duplicates ({extra} photos too many)")
         for name, groups in (("in more than one part", report.across), ("with different labels", report.conflicts)):
             print(f"  {len(groups)} {name}")
             for keys in groups[:_SHOWN]:
-                print(printable(f"    {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}"))
+                print(f"    {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}")
         if report.unlabelled:
             print(f"{report.unlabelled:,} photos have no label")
         print(f"the commonest label has {report.imbalance:g} times the photos of the rarest")
