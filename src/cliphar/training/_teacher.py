@@ -13,7 +13,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from PIL import Image
 
-from cliphar.bundle import fetch_teacher, sha256_file
+from cliphar.bundle import fetch_teacher, sha256_file, whole_file
 from cliphar.export import export_teacher_graph
 from cliphar.media import to_square
 from cliphar.training._corpus import Corpus
@@ -55,9 +55,8 @@ def teacher_embeddings(
         parts += [session.run(["embeddings"], {"images": square[None]})[0] for square in squares]
         end = at + len(squares)
         if end == count or (at - first) // 16 % 32 == 31:
-            with file.with_suffix(".partial").open("wb") as partial:
+            with whole_file(file) as partial:
                 np.save(partial, np.concatenate(parts))
-            file.with_suffix(".partial").replace(file)
             rate = (end - first) / (time.perf_counter() - started)
             log(f"teacher: {end}/{count} photos, {rate:.1f} a second")
     return np.concatenate(parts)
