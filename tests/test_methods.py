@@ -230,29 +230,45 @@ def test_a_photo_may_be_named_twice(recipe: Callable[..., Path], shapes: Path, t
     assert bundle.info.metrics["known"].n >= 6
 
 
-def test_clips_are_trained_on(recipe: Callable[..., Path], clip_base: Path, tmp_path: Path) -> None:
+def test_clips_are_trained_on_and_measured_alike_afterwards(
+    recipe: Callable[..., Path], clip_base: Path, tmp_path: Path, clean_env: dict[str, str]
+) -> None:
     av = pytest.importorskip("av")
     random = np.random.default_rng(0)
     for label, colour in (("waving", (220, 30, 30)), ("falling", (30, 30, 220))):
-        (tmp_path / "clips" / label).mkdir(parents=True)
-        for i in range(6):
+        for i in range(12):
+            folder = tmp_path / "clips" / ("train", "val", "test")[i % 3] / label
+            folder.mkdir(parents=True, exist_ok=True)
             scene = Image.fromarray(random.integers(0, 255, (6, 8, 3), np.uint8)).resize((64, 48))
-            with av.open(str(tmp_path / "clips" / label / f"{i}.mp4"), "w") as file:
+            with av.open(str(folder / f"{i}.mp4"), "w") as file:
                 stream = file.add_stream("mpeg4", rate=5)
                 stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
                 for k in range(5):
-                    ImageDraw.Draw(scene).rectangle((k, 5, k + 30, 40), fill=colour)
+                    ImageDraw.Draw(scene).rectangle((k, 5, k + 30, 40), fill=colour if i % 2 else (90, 90, 90))
                     file.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(scene), format="rgb24")))
                 file.mux(stream.encode())
-        scene.save(tmp_path / "clips" / label / "still.png")  # a photo is a clip that stands still
-    data = {"source": str(tmp_path / "clips"), "val": 0.3, "test": 0.3, "cache": str(tmp_path / "cache")}
+        scene.save(tmp_path / "clips" / "test" / label / "still.png")  # a photo is a clip that stands still
+    data = {"source": str(tmp_path / "clips"), "cache": str(tmp_path / "cache")}
     loop = {"epochs": 1, "batch_size": 4, "size": 32}
     sections = {"base": str(clip_base), "frames": 3, "data": data, "wise": {"shares": [1.0]}}
     bundle = run(recipe("temporal", train=loop, **sections))
     assert bundle.info.labels == ("falling", "waving")
-    assert bundle.info.metrics["known"].n == 4
+    assert bundle.info.metrics["known"].n == 10
     assert bundle.info.video.window_s == pytest.approx(1)
     assert changed_weights(clip_base, bundle)
+    done = subprocess.run(
+        [sys.executable, "-m", "cliphar", "eval", "--json", "-m", bundle.path, "--data", tmp_path / "clips" / "test"],
+        capture_output=True,
+        text=True,
+        env=clean_env,
+        timeout=300,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    figures = json.loads(done.stdout)
+    assert figures["n"] == 10
+    for name, value in bundle.info.metrics["known"].values.items():
+        assert figures[name] == pytest.approx(value, abs=2e-3), name
 
 
 # --- stopping, being killed, and going on

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import save
 from scipy.stats import binomtest
 
@@ -229,6 +230,36 @@ def test_eval_against_another_model_and_on_new_labels(cli: Cli, labelled: Path, 
     plain = cli("eval", "--data", labelled, "--against", "mini")
     assert plain.returncode == 0
     assert "p = 1" in plain.stdout
+
+
+def test_eval_of_clips_among_photos(cli: Cli, labelled: Path, photos: list[Path], tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    clip = labelled / "eating" / "clip.mkv"
+    with av.open(str(clip), "w") as file:
+        stream = file.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 320, 240, "yuv420p"
+        for photo in photos * 10:
+            with Image.open(photo) as opened:
+                frame = av.VideoFrame.from_image(opened.convert("RGB").resize((320, 240)))
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    (labelled / "eating" / "other.png").symlink_to(photos[0])
+    done = cli("eval", "--data", labelled, "--against", "mini", "--json", "-r", "out.html")
+    assert (done.returncode, done.stderr) == (0, "")
+    figures = json.loads(done.stdout)
+    assert (figures["n"], figures["against"]["difference"]) == (5, 0)
+    page = (tmp_path / "out.html").read_text(encoding="utf-8")
+    assert page.count("<figure>") == page.count("data:image/jpeg") == round(5 * (1 - figures["top1"])) > 0
+    assert "clip.mkv" in page
+    (labelled / "eating" / "cut.mkv").write_bytes(clip.read_bytes()[: clip.stat().st_size // 2])
+    (labelled / "eating" / "no.avi").write_bytes(b"no clip")
+    for command in (("eval",), ("model", "promote", "mini", "--over", tmp_path / "place")):
+        done = cli(*command, "--data", labelled, "--json")
+        assert (done.returncode, json.loads(done.stdout)["n"]) == (1, 5)
+        cut, no_clip = done.stderr.splitlines()
+        assert "cut.mkv is not whole: stops at" in cut
+        assert "no.avi is not a video" in no_clip
+    assert not (tmp_path / "place").exists()
 
 
 def test_wrong_calls_of_eval(cli: Cli, labelled: Path) -> None:

@@ -1,4 +1,4 @@
-"""cliphar eval: how good a model is on a folder of labelled photos, and whether it is better than another."""
+"""cliphar eval: how good a model is on a folder of labelled photos or clips, and whether it is better than another."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,16 +18,22 @@ from cliphar.cli._options import Coverage, Labels, LabelsFile, Model, Provider, 
 from cliphar.errors import DataError, MediaError, UsageError
 
 if TYPE_CHECKING:
-    from cliphar.evaluation import Evaluation
+    from numpy.typing import NDArray
+
+    from cliphar.evaluation import Evaluation, Mistake
+    from cliphar.media import ImageLike
     from cliphar.recognizer import Prediction, Recognizer
 
 __all__ = ["answer_all", "evaluate", "read_labelled"]
 
+_FRAMES = 8  # of a clip, for a model that was trained on photos; what training takes too
 _Listed = list[tuple[Path, str]]
 
 
 def evaluate(
-    data: Annotated[Path, typer.Option("--data", "-d", help="A folder of LABEL/PHOTO; _ in LABEL is a space.")],
+    data: Annotated[
+        Path, typer.Option("--data", "-d", help="A folder of LABEL/PHOTO or LABEL/CLIP; _ in LABEL is a space.")
+    ],
     model: Model = None,
     labels: Labels = None,
     labels_file: LabelsFile = None,
@@ -45,7 +53,7 @@ def evaluate(
     provider: Provider = None,
     threads: Threads = None,
 ) -> None:
-    """Measure a model on labelled photos. Without --labels the folder's own names are the choice."""
+    """Measure a model on labelled photos or clips. Without --labels the folder's own names are the choice."""
     from cliphar.evaluation import Evaluation, analyse, compare, confident_mistakes, write_report
     from cliphar.evaluation import evaluate as figures_of
     from cliphar.recognizer import load
@@ -75,7 +83,7 @@ def evaluate(
         data=str(data),
         analysis=analyse(answers, truth, chosen),
         images_per_s=rate,
-        mistakes=confident_mistakes(paths, answers, truth),
+        mistakes=[_seen(mistake) if report else mistake for mistake in confident_mistakes(paths, answers, truth)],
         comparison=comparison,
         novel=novel_report,
     )
@@ -97,7 +105,7 @@ def _check_report(path: Path) -> None:
 
 
 def read_labelled(data: Path, labels: tuple[str, ...] | None) -> tuple[_Listed, tuple[str, ...]]:
-    """The photos with their labels, and the labels to choose from."""
+    """The photos and clips with their labels, and the labels to choose from."""
     from cliphar.data import list_labelled
 
     listed = [(path, " ".join(label.split())) for path, label in list_labelled(data)]  # as labels are cleaned
@@ -113,23 +121,57 @@ def read_labelled(data: Path, labels: tuple[str, ...] | None) -> tuple[_Listed, 
 def answer_all(
     recognizer: Recognizer, listed: _Listed, labels: Sequence[str], coverage: float, data: Path
 ) -> tuple[_Listed, list[Prediction], float]:
-    """The photos that could be read, their answers, and how many a second."""
-    if listed:  # the first call pays for allocations that the rate should not
-        list(recognizer.stream([listed[0][0]], labels))
+    """The photos and clips that could be read, their answers, and how many a second.
+
+    A clip is answered as a whole, as training measures it: by the direction of its frames' mean.
+    """
+    import numpy as np
+
+    from cliphar.data import embed_clips
+
+    paths = [path for path, _ in listed]
+    nothing = np.empty((0, recognizer.bundle.info.embedding_dim), np.float32)
+    recognizer.score(nothing, labels, coverage=coverage)  # what cannot be asked is said before hours of work
+    for _ in embed_clips(recognizer, _views(recognizer, paths[:1])):
+        pass  # the first call pays for allocations that the rate should not
     read: _Listed = []
-    answers: list[Prediction] = []
+    embedded: list[NDArray[np.float32]] = []
     started = time.perf_counter()
-    stream = recognizer.stream((path for path, _ in listed), labels, coverage=coverage)
-    for one, answer in zip(listed, stream, strict=True):
-        if isinstance(answer, MediaError):
-            print(f"cliphar: {answer}", file=sys.stderr)
+    for one, vector in zip(listed, embed_clips(recognizer, _views(recognizer, paths)), strict=True):
+        if isinstance(vector, MediaError):
+            print(f"cliphar: {vector}", file=sys.stderr)
         else:
             read.append(one)
-            answers.append(answer)
-    rate = len(answers) / (time.perf_counter() - started)
-    if not answers:
+            embedded.append(vector)
+    if not read:
         raise DataError(f"none of the {len(listed)} photos in {data} could be read")
-    return read, answers, rate
+    answers = recognizer.score(np.stack(embedded), labels, coverage=coverage)
+    return read, answers, len(answers) / (time.perf_counter() - started)
+
+
+def _views(recognizer: Recognizer, paths: Iterable[Path]) -> Iterator[Sequence[ImageLike] | MediaError]:
+    """What the model looks at of each: a photo, or as many frames of a clip as it was trained on."""
+    from cliphar.data import clip_frames, is_clip_name
+
+    info = recognizer.bundle.info
+    recipe = info.provenance.recipe
+    count = recipe["frames"] if recipe.get("method") == "temporal" else _FRAMES
+    for path in paths:
+        try:
+            yield clip_frames(path, count, info.image.size)[0] if is_clip_name(path.name) else [path]
+        except MediaError as error:
+            yield error
+
+
+def _seen(mistake: Mistake) -> Mistake:
+    """The mistake with what a report shows of it: of a clip its middle frame."""
+    from cliphar.data import clip_frames, is_clip_name
+
+    if not is_clip_name(mistake.path.name):
+        return mistake
+    with suppress(MediaError):  # it went away since it was measured
+        return replace(mistake, image=clip_frames(mistake.path, 1)[0][0])
+    return mistake
 
 
 def _show(done: Evaluation) -> None:

@@ -149,11 +149,11 @@ def promote(
     over: Annotated[
         Path, typer.Option(metavar="BUNDLE", help="The bundle whose place it takes; there may be none yet.")
     ],
-    data: Annotated[Path, typer.Option("--data", "-d", help="A folder of LABEL/PHOTO that neither was trained on.")],
+    data: Annotated[Path, typer.Option("--data", "-d", help="A folder of LABEL/PHOTO or LABEL/CLIP, new to both.")],
     level: Annotated[float, typer.Option(min=0, max=1, help="The p-value that is enough.")] = 0.05,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Put a model in another's place only if it is better on the same photos, by McNemar's exact test."""
+    """Put a model in another's place only if it is better on the same photos or clips, by McNemar's exact test."""
     from cliphar.bundle import write_bundle
     from cliphar.cli._eval import answer_all, read_labelled
     from cliphar.evaluation import compare

@@ -2,6 +2,7 @@
 
 from cliphar.data._cache import PhotoSet, load_photos
 from cliphar.data._check import DataReport, check_photos, photo_stats
+from cliphar.data._clips import clip_frames, embed_clips
 from cliphar.data._copy import copy_parts
 from cliphar.data._duplicates import difference_hash, group_duplicates
 from cliphar.data._readers import SPLITS, PhotoSource, is_clip_name, open_source
@@ -16,8 +17,10 @@ __all__ = [
     "PhotoSource",
     "assign_parts",
     "check_photos",
+    "clip_frames",
     "copy_parts",
     "difference_hash",
+    "embed_clips",
     "group_duplicates",
     "is_clip_name",
     "list_labelled",

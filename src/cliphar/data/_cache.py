@@ -158,7 +158,7 @@ def _build(
                 about = [photo.key, photo.label, photo.captions, photo.split]
                 digest.update(f"{json.dumps(about)}\0{hashlib.sha256(photo.content).hexdigest()}\n".encode())
                 if isinstance(found, MediaError):
-                    reason = str(found).removeprefix("the image ")
+                    reason = str(found).removeprefix("the image ").removeprefix("the video ")
                     log(f"left out {photo.key}: {reason}")
                     refused.append((photo.key, reason))
                     continue

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from cliphar.errors import DataError
-from cliphar.media import is_image_name
+from cliphar.media import is_image_name, is_video_name
 
 __all__ = ["Photo", "is_hidden", "list_labelled", "read_captioned", "read_labelled"]
 
@@ -100,20 +100,20 @@ def _caption_row(line: bytes, where: str) -> tuple[str, tuple[str, ...]]:
 
 
 def list_labelled(path: Path) -> list[tuple[Path, str]]:
-    """Files and labels of a folder DIR/LABEL/PHOTO, sorted; nothing is opened.
+    """Photos and clips with their labels, of a folder DIR/LABEL/FILE, sorted; nothing is opened.
 
     Raises:
-        DataError: not a folder, or no photo in any subfolder.
+        DataError: not a folder, or none in any subfolder.
     """
     if not path.is_dir():
-        raise DataError(f"{path} is not a folder; give one that holds LABEL/PHOTO files")
+        raise DataError(f"{path} is not a folder; give one that holds LABEL/PHOTO or LABEL/CLIP files")
     found = [
         (file, file.parent.name.replace("_", " "))
         for folder in sorted(path.iterdir())
         if folder.is_dir() and not is_hidden(folder.name)
         for file in sorted(folder.iterdir())
-        if is_image_name(file.name) and not is_hidden(file.name) and file.is_file()
+        if (is_image_name(file.name) or is_video_name(file.name)) and not is_hidden(file.name) and file.is_file()
     ]
     if not found:
-        raise DataError(f"no photos in the subfolders of {path}; expected {path.name}/LABEL/PHOTO")
+        raise DataError(f"no photos or clips in the subfolders of {path}; expected {path.name}/LABEL/PHOTO")
     return found

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cliphar.bundle import Bundle, whole_file
-from cliphar.data import PhotoSet, assign_parts, load_photos, open_source
+from cliphar.data import PhotoSet, assign_parts, embed_clips, load_photos, open_source
 from cliphar.errors import DataError
 from cliphar.labels import clean_labels, prompts
 from cliphar.recognizer import Recognizer, mean_direction
@@ -131,13 +131,8 @@ def text_vectors(recognizer: Recognizer, labels: Sequence[str]) -> NDArray[np.fl
 
 def embed_rows(recognizer: Recognizer, photos: PhotoSet, rows: NDArray[np.int64]) -> NDArray[np.float32]:
     """Embeddings, float32 [N,D] of unit length; a clip's is the direction of its frames' mean."""
-    frames = (frame for i in rows for frame in photos.frames(int(i)))
-    embedded = recognizer.embed_images(frames)
-    found = []
-    for i in rows:
-        vectors = [next(embedded) for _ in range(len(photos.frames(int(i))))]
-        found.append(mean_direction(np.stack([vector for vector in vectors if isinstance(vector, np.ndarray)])))
-    return np.stack(found)
+    found = embed_clips(recognizer, (list(photos.frames(int(i))) for i in rows))
+    return np.stack([vector for vector in found if isinstance(vector, np.ndarray)])
 
 
 def open_job(recipe: MethodRecipe, around: Surroundings) -> Job:
