@@ -23,7 +23,8 @@ __all__ = ["create_app"]
 
 def create_app(service: Service) -> FastAPI:
     """The ASGI application of a started service."""
-    app = FastAPIOffline(  # /docs and /redoc work with no network, and tell nobody who reads them
+    app = FastAPIOffline(  # /docs works with no network, and tells nobody who reads it
+        redoc_url=None,  # it would: its logo comes from elsewhere
         title="cliphar",
         version=__version__,
         description="What are the people in this picture doing? Actions in plain words, without retraining.",

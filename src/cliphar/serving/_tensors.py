@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.json_schema import SkipJsonSchema
 
 from cliphar.serving._problems import ProblemError
 
@@ -31,7 +32,7 @@ class _Tensor(BaseModel):
     datatype: str
     parameters: dict[str, Any] = {}
     data: list[Any] | None = None
-    raw: Annotated[bytes | None, Field(exclude=True)] = None
+    raw: SkipJsonSchema[bytes | None] = None
 
     @property
     def elements(self) -> int:
@@ -56,6 +57,16 @@ class Infer(BaseModel):
     parameters: dict[str, Any] = {}
     inputs: Annotated[list[_Tensor], Field(min_length=1)]
     outputs: list[Wanted] = []
+
+    @classmethod
+    def document(cls) -> dict[str, Any]:
+        """The JSON schema with nothing but itself to refer to: inside OpenAPI's document ``#/$defs`` leads nowhere."""
+        schema = cls.model_json_schema()
+        parts, text = schema.pop("$defs"), json.dumps(schema)
+        for name, part in parts.items():
+            text = text.replace(json.dumps({"$ref": f"#/$defs/{name}"}), json.dumps(part))
+        document: dict[str, Any] = json.loads(text)
+        return document
 
     def input(self, name: str) -> _Tensor | None:
         """The input of that name, if it was sent."""

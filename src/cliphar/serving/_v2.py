@@ -24,7 +24,7 @@ _DOCUMENTED: dict[str, Any] = {
     "openapi_extra": {
         "requestBody": {
             "required": True,
-            "content": {"application/json": {"schema": Infer.model_json_schema()}} | _BINARY,
+            "content": {"application/json": {"schema": Infer.document()}} | _BINARY,
         },
     },
     "responses": {200: {"content": _BINARY}},
