@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import signal
 import subprocess
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 from hypothesis import settings
 from numpy.typing import NDArray
+from PIL import Image
+from playwright.sync_api import Browser, sync_playwright
 from safetensors.numpy import save
 
 import cliphar
@@ -32,6 +35,7 @@ from cliphar.recognizer import Recognizer, load
 from serving_process import serving
 
 PACKAGE = Path(cliphar.__file__).resolve().parent
+CHROMIUM = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 RUNTIME = {"CLIPHAR_RUNTIME": "onnx"}  # the same arithmetic in every process, and none of them measures which is faster
 os.environ |= RUNTIME
 # neither the time of day nor the speed of the machine decides
@@ -146,6 +150,21 @@ def samples() -> Path:
 @pytest.fixture(scope="session")
 def photos(samples: Path) -> list[Path]:
     return sorted(samples.glob("*.jpg"))
+
+
+@pytest.fixture(scope="module")
+def browser(samples: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """Chromium, whose camera sees a sample photo."""
+    buffer = io.BytesIO()
+    Image.open(samples / "portrait.jpg").convert("RGB").resize((640, 480)).save(buffer, "JPEG")
+    film = tmp_path_factory.mktemp("camera") / "portrait.mjpeg"
+    film.write_bytes(buffer.getvalue() * 10)
+    camera = ["--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"]
+    camera.append(f"--use-file-for-fake-video-capture={film}")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=CHROMIUM + camera)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

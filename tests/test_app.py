@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import os
 import re
@@ -20,7 +19,7 @@ import pytest
 from av import VideoFrame
 from numpy.typing import NDArray
 from PIL import Image
-from playwright.sync_api import Browser, Page, TimeoutError, expect, sync_playwright
+from playwright.sync_api import Browser, Page, TimeoutError, expect
 from streamlit.testing.v1 import AppTest
 
 from cliphar.bundle import packaged, read_bundle, write_bundle
@@ -40,7 +39,6 @@ from serving_process import free_port
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "src/cliphar/ui/_app.py"
 expect.set_options(timeout=60_000)  # the machine may be busy
-CHROMIUM = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -72,21 +70,6 @@ def address() -> Iterator[str]:
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
     assert "Traceback" not in output
-
-
-@pytest.fixture(scope="module")
-def browser(samples: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """Chromium, whose camera sees a sample photo."""
-    buffer = io.BytesIO()
-    Image.open(samples / "portrait.jpg").convert("RGB").resize((640, 480)).save(buffer, "JPEG")
-    film = tmp_path_factory.mktemp("camera") / "portrait.mjpeg"
-    film.write_bytes(buffer.getvalue() * 10)
-    camera = ["--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"]
-    camera.append(f"--use-file-for-fake-video-capture={film}")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=CHROMIUM + camera)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

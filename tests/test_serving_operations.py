@@ -344,6 +344,14 @@ def test_the_runtime_by_flag_and_by_variable(env: dict[str, str]) -> None:
         assert httpx.get(f"{url}/v1/models").json()["models"][0]["runtime"] == "onnx-int8-cpu"
 
 
+def test_whom_a_proxy_names_is_counted_if_the_proxy_is_known(env: dict[str, str]) -> None:
+    for known, third in (("127.0.0.1", 200), ("192.0.2.1", 429)):
+        with serving(env | {"FORWARDED_ALLOW_IPS": known}, "--rate", "2") as (url, _):
+            names = ("10.0.0.1", "10.0.0.1", "10.0.0.2")
+            told = [httpx.get(f"{url}/v1/models", headers={"X-Forwarded-For": name}).status_code for name in names]
+            assert told == [200, 200, third]
+
+
 def test_workers_that_cannot_start_say_why_once_each(env: dict[str, str]) -> None:
     command = [sys.executable, "-m", "cliphar", "serve", "--port", "0", "--workers", "2", "--model", "no-such"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)

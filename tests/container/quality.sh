@@ -53,7 +53,8 @@ EOF
 cat >"$work/all.yaml" <<EOF
 fullnameOverride: cliphar
 image: {tag: v9, pullSecrets: [pull, {name: other}]}
-env: {CLIPHAR_STATE: /state/own, OTEL_EXPORTER_OTLP_HEADERS: {secretKeyRef: {name: traces, key: headers}}}
+rootPath: /cliphar/api
+env: {CLIPHAR_STATE: /state/own, FORWARDED_ALLOW_IPS: 10.0.0.0/8, OTEL_EXPORTER_OTLP_HEADERS: {secretKeyRef: {name: traces, key: headers}}}
 service: {type: LoadBalancer, annotations: {a: b}}
 model: {existingClaim: models, path: mine}
 state: {existingClaim: state}
@@ -63,7 +64,7 @@ ingress: {enabled: true, host: api.example, tlsSecret: tls, className: nginx, an
 networkPolicy: {from: [{podSelector: {}}], egress: [{ports: [{port: 4318}]}]}
 serviceMonitor: {enabled: true, labels: {release: prometheus}}
 page:
-  {enabled: true, host: page.example, tlsSecret: page, apiKeySecret: page, egress: [{ports: [{port: 3478, protocol: UDP}]}],
+  {enabled: true, host: page.example, basePath: /cliphar, tlsSecret: page, apiKeySecret: page, egress: [{ports: [{port: 3478, protocol: UDP}]}],
    podLabels: {a: b}, nodeSelector: {pool: web}, tolerations: [{key: web, operator: Exists}], affinity: {podAffinity: {}}}
 extraVolumes: [{name: ca, configMap: {name: ca}}]
 extraVolumeMounts: [{name: ca, mountPath: /ca}]
@@ -79,8 +80,9 @@ for values in default some all; do
   helm template cliphar "$chart" -f "$work/$values.yaml" >"$work/chart-$values.yaml" || fail "helm template with $values.yaml"
   kubernetes-validate --strict --quiet --no-warn "$work/chart-$values.yaml" || fail "schema, with $values.yaml"
 done
+[[ $(grep -c 'path: /cliphar/' "$work/chart-all.yaml") == 6 ]] || fail "paths below the prefixes"
 [[ $(grep -c 'pool: gpu' "$work/chart-all.yaml") == 1 ]] || fail "the page is sent to the API's nodes"
-for wrong in 'replicas=many' 'repicas=3' 'env.BATCH=1' 'page.env.TURN=1' 'model.image=a,model.existingClaim=b' 'ingress.enabled=true' 'autoscaling.enabled=true,autoscaling.cpuPercent=0'; do
+for wrong in 'replicas=many' 'repicas=3' 'env.BATCH=1' 'rootPath=api' 'page.env.TURN=1' 'model.image=a,model.existingClaim=b' 'ingress.enabled=true' 'autoscaling.enabled=true,autoscaling.cpuPercent=0'; do
   if helm template cliphar "$chart" --set "$wrong" >/dev/null 2>&1; then fail "the chart takes $wrong"; fi
 done
 ok "the chart is valid with three sets of values, and refuses wrong ones"

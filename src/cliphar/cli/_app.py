@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cliphar.cli._options import Model
+from cliphar.cli._options import BasePath, Model
 
 __all__ = ["page"]
 
@@ -21,8 +21,9 @@ def page(
         ),
     ] = None,
     model: Model = None,
+    base_path: BasePath = "",
 ) -> None:
     """Open the web page: photos, video, camera, teaching."""
     from cliphar.ui import launch
 
-    launch(host, port, api=api, model=model)
+    launch(host, port, api=api, model=model, base_path=base_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,25 @@ import typer
 
 from cliphar.errors import UsageError
 
-__all__ = ["Coverage", "Labels", "LabelsFile", "Model", "Provider", "Runtime", "Threads", "chosen_labels"]
+__all__ = [
+    "BasePath",
+    "Coverage",
+    "Labels",
+    "LabelsFile",
+    "Model",
+    "Provider",
+    "RootPath",
+    "Runtime",
+    "Threads",
+    "chosen_labels",
+]
+
+
+def _prefix(path: str) -> str:
+    if not re.fullmatch(r"(/[\w.~-]+)*", path, re.ASCII):
+        raise UsageError(f"{path!r} is not a path that a proxy puts before ours; one is like /cliphar or /cliphar/api")
+    return path
+
 
 Model = Annotated[
     str | None,
@@ -33,6 +52,24 @@ Runtime = Annotated[
 Threads = Annotated[
     int | None,
     typer.Option(envvar="CLIPHAR_THREADS", min=1, help="CPU threads.", show_default="what the container allows"),
+]
+RootPath = Annotated[
+    str,
+    typer.Option(
+        envvar="CLIPHAR_ROOT_PATH",
+        callback=_prefix,
+        help="The path under which a proxy has the API: /cliphar/api.",
+        show_default="none",
+    ),
+]
+BasePath = Annotated[
+    str,
+    typer.Option(
+        envvar="CLIPHAR_APP_BASE_PATH",
+        callback=_prefix,
+        help="The path under which a proxy has the web page: /cliphar.",
+        show_default="none",
+    ),
 ]
 
 

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from cliphar.cli._options import Model, Provider, Runtime, Threads
+from cliphar.cli._options import Model, Provider, RootPath, Runtime, Threads
 from cliphar.errors import UsageError
 
 __all__ = ["serve"]
@@ -66,6 +66,7 @@ def serve(
     cors: Annotated[
         str | None, typer.Option(envvar="CLIPHAR_CORS_ORIGINS", help="Origins of pages that may call, with commas.")
     ] = None,
+    root_path: RootPath = "",
     image_urls: Annotated[
         bool, typer.Option("--image-urls", envvar="CLIPHAR_IMAGE_URLS", help="Fetch images by address, if public.")
     ] = False,
@@ -98,6 +99,7 @@ def serve(
             api_keys=api_keys,
             rate_per_minute=rate,
             cors_origins=tuple(origin.strip() for origin in (cors or "").split(",") if origin.strip()),
+            root_path=root_path,
             image_urls=image_urls,
             **given,
         )

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from cliphar.cli._options import Model
+from cliphar.cli._options import BasePath, Model, RootPath
 from cliphar.errors import ClipharError
 
 __all__ = ["up"]
@@ -27,6 +27,8 @@ def up(
     host: Annotated[str, typer.Option(envvar="CLIPHAR_HOST", help="Address that both listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(envvar="CLIPHAR_PORT", help="The API's port.")] = 8000,
     page_port: Annotated[int, typer.Option(envvar="CLIPHAR_APP_PORT", help="The web page's port.")] = 8501,
+    root_path: RootPath = "",
+    base_path: BasePath = "",
 ) -> None:
     """Start the API and the web page; if one of them ends, so does the other."""
     near = "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104 - a comparison, nothing is bound
@@ -34,7 +36,7 @@ def up(
     direct = ",".join(filter(None, [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), near]))
     os.environ.update(no_proxy=direct, NO_PROXY=direct)
     near = f"[{near}]" if ":" in near else near
-    api, page = f"http://{near}:{port}", f"http://{near}:{page_port}"
+    api, page = f"http://{near}:{port}", f"http://{near}:{page_port}{base_path}"
     chosen = ["--model", model] if model else []
     stopping: list[int] = []
     # not raised, which could lose a child just started; SIGHUP is of a terminal that closes
@@ -55,9 +57,11 @@ def up(
             time.sleep(0.1)
 
     try:
-        start("the API", f"{api}/readyz", ["serve", "--host", host, "--port", str(port), *chosen])
+        told = ["--host", host, "--port", str(port), "--root-path", root_path, *chosen]
+        start("the API", f"{api}/readyz", ["serve", *told])
         if not stopping:
-            start("the web page", f"{page}/_stcore/health", ["app", "--host", host, "--port", str(page_port)])
+            told = ["--host", host, "--port", str(page_port), "--base-path", base_path]
+            start("the web page", f"{page}/_stcore/health", ["app", *told])
         if not stopping:
             print(f"API       {api}  (its documentation: {api}/docs)")
             print(f"Web page  {page}")

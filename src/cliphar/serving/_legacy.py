@@ -42,9 +42,10 @@ class _Answered(BaseModel):
 
 
 @router.get("/")
-async def root(service: TheService) -> dict[str, Any]:
+async def root(request: Request, service: TheService) -> dict[str, Any]:
     """What this is."""
-    return {"name": "cliphar", "version": __version__, "model": service.recognizer.bundle.info.name, "docs": "/docs"}
+    name, docs = service.recognizer.bundle.info.name, f"{request.scope['root_path']}/docs"
+    return {"name": "cliphar", "version": __version__, "model": name, "docs": docs}
 
 
 @router.get("/health")

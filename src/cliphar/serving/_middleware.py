@@ -19,7 +19,7 @@ from cliphar.serving._keys import Keys
 from cliphar.serving._problems import ProblemError, problem_response, refusal
 from cliphar.serving._service import Service
 
-__all__ = ["Around"]
+__all__ = ["Around", "below"]
 
 _SECURITY = {
     "X-Content-Type-Options": "nosniff",
@@ -32,6 +32,24 @@ _ID = re.compile(r"[\w.:/+=-]{1,64}", re.ASCII)
 # bodies are held in memory: in all, no more than so many of the largest allowed
 _BODIES_AT_ONCE = 4
 _log = structlog.get_logger()
+
+
+def below(root: str, app: ASGIApp) -> ASGIApp:
+    """``app`` under the path ``root``, for a proxy that takes it off, one that does not, and who comes past both."""
+
+    async def placed(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan":
+            path: str = scope["path"]
+            # as ASGI has it, the path includes the root path
+            scope.update(root_path=root, path=path if f"{path}/".startswith(f"{root}/") else root + path)
+        await app(scope, receive, send)
+
+    return placed
+
+
+def _own_path(scope: Scope) -> str:
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("app_root_path", scope.get("root_path", "")))
 
 
 class Around:
@@ -72,7 +90,7 @@ class Around:
         scope.setdefault("state", {})["service"] = service
         service.users += 1
         try:
-            if scope["path"] not in _OPEN:
+            if _own_path(scope) not in _OPEN:
                 self._check_caller(headers, scope)
             if scope["method"] == "POST":  # before its body is read
                 service.engine.check_room(1, service.settings.deadline_s)
@@ -105,8 +123,8 @@ class Around:
         service.metrics.requests.labels(method, route, str(status)).inc()
         if scope["type"] == "http":  # how long a camera watches is no latency
             service.metrics.latency.labels(route).observe(took)
-        if scope["path"] not in _OPEN:
-            _log.info("request", method=method, path=scope["path"], status=status, seconds=round(took, 4))
+        if (path := _own_path(scope)) not in _OPEN:
+            _log.info("request", method=method, path=path, status=status, seconds=round(took, 4))
 
     def _check_caller(self, headers: Headers, scope: Scope) -> None:
         client = (scope.get("client") or ("",))[0]

@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from cliphar.errors import ClipharError, UsageError
 from cliphar.runtime import cpu_quota
 from cliphar.serving._app import create_app
+from cliphar.serving._middleware import below
 from cliphar.serving._service import Service
 from cliphar.serving._settings import Settings
 from cliphar.serving._workers import supervise, terminal_closed
@@ -72,7 +73,7 @@ def _serve(settings: Settings, listener: socket.socket, drain_s: int, closed: Ca
     log = structlog.get_logger()
     app = create_app(service)
     config = uvicorn.Config(
-        app,
+        below(settings.root_path, app),
         log_config=None,
         access_log=False,
         server_header=False,

@@ -38,6 +38,7 @@ class Settings(BaseModel):
     api_keys: Path | None = None
     rate_per_minute: Annotated[int, Field(ge=1)] | None = None
     cors_origins: tuple[str, ...] = ()
+    root_path: str = ""
     image_urls: bool = False
 
     def check_images(self, count: int) -> None:

@@ -43,7 +43,7 @@ _OPTIONS = {
 }
 
 
-def launch(host: str, port: int, *, api: str | None = None, model: str | None = None) -> None:
+def launch(host: str, port: int, *, api: str | None = None, model: str | None = None, base_path: str = "") -> None:
     """Serve the page on ``host:port`` until SIGTERM or SIGINT; does not return.
 
     Args:
@@ -51,6 +51,7 @@ def launch(host: str, port: int, *, api: str | None = None, model: str | None = 
         port: the port.
         api: the address of a ``cliphar serve`` that answers; None runs the recogniser in the page's own process.
         model: the model's name or its bundle's path, where no API answers.
+        base_path: the path under which a proxy, which passes it on, has the page: ``/cliphar``.
 
     Raises:
         UsageError: Streamlit is not installed, the port is taken, or CLIPHAR_ICE_SERVERS is wrong.
@@ -65,11 +66,11 @@ def launch(host: str, port: int, *, api: str | None = None, model: str | None = 
     settings = {"CLIPHAR_API_URL": api, "MODEL_PATH": model}
     environment = {k: v for k, v in os.environ.items() if k not in settings and not k.startswith("STREAMLIT_")}
     environment |= {name: value for name, value in settings.items() if value}
-    flags = _OPTIONS | {"server.address": host, "server.port": str(port)}
+    flags = _OPTIONS | {"server.address": host, "server.port": str(port), "server.baseUrlPath": base_path}
     command = [sys.executable, "-m", "cliphar.ui._serve", "run", str(Path(__file__).with_name("_app.py"))]
     command += [f"--{name}={value}" for name, value in flags.items()]
     shown = f"[{host}]" if ":" in host else host
-    print(f"cliphar: the page is on http://{shown}:{port}; Ctrl+C stops it", file=sys.stderr, flush=True)
+    print(f"cliphar: the page is on http://{shown}:{port}{base_path}; Ctrl+C stops it", file=sys.stderr, flush=True)
     os.execve(sys.executable, command, environment)  # noqa: S606 - the signals then reach Streamlit itself
 
 
