@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import shutil
@@ -268,6 +269,46 @@ def test_a_clip_is_sent_again_to_a_service_that_reads_others() -> None:
             assert list(client.video(b"clip")) == [{"timeline": {}}]
         service.shutdown()
     assert _Busy.asked == 2
+
+
+def test_keys_are_changed_while_all_workers_run(env: dict[str, str], tmp_path: Path) -> None:
+    file, log = tmp_path / "keys", tmp_path / "log"
+
+    def line(key: str) -> str:
+        return f"{key} {hashlib.sha256(key.encode()).hexdigest()}\n"
+
+    file.write_text(line("old"))
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(
+            [sys.executable, "-m", "cliphar", "serve", "--port", "0", "--workers", "2", "--api-keys", str(file)],
+            env=env,
+            stderr=errors,
+        ) as process,
+    ):
+        end = time.monotonic() + 120
+        while log.read_text().count('"ready"') < 2 and time.monotonic() < end:
+            time.sleep(0.1)
+        url = json.loads(log.read_text().partition("\n")[0])["address"]
+
+        def known(key: str) -> set[bool]:  # to each worker: a new connection each time
+            asked = [httpx.get(f"{url}/v1/labels", headers={"x-api-key": key}, timeout=60) for _ in range(12)]
+            return {answer.status_code == 200 for answer in asked}
+
+        assert (known("old"), known("new")) == ({True}, {False})
+        with file.open("a") as more:
+            more.write(line("new"))
+        assert (known("old"), known("new")) == ({True}, {True})
+        for damage in (lambda: file.write_text("new, but no digest"), lambda: file.write_text(""), file.unlink):
+            damage()
+            assert (known("old"), known("new")) == ({True}, {True})
+        (tmp_path / "next").write_text(line("new"))
+        (tmp_path / "next").rename(file)
+        assert (known("old"), known("new")) == ({False}, {True})
+        process.terminate()
+    said = [entry["reason"] for entry in map(json.loads, log.read_text().splitlines()) if "old keys" in entry["event"]]
+    for why in ("without a sha256", "holds no key", "cannot read"):
+        assert 1 <= len([reason for reason in said if why in reason]) <= 2  # once a worker
 
 
 def test_where_nothing_can_be_written(env: dict[str, str], photos: list[Path]) -> None:

@@ -9,12 +9,16 @@ import time
 from collections import OrderedDict
 from pathlib import Path
 
+import structlog
+
 from cliphar.errors import UsageError
 from cliphar.serving._problems import ProblemError
+from cliphar.serving._state import stamp
 
 __all__ = ["Keys"]
 
 _CALLERS = 10_000
+_log = structlog.get_logger()
 
 
 class Keys:
@@ -22,7 +26,7 @@ class Keys:
 
     Args:
         file: ``NAME SHA256`` a line, the digest of a key's UTF-8 bytes; a name may have several keys, as while one
-            is replaced; None lets everyone in.
+            is replaced; None lets everyone in. What is changed in it holds from the next request on.
         rate_per_minute: requests of one key, or of one address where no keys are asked for; None sets no bound.
 
     Raises:
@@ -30,6 +34,7 @@ class Keys:
     """
 
     def __init__(self, file: Path | None, rate_per_minute: int | None) -> None:
+        self._file, self._seen = file, file and stamp(file)
         self._digests = _read(file) if file else {}
         self._rate = rate_per_minute
         self._tokens: OrderedDict[str, tuple[float, float]] = OrderedDict()
@@ -37,6 +42,7 @@ class Keys:
     def check(self, authorization: str | None, api_key: str | None, client: str) -> None:
         """ProblemError 401 for a key that is missing or unknown, 429 for one that comes too often."""
         caller = client
+        self._refresh()
         if self._digests:
             scheme, _, token = (authorization or "").partition(" ")
             key = token if scheme.lower() == "bearer" else api_key or ""
@@ -48,6 +54,17 @@ class Keys:
             caller = f"key {matches[0]}"
         if self._rate is not None:
             self._take(caller, self._rate)
+
+    def _refresh(self) -> None:
+        if self._file is None or (found := stamp(self._file)) == self._seen:
+            return
+        self._seen = found  # before it is read, for it may be written to meanwhile; and what is wrong is said once
+        try:
+            self._digests = _read(self._file)
+        except UsageError as error:
+            _log.error("the old keys go on", reason=str(error))
+        else:
+            _log.info("keys read anew", keys=len(self._digests))
 
     def _take(self, caller: str, rate: int) -> None:
         """A token bucket that holds a minute's worth."""

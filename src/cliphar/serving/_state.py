@@ -17,9 +17,9 @@ from cliphar.labels import clean_labels, vocabularies
 from cliphar.media import ImageLike
 from cliphar.recognizer import Lesson, Recognizer, taught_key
 
-__all__ = ["State"]
+__all__ = ["Stamp", "State", "stamp"]
 
-_Stamp = tuple[int, int, int]
+Stamp = tuple[int, int, int]
 
 
 class State:
@@ -37,14 +37,14 @@ class State:
         if others and self._taught.name not in others:
             structlog.get_logger().warning("taught to another model of this name, not used", files=others)
         self._recognizer = recognizer
-        self._seen: dict[Path, _Stamp] = {}
+        self._seen: dict[Path, Stamp] = {}
         self._named: dict[str, tuple[str, ...]] = {}
         self._lock = threading.Lock()
         self.refresh()
 
     def is_stale(self) -> bool:
         """Whether another worker wrote something; quick, and waits for no lock."""
-        return any(_stamp(path) not in (None, self._seen.get(path)) for path in (self._vocabularies, self._taught))
+        return any(stamp(path) not in (None, self._seen.get(path)) for path in (self._vocabularies, self._taught))
 
     def refresh(self) -> None:
         """Take in what another worker wrote.
@@ -63,10 +63,10 @@ class State:
                 self._recognizer.load_taught(self._taught, replace=True)
 
     def _changed(self, path: Path) -> bool:
-        stamp = _stamp(path)
-        if stamp is None or stamp == self._seen.get(path):
+        found = stamp(path)
+        if found is None or found == self._seen.get(path):
             return False
-        self._seen[path] = stamp
+        self._seen[path] = found
         return True
 
     @contextmanager
@@ -129,8 +129,8 @@ class State:
         self.refresh()
 
 
-def _stamp(path: Path) -> _Stamp | None:
-    """What differs after each writing, though two may fall into one tick of the file system's clock."""
+def stamp(path: Path) -> Stamp | None:
+    """What differs after each writing of a file, though two may fall into one tick of the file system's clock."""
     try:
         found = path.stat()
     except OSError:
