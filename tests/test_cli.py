@@ -89,6 +89,17 @@ def test_folders_are_searched_and_patterns_expanded(cli: Run, photos: list[Path]
     assert paths == ["trip/b.JPG", "trip/day 2/a.jpg", "trip/b.JPG", "trip/day 2/a.jpg"]
 
 
+def test_a_photo_that_only_a_broken_link_is_left_of_is_reported(cli: Run, photos: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / "trip"
+    folder.mkdir()
+    (folder / "away").symlink_to(photos[0].parent)
+    (folder / "gone.jpg").symlink_to("nowhere.jpg")
+    done = cli("predict", "trip")
+    assert done.returncode == 1
+    assert [line.split("\t")[0] for line in done.stdout.splitlines()] == [f"trip/away/{p.name}" for p in photos]
+    assert error_lines(done) == ["cliphar: trip/gone.jpg does not exist"]
+
+
 def test_an_existing_file_is_no_pattern(cli: Run, photos: list[Path], tmp_path: Path) -> None:
     shutil.copy(photos[0], tmp_path / "a[1].jpg")
     done = cli("predict", "a[1].jpg")

@@ -304,3 +304,14 @@ def test_a_file_named_twice_goes_under_both_labels(folder: Path, tmp_path: Path)
     counts = copy_parts(source, photos, np.zeros(len(photos), np.int64), tmp_path / "out")
     assert counts["train"] == 6
     assert len(list((tmp_path / "out/train/resting").iterdir())) == 3
+
+
+def test_labels_may_be_links_and_what_they_lead_to_must_be_there(folder: Path, tmp_path: Path) -> None:
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for label in LABELS:
+        (linked / label).symlink_to(folder / label)
+    assert Counter(photo.label for photo in open_source(str(linked)).read()) == {"riding a bike": 3, "sleeping": 3}
+    (folder / LABELS[0] / "gone.jpg").symlink_to("nowhere.jpg")
+    with pytest.raises(DataError, match=r"1 of the 7 files in .* cannot be opened, such as .*gone\.jpg; see what"):
+        open_source(str(linked))

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cliphar.errors import MediaError
-from cliphar.media import IMAGE_SUFFIXES, MAX_PIXELS, decode_image, is_image_name, to_square
+from cliphar.media import IMAGE_SUFFIXES, MAX_PIXELS, decode_image, files_in, is_image_name, to_square
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 PROPERTY = settings(max_examples=150)
@@ -693,3 +693,19 @@ def test_the_side_within_the_bound_is_kept_whole() -> None:
 
 def test_an_image_of_the_right_size_is_unchanged() -> None:
     np.testing.assert_array_equal(to_square(scene(64, 64), 64), np.asarray(scene(64, 64)))
+
+
+def test_a_folder_holds_what_its_links_lead_to_and_nothing_that_tools_hid_there(tmp_path: Path) -> None:
+    inside, elsewhere = tmp_path / "set", tmp_path / "elsewhere"
+    for folder in (inside / "b", inside / ".git", elsewhere):
+        folder.mkdir(parents=True)
+    for file in ("b/1.jpg", "b/._1.jpg", ".git/2.jpg", "a.jpg", "../elsewhere/3.jpg"):
+        (inside / file).touch()
+    (inside / "c").symlink_to(elsewhere)
+    (inside / "d").symlink_to(elsewhere)
+    (inside / "gone.jpg").symlink_to("nowhere.jpg")
+    for place, leads_to in (("b/up", ".."), ("../elsewhere/round", "../set"), ("b/out", "../.."), ("itself", "itself")):
+        (inside / place).symlink_to(leads_to)
+    os.mkfifo(inside / "pipe.jpg")
+    found = [file.relative_to(inside).as_posix() for file in files_in(inside)]
+    assert found == ["a.jpg", "b/1.jpg", "c/3.jpg", "d/3.jpg", "gone.jpg", "itself"]

@@ -76,7 +76,7 @@ def expand(paths: list[str], is_wanted: Callable[[str], bool] | None = None, wha
     Images are wanted unless told otherwise. A path that does not exist is kept, so that it is reported with the
     others; a folder or a pattern without any is a UsageError.
     """
-    from cliphar.media import is_image_name
+    from cliphar.media import files_in, is_image_name
 
     wanted = is_wanted or is_image_name
     for given in paths:
@@ -86,7 +86,7 @@ def expand(paths: list[str], is_wanted: Callable[[str], bool] | None = None, wha
         except OSError:  # such as a name too long; decoding it says why
             there, is_folder = True, False
         if is_folder:
-            inside = sorted(str(p) for p in path.rglob("*") if p.is_file() and wanted(p.name))
+            inside = [str(p) for p in files_in(path) if wanted(p.name) or p.is_dir()]
             if not inside:
                 raise UsageError(f"no {what} in folder {given}")
             yield from inside

@@ -17,6 +17,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import re
 import tarfile
 import zipfile
@@ -28,7 +29,7 @@ from typing import Any
 
 from cliphar.data._sources import Photo, is_hidden, read_captioned
 from cliphar.errors import DataError, UsageError
-from cliphar.media import is_image_name, is_video_name
+from cliphar.media import files_in, is_image_name, is_video_name
 
 __all__ = ["SPLITS", "PhotoSource", "is_clip_name", "open_source"]
 
@@ -119,7 +120,13 @@ def _plain(label: str) -> str:
 
 
 def _folder(path: Path, source: str) -> PhotoSource:
-    files = sorted(file for file in path.rglob("*") if _is_media(file.relative_to(path).as_posix()) and file.is_file())
+    files = [file for file in files_in(path) if _is_media(file.name) or file.is_dir()]
+    closed = [file for file in files if file.is_dir() or not os.access(file, os.R_OK)]
+    if closed:
+        raise DataError(
+            f"{len(closed)} of the {len(files)} files in {path} cannot be opened, such as {closed[0]}; "
+            "see what it links to and who may read it, or remove it"
+        )
     if not any(file.parent != path for file in files):
         raise DataError(f"no photos in the subfolders of {path}; expected {path.name}/LABEL/PHOTO")
 

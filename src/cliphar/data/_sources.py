@@ -112,7 +112,7 @@ def list_labelled(path: Path) -> list[tuple[Path, str]]:
         for folder in sorted(path.iterdir())
         if folder.is_dir() and not is_hidden(folder.name)
         for file in sorted(folder.iterdir())
-        if (is_image_name(file.name) or is_video_name(file.name)) and not is_hidden(file.name) and file.is_file()
+        if (is_image_name(file.name) or is_video_name(file.name)) and not is_hidden(file.name) and not file.is_dir()
     ]
     if not found:
         raise DataError(f"no photos or clips in the subfolders of {path}; expected {path.name}/LABEL/PHOTO")
