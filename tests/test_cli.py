@@ -69,6 +69,24 @@ def test_predict_json(cli: Run, photos: list[Path]) -> None:
         assert row["set"][0] == row["top"][0]["label"]
 
 
+def test_labels_may_be_given_one_by_one(cli: Run, photos: list[Path]) -> None:
+    done = cli("predict", photos[0], "-l", "taking a photo", "-l", "riding_a bike, smiling", "--json")
+    assert {entry["label"] for entry in json.loads(done.stdout)["top"]} == {
+        "taking a photo",
+        "riding a bike",
+        "smiling",
+    }
+
+
+def test_what_is_no_photo_is_told_where_it_belongs(cli: Run, tmp_path: Path) -> None:
+    (tmp_path / "clip.MP4").write_bytes(bytes(100))
+    done = cli("predict", "clip.MP4", "https://example.org/a.jpg")
+    assert error_lines(done) == [
+        "cliphar: clip.MP4 is a video, not a photo; run 'cliphar video' on it",
+        "cliphar: https://example.org/a.jpg is an address, not a file; fetch it first, as with curl -O",
+    ]
+
+
 def test_predict_in_a_pipe_is_tab_separated(cli: Run, samples: Path, photos: list[Path]) -> None:
     done = cli("predict", samples, "--labels-file", samples / "labels.txt")
     assert (done.returncode, done.stderr) == (0, "")
@@ -227,12 +245,13 @@ def _umask() -> int:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
-def test_on_a_terminal_there_are_bars(clean_env: dict[str, str], photos: list[Path]) -> None:
+@pytest.mark.parametrize(("columns", "bar"), [(80, 24), (50, 16), (30, 0)])
+def test_on_a_terminal_there_are_bars(clean_env: dict[str, str], photos: list[Path], columns: int, bar: int) -> None:
     import pty
 
     outside, inside = pty.openpty()
     command = [sys.executable, "-m", "cliphar", "predict", str(photos[0]), "--labels", WORDS]
-    env = clean_env | {"TERM": "xterm-256color", "PYTHONUTF8": "1"}
+    env = clean_env | {"TERM": "xterm-256color", "PYTHONUTF8": "1", "COLUMNS": str(columns)}
     with subprocess.Popen(command, stdout=inside, stderr=subprocess.PIPE, env=env) as process:
         os.close(inside)
         shown = read_terminal(outside)
@@ -240,9 +259,9 @@ def test_on_a_terminal_there_are_bars(clean_env: dict[str, str], photos: list[Pa
         assert process.stderr.read() == b""
     assert process.returncode == 0
     text = re.sub(r"\x1b\[[0-9;]*m", "", shown)
-    assert "█" in text
+    assert ("█" in text) == bool(bar)
     assert "\t" not in text
-    assert len(re.findall(r"[█░]{24} +\d+\.\d%", text)) == 3
+    assert len(re.findall(rf"  [█░]{{{bar}}} +\d+\.\d%", text)) == 3
     assert "riding a bike" in text
     assert "in set" in text
 
@@ -272,6 +291,14 @@ def test_stopped_in_the_middle_it_keeps_what_was_answered(
         _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (128 + stop, "")
     assert 0 < len((tmp_path / "a.jsonl").read_text().splitlines()) < 1000 * len(photos)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no sh")
+def test_a_closed_output(clean_env: dict[str, str], photos: list[Path], tmp_path: Path) -> None:
+    command = f"'{sys.executable}' -m cliphar predict '{photos[0]}' -o '{tmp_path}/a.jsonl' >&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, env=clean_env, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (tmp_path / "a.jsonl").exists()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")

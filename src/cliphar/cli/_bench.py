@@ -46,7 +46,7 @@ def bench(
     plot: Annotated[Path | None, typer.Option(help="Write a picture of accuracy and speed.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Measure throughput, latency, memory and accuracy of each runtime, in turns, beside plain PyTorch."""
+    """Measure how quick each runtime is on this machine, in turns, beside plain PyTorch; memory and accuracy too."""
     from cliphar.bench import plot_bench, run_bench
     from cliphar.bundle import find_bundle
 

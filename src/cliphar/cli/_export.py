@@ -37,7 +37,7 @@ def export(
     ] = 0.005,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a target.")] = False,
 ) -> None:
-    """Make other runtimes of a model; what answers otherwise than the reference is refused."""
+    """Make quicker or smaller runtimes of a model. One that answers otherwise than the reference is refused."""
     from cliphar.bundle import find_bundle
 
     targets = [name.strip() for name in to.split(",") if name.strip()]

@@ -36,7 +36,10 @@ Model = Annotated[
         "--model", "-m", envvar="MODEL_PATH", help="A model's name or a bundle's directory.", show_default="mini"
     ),
 ]
-Labels = Annotated[str | None, typer.Option("--labels", "-l", help='Actions to choose from: "cooking, riding a bike".')]
+Labels = Annotated[
+    list[str] | None,
+    typer.Option("--labels", "-l", metavar="<str>", help='Actions to choose from: "cooking, riding a bike".'),
+]
 LabelsFile = Annotated[Path | None, typer.Option("--labels-file", help="Actions to choose from, one a line.")]
 Coverage = Annotated[
     float, typer.Option(envvar="CLIPHAR_COVERAGE", help="How often the prediction set should hold the true label.")
@@ -73,12 +76,12 @@ BasePath = Annotated[
 ]
 
 
-def chosen_labels(labels: str | None, labels_file: Path | None) -> tuple[str, ...] | None:
+def chosen_labels(labels: list[str] | None, labels_file: Path | None) -> tuple[str, ...] | None:
     """The labels asked for, or None; UsageError if both ways are used or none is left."""
     from cliphar.labels import clean_labels, read_labels_file
 
-    if labels is not None and labels_file is not None:
+    if labels and labels_file is not None:
         raise UsageError("give --labels or --labels-file, not both")
     if labels_file is not None:
         return read_labels_file(labels_file)
-    return None if labels is None else clean_labels(labels.split(","))
+    return clean_labels(",".join(labels)) if labels else None

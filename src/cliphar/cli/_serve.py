@@ -71,7 +71,7 @@ def serve(
         bool, typer.Option("--image-urls", envvar="CLIPHAR_IMAGE_URLS", help="Fetch images by address, if public.")
     ] = False,
 ) -> None:
-    """Answer over HTTP: photos in, actions out; /docs describes it."""
+    """Answer over HTTP: photos in, actions out. /docs describes it."""
     if find_spec("fastapi") is None or find_spec("structlog") is None:
         raise UsageError("the API needs FastAPI and others; run: pip install 'cliphar[serve]'")
     with tempfile.TemporaryDirectory(prefix="cliphar-metrics-") if workers > 1 else nullcontext() as shared:

@@ -148,8 +148,9 @@ def _show(path: str, timeline: Timeline) -> None:
     palette = ("green", "cyan", "magenta", "yellow", "blue", "red")
     colours = {name: palette[at % len(palette)] for at, name in enumerate(names)} | {"unknown": "bright_black"}
     bar = Text("  ")
-    for at in range(_WIDTH):
-        time_s = (at + 0.5) / _WIDTH * timeline.duration_s
+    width = max(1, min(_WIDTH, console.width - 3))
+    for at in range(width):
+        time_s = (at + 0.5) / width * timeline.duration_s
         now = next((one for one in timeline.segments if one.start_s <= time_s < one.end_s), None)
         bar.append("█" if now else " ", style=colours[now.label] if now else "")
     console.print(bar if timeline.segments else Text("  nothing fits", style="dim"))

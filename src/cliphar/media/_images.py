@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from cliphar.errors import MediaError
+from cliphar.media._video import is_video_name
 
 __all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "ImageLike", "decode_image", "is_image_name", "several", "to_square"]
 
@@ -85,6 +86,8 @@ def decode_image(image: ImageLike, *, min_side: int = 0, max_pixels: int = MAX_P
         with path.open("rb") as file:  # a pipe, as a shell's <(...), is read whole
             return _open(file if file.seekable() else io.BytesIO(file.read()), str(path), min_side, max_pixels)
     except (FileNotFoundError, NotADirectoryError) as error:
+        if "://" in str(image):
+            raise MediaError(f"{image} is an address, not a file; fetch it first, as with curl -O") from error
         raise MediaError(f"{path} does not exist") from error
     except IsADirectoryError as error:
         raise MediaError(f"{path} is a directory, not an image") from error
@@ -137,6 +140,8 @@ def _media_errors(name: str, max_pixels: int) -> Iterator[None]:
     except MediaError:
         raise
     except UnidentifiedImageError as error:
+        if is_video_name(name):
+            raise MediaError(f"{name} is a video, not a photo; run 'cliphar video' on it") from error
         raise MediaError(f"{name} is not an image that can be read (or it is cut short)") from error
     except Image.DecompressionBombError as error:
         raise MediaError(f"{name} is too large: over {max_pixels:,} pixels; make it smaller first") from error
