@@ -104,6 +104,75 @@ def server(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
         process.wait(30)
 
 
+_WORKER = """
+import os, signal, sys
+from pathlib import Path
+from cliphar.training import Stopped, Surroundings, load_recipe, train
+
+def on_step(report):
+    if report.step == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+def log(line):
+    print(line, flush=True)
+
+try:
+    train(load_recipe(Path(sys.argv[1]), tuple(sys.argv[3:])), Surroundings(resume=True, log=log, on_step=on_step))
+except Stopped as stopped:
+    sys.exit(stopped.status)
+"""
+
+
+def test_a_stopped_training_goes_on_in_its_run(recipe: Path, clean_env: dict[str, str], tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    tree = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    loop = {"epochs": 3, "batch_size": 6, "size": 32}
+    more = {"method": "full", "train": loop, "wise": {"shares": [1.0]}, "track": ["mlflow", "wandb"]}
+    recipe.write_text(yaml.safe_dump(tree | more), encoding="utf-8")
+    env = {key: value for key, value in clean_env.items() if not key.startswith(("MLFLOW", "WANDB"))}
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db", f"sqlite:///{tmp_path}/runs/mlflow.db")
+
+    def go_on(at: int, *overrides: str) -> tuple[int, str]:
+        done = subprocess.run(
+            [sys.executable, "-c", _WORKER, recipe.name, str(at), *overrides],
+            capture_output=True,
+            text=True,
+            env=env | {"WANDB_MODE": "offline"},
+            cwd=tmp_path,
+            timeout=600,
+            check=False,
+        )
+        assert done.returncode in (0, 128 + signal.SIGTERM), done.stderr
+        assert "is no longer written to" not in done.stdout
+        return done.returncode, done.stdout
+
+    def runs() -> list[tuple[str, list[int]]]:
+        found = client.search_runs(["1"], order_by=["attributes.start_time"])
+        loss = [client.get_metric_history(run.info.run_id, "train/loss") for run in found]
+        return [(run.info.status, [m.step for m in its]) for run, its in zip(found, loss, strict=True)]
+
+    assert go_on(2)[0] == 128 + signal.SIGTERM
+    assert runs() == [("FAILED", [1, 2])]
+    status, said = go_on(3, "description=as it went on", f"data.cache={tmp_path / 'moved'}")
+    assert (status, "no longer has" in said) == (128 + signal.SIGTERM, False)
+    assert runs() == [("FAILED", [1, 2, 3])]
+    client.delete_run(client.search_runs(["1"])[0].info.run_id)
+    status, said = go_on(4)
+    (line,) = (line for line in said.splitlines() if "no longer has" in line)
+    assert line.startswith("MLflow no longer has the run")
+    assert runs() == [("FAILED", [4])]
+    assert go_on(0)[0] == 0
+    ((ended, steps),) = runs()
+    assert (ended, steps) == ("FINISHED", list(range(4, steps[-1] + 1)))
+    assert client.search_runs(["1"])[0].data.params["train.epochs"] == "3"
+    assert not list((tmp_path / "runs").glob("*.checkpoint*"))
+    folders = list((tmp_path / "runs" / "wandb").glob("offline-run-*"))
+    assert len(folders) == 4
+    assert len({folder.name.rpartition("-")[2] for folder in folders}) == 1
+    assert go_on(1)[0] == 128 + signal.SIGTERM  # a finished one begins anew
+    assert runs()[1:] == [("FAILED", [1])]
+
+
 def test_a_server_that_goes_away_does_not_stop_the_run(
     server: tuple[str, subprocess.Popen[bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,7 +181,7 @@ def test_a_server_that_goes_away_does_not_stop_the_run(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
     lines: list[str] = []
-    tracker = open_tracker(["mlflow"], "gone", tmp_path / "runs", lines.append)
+    tracker = open_tracker(["mlflow"], "gone", tmp_path / "runs", lines.append, tmp_path / "ids")
     tracker.log_params({"train": {"lr": 0.1}})
     tracker.log_metrics({"train/loss": 3.0}, 1)
     client = MlflowClient(address, address)
@@ -138,7 +207,7 @@ def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     lines: list[str] = []
-    tracker = open_tracker(["wandb"], "off", tmp_path, lines.append)
+    tracker = open_tracker(["wandb"], "off", tmp_path, lines.append, tmp_path / "ids")
     tracker.log_params({"method": "full", "train": {"lr": 0.1}})
     for step in range(1, 4):
         tracker.log_metrics({"train/loss": 1.0 / step}, step)
@@ -203,4 +272,4 @@ def test_what_fails_is_told_once_and_the_other_goes_on(tmp_path: Path) -> None:
 def test_a_tracker_that_is_not_installed_is_wrong_usage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="cliphar\\[train\\]"):
-        open_tracker(["mlflow"], "x", tmp_path, print)
+        open_tracker(["mlflow"], "x", tmp_path, print, tmp_path / "ids")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import threading
@@ -9,14 +10,21 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+from uuid import uuid4
 
+from cliphar.bundle import write_whole
 from cliphar.errors import UsageError
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
 
 __all__ = ["BackgroundTracker", "MlflowSink", "Sink", "WandbSink", "open_tracker"]
 
 _SYSTEM_EVERY_S = 10.0
 _CLOSE_S = 120.0
+_FORGOTTEN = "{} no longer has the run {} that was stopped; what follows is a new one"
+Log = Callable[[str], None]
 Point = tuple[str, float, int, float]  # name, value, step, seconds since 1970
 
 
@@ -24,6 +32,7 @@ class Sink(Protocol):
     """Where a run is recorded. Called from one thread, in order; what it raises is told once and then it is let go."""
 
     name: str
+    run_id: str
 
     def params(self, params: Mapping[str, Any]) -> None:
         """The recipe's settings, flat."""
@@ -45,12 +54,12 @@ class Sink(Protocol):
 class MlflowSink:
     """An MLflow run: at MLFLOW_TRACKING_URI, else in ``home``/mlflow.db.
 
-    The experiment is MLFLOW_EXPERIMENT_NAME, else ``cliphar``.
+    The experiment is MLFLOW_EXPERIMENT_NAME, else ``cliphar``. The run is that of ``run_id``, where it is still there.
     """
 
     name = "MLflow"
 
-    def __init__(self, run_name: str, home: Path) -> None:
+    def __init__(self, run_name: str, home: Path, run_id: str | None, log: Log) -> None:
         # an absent server is found out in seconds, not the half hour that MLflow would try for
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
@@ -75,15 +84,36 @@ class MlflowSink:
         )
         self._model = run_name
         source = {"mlflow.source.name": "cliphar train"}
-        self._run = self._client.create_run(self._experiment, tags=source, run_name=run_name)
+        known = None if run_id is None else self._known(run_id)
+        if run_id is not None and known is None:
+            log(_FORGOTTEN.format(self.name, run_id))
+        self._run = known or self._client.create_run(self._experiment, tags=source, run_name=run_name)
+        self.run_id = self._run.info.run_id
+
+    def _known(self, run_id: str) -> Run | None:
+        """A run that was stopped, running again."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            run = self._client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+        if run.info.lifecycle_stage != "active":  # deleted, and nothing can be added to it
+            return None
+        self._client.update_run(run_id, "RUNNING")
+        return run
 
     def params(self, params: Mapping[str, Any]) -> None:
-        """See :class:`Sink`."""
+        """See :class:`Sink`; a run that goes on has them, and MLflow refuses one that changed, such as a path."""
         from mlflow.entities import Param
 
+        if self._run.data.params:
+            return
         texts = [Param(key, str(value)[:6000]) for key, value in params.items()]
         for at in range(0, len(texts), 100):  # what one request may hold
-            self._client.log_batch(self._run.info.run_id, params=texts[at : at + 100])
+            self._client.log_batch(self.run_id, params=texts[at : at + 100])
 
     def points(self, points: Sequence[Point]) -> None:
         """See :class:`Sink`."""
@@ -91,49 +121,57 @@ class MlflowSink:
 
         metrics = [Metric(name, value, int(when * 1000), step) for name, value, step, when in points]
         for at in range(0, len(metrics), 1000):
-            self._client.log_batch(self._run.info.run_id, metrics=metrics[at : at + 1000])
+            self._client.log_batch(self.run_id, metrics=metrics[at : at + 1000])
 
     def artifact(self, path: Path) -> None:
         """See :class:`Sink`; a bundle also becomes a version of the registered model of its recipe's name."""
-        run = self._run.info
         if path.is_file():
-            self._client.log_artifact(run.run_id, str(path))
+            self._client.log_artifact(self.run_id, str(path))
             return
         from mlflow.exceptions import MlflowException
 
-        self._client.log_artifacts(run.run_id, str(path), "bundle")
+        self._client.log_artifacts(self.run_id, str(path), "bundle")
         try:
             self._client.get_registered_model(self._model)
         except MlflowException:
             self._client.create_registered_model(self._model)
-        self._client.create_model_version(self._model, f"{run.artifact_uri}/bundle", run_id=run.run_id)
+        self._client.create_model_version(self._model, f"{self._run.info.artifact_uri}/bundle", run_id=self.run_id)
 
     def end(self, finished: bool) -> None:
         """See :class:`Sink`."""
-        self._client.set_terminated(self._run.info.run_id, "FINISHED" if finished else "FAILED")
+        self._client.set_terminated(self.run_id, "FINISHED" if finished else "FAILED")
 
 
 class WandbSink:
     """A Weights & Biases run, set by its own variables: WANDB_MODE, WANDB_BASE_URL and so on.
 
-    The project is WANDB_PROJECT, else ``cliphar``.
+    The project is WANDB_PROJECT, else ``cliphar``. The run is that of ``run_id``, where it was not deleted.
     """
 
     name = "Weights & Biases"
 
-    def __init__(self, run_name: str, home: Path) -> None:
+    def __init__(self, run_name: str, home: Path, run_id: str | None, log: Log) -> None:
         import wandb
 
         home.mkdir(parents=True, exist_ok=True)
         self._wandb = wandb
         self._model = run_name
         project = os.environ.get("WANDB_PROJECT") or "cliphar"
-        self._run = wandb.init(project=project, name=run_name, dir=home, settings=wandb.Settings(silent=True))
+        begin = partial(wandb.init, project=project, name=run_name, dir=home, settings=wandb.Settings(silent=True))
+        try:
+            self._run = begin(id=run_id, resume="allow") if run_id else begin()
+        except wandb.Error as error:
+            if run_id is None or "deleted" not in str(error):
+                raise
+            log(_FORGOTTEN.format(self.name, run_id))
+            self._run = begin(id=uuid4().hex)  # without one, wandb tries the last again
+        self.run_id = self._run.id
         self._run.define_metric("*", step_metric="step")
 
     def params(self, params: Mapping[str, Any]) -> None:
-        """See :class:`Sink`."""
-        self._run.config.update(dict(params))  # type: ignore[no-untyped-call]
+        """See :class:`Sink`; a run that goes on has them."""
+        if not self._run.resumed:
+            self._run.config.update(dict(params))  # type: ignore[no-untyped-call]
 
     def points(self, points: Sequence[Point]) -> None:
         """See :class:`Sink`."""
@@ -165,7 +203,7 @@ class BackgroundTracker:
         log: is told, in one line, of a sink that fails; the others and the training go on.
     """
 
-    def __init__(self, open_sinks: Mapping[str, Callable[[], Sink]], log: Callable[[str], None]) -> None:
+    def __init__(self, open_sinks: Mapping[str, Callable[[], Sink]], log: Log) -> None:
         self._log = log
         self._open = dict(open_sinks)
         self._queue: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
@@ -240,8 +278,10 @@ class BackgroundTracker:
         self._log(f"{name} is no longer written to, training goes on: {reason}")
 
 
-def open_tracker(kinds: Sequence[str], run_name: str, home: Path, log: Callable[[str], None]) -> BackgroundTracker:
+def open_tracker(kinds: Sequence[str], run_name: str, home: Path, log: Log, runs: Path) -> BackgroundTracker:
     """A tracker for ``mlflow``, ``wandb`` or both; local files go to ``home``.
+
+    ``runs`` is a file that names the runs that are written to: where it is there already, those go on.
 
     Raises:
         UsageError: one of them is not installed.
@@ -252,8 +292,15 @@ def open_tracker(kinds: Sequence[str], run_name: str, home: Path, log: Callable[
         if importlib.util.find_spec(kind) is None:
             raise UsageError(f"tracking with {kind} needs a package; run: pip install 'cliphar[train]'")
     sinks: dict[str, type[MlflowSink] | type[WandbSink]] = {"mlflow": MlflowSink, "wandb": WandbSink}
-    chosen = [sinks[kind] for kind in kinds]
-    return BackgroundTracker({sink.name: partial(sink, run_name, home) for sink in chosen}, log)
+    ids: dict[str, str] = json.loads(runs.read_bytes()) if runs.is_file() else {}
+
+    def opening(kind: str) -> Sink:
+        sink = sinks[kind](run_name, home, ids.get(kind), log)
+        ids[kind] = sink.run_id
+        write_whole(runs, json.dumps(ids).encode())
+        return sink
+
+    return BackgroundTracker({sinks[kind].name: partial(opening, kind) for kind in kinds}, log)
 
 
 def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -33,8 +33,9 @@ def train(recipe: Recipe, around: Surroundings | None = None) -> Bundle:
     """
     around = around or Surroundings()
     _check_place(recipe.output)
+    checkpoint = checkpoint_of(recipe.output)
     if isinstance(recipe, GradientRecipe):  # before photos are read and a tracker has a run that fails
-        refuse_unasked(checkpoint_of(recipe.output), around.resume)
+        refuse_unasked(checkpoint, around.resume)
     ranks = open_ranks(recipe.train.distributed if isinstance(recipe, GradientRecipe) else "ddp")
     if not isinstance(recipe, MethodRecipe):
         if ranks.world > 1:
@@ -43,10 +44,15 @@ def train(recipe: Recipe, around: Surroundings | None = None) -> Bundle:
     if ranks.world > 1 and not isinstance(recipe, GradientRecipe):
         raise UsageError(f"method {recipe.method} runs in one process, without torchrun")
     around = replace(around, ranks=ranks)
+    runs = checkpoint.with_name(f"{checkpoint.name}.runs")  # where it is recorded, to go on there
     if ranks.rank:  # the first process speaks for all
         around = replace(around, log=lambda _: None, on_step=lambda _: None, tracker=NoTracker())
-    elif recipe.track:
-        around = replace(around, tracker=open_tracker(recipe.track, recipe.name, recipe.output.parent, around.log))
+    else:
+        if not (isinstance(recipe, GradientRecipe) and checkpoint.exists()):
+            runs.unlink(missing_ok=True)
+        if recipe.track:
+            tracker = open_tracker(recipe.track, recipe.name, recipe.output.parent, around.log, runs)
+            around = replace(around, tracker=tracker)
     try:
         with ranks.first():  # it fills the caches that the others then read
             job = open_job(recipe, around)
@@ -57,6 +63,8 @@ def train(recipe: Recipe, around: Surroundings | None = None) -> Bundle:
         ranks.wait()
     finally:
         around.tracker.close()
+        if not ranks.rank and not checkpoint.exists():
+            runs.unlink(missing_ok=True)
     return read_bundle(recipe.output)
 
 
