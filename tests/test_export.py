@@ -271,6 +271,27 @@ def test_tensorrt_says_what_it_needs_or_is_proved(tmp_path: Path) -> None:
         pytest.skip("needs a GPU with TensorRT: " + outcome.failed)
 
 
+def test_tensorrt_is_given_what_it_takes(images: NDArray[np.uint8]) -> None:
+    import onnxruntime
+
+    from cliphar.export._quantize import quantize
+    from cliphar.export._targets import _half
+    from cliphar.export._tensorrt import float_first
+
+    model = float_graph(find_bundle(packaged("mini")))
+    for graph in (_half(model), quantize(model, images, symmetric=True)):
+        given = float_first(graph)
+        assert {node.op_type for node in given.graph.node if "images" in node.input} == {"Cast"}  # of uint8, no other
+        constants = {tensor.name: tensor for tensor in given.graph.initializer}
+        zeros = [constants[n.input[2]] for n in given.graph.node if "uantizeLinear" in n.op_type and len(n.input) > 2]
+        assert all(zero.data_type == onnx.TensorProto.INT8 for zero in zeros)
+        assert not any(onnx.numpy_helper.to_array(zero).any() for zero in zeros)
+        answers = [
+            onnxruntime.InferenceSession(g.SerializeToString()).run(None, {"images": images}) for g in (graph, given)
+        ]
+        np.testing.assert_allclose(answers[0][0], answers[1][0], atol=1e-6)
+
+
 # --- model servers
 
 

@@ -29,8 +29,12 @@ class _Reader:
         return next(self._batches, None)
 
 
-def quantize(model: onnx.ModelProto, images: NDArray[np.uint8], float_nodes: Sequence[str] = ()) -> onnx.ModelProto:
+def quantize(
+    model: onnx.ModelProto, images: NDArray[np.uint8], float_nodes: Sequence[str] = (), *, symmetric: bool = False
+) -> onnx.ModelProto:
     """Weights in int8 for each channel, activations in uint8 by their range over ``images``.
+
+    ``symmetric`` activations are int8 around zero, without zero points: TensorRT takes no others.
 
     Of matrix products only those by constant weights; their outputs stay float, since what follows (residuals,
     normalisation, attention) is not quantised. The first convolution stays float: it costs little time, and its
@@ -53,10 +57,11 @@ def quantize(model: onnx.ModelProto, images: NDArray[np.uint8], float_nodes: Seq
                 op_types_to_quantize=_OPERATORS,
                 nodes_to_exclude=[*float_nodes, *([stem] if stem else [])],
                 per_channel=True,
-                activation_type=QuantType.QUInt8,
+                activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
                 calibrate_method=CalibrationMethod.MinMax,
                 extra_options={
+                    "ActivationSymmetric": symmetric,
                     "MatMulConstBOnly": True,
                     "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],
                     "QuantizeBias": False,  # runtimes do it, and as floats image.onnx can lend them
@@ -91,7 +96,11 @@ def drop_unused(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def quantize_within(
-    model: onnx.ModelProto, images: NDArray[np.uint8], loss: Callable[[onnx.ModelProto], str | None]
+    model: onnx.ModelProto,
+    images: NDArray[np.uint8],
+    loss: Callable[[onnx.ModelProto], str | None],
+    *,
+    symmetric: bool = False,
 ) -> tuple[onnx.ModelProto, list[str]]:
     """Quantise, keeping the most sensitive layers in float: 0, 1, 2, 4, ... of them, until ``loss`` finds none.
 
@@ -99,17 +108,18 @@ def quantize_within(
         model: the float32 graph.
         images: uint8 [N,S,S,3], for the ranges.
         loss: given a quantised graph, what is wrong with it, or None.
+        symmetric: see :func:`quantize`.
 
     Returns:
         The graph (the last tried if none was good), and the names of the layers in float.
     """
-    quantised = quantize(model, images)
+    quantised = quantize(model, images, symmetric=symmetric)
     if loss(quantised) is None:
         return quantised, []
     ranked = sensitivity(model, images[:4])
     kept = 1
     while kept <= len(ranked) // 2:
-        quantised = quantize(model, images, ranked[:kept])
+        quantised = quantize(model, images, ranked[:kept], symmetric=symmetric)
         if loss(quantised) is None:
             break
         kept *= 2

@@ -28,7 +28,7 @@ class Material:
 
     ``calibration`` is uint8 [N,S,S,3], for the ranges of 8-bit graphs. ``judge`` says what is wrong with an 8-bit
     graph, or None. ``work`` is a folder for temporary files, ``say`` is told what is going on, and ``quantized`` keeps
-    the 8-bit graph that several targets are made from.
+    the 8-bit graphs that several targets are made from, by whether they are symmetric.
     """
 
     shipped: Path
@@ -37,7 +37,7 @@ class Material:
     judge: Callable[[onnx.ModelProto], str | None]
     work: Path
     say: Callable[[str], None]
-    quantized: dict[str, onnx.ModelProto] = field(default_factory=dict)
+    quantized: dict[bool, onnx.ModelProto] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,14 @@ def _onnx_w8(material: Material) -> Files:
     return {"image.w8.onnx": compress_weights(material.model).SerializeToString()}
 
 
-def _quantized(material: Material) -> onnx.ModelProto:
+def _quantized(material: Material, *, symmetric: bool = False) -> onnx.ModelProto:
     """The 8-bit graph, made once for all targets that are made from it."""
-    if "int8" not in material.quantized:
-        model, kept = quantize_within(material.model, material.calibration, material.judge)
+    if symmetric not in material.quantized:
+        model, kept = quantize_within(material.model, material.calibration, material.judge, symmetric=symmetric)
         if kept:
             material.say(f"{len(kept)} sensitive layers stay in float: {', '.join(kept[:8])}")
-        material.quantized["int8"] = model
-    return material.quantized["int8"]
+        material.quantized[symmetric] = model
+    return material.quantized[symmetric]
 
 
 def _onnx_int8(material: Material) -> Files:
@@ -114,5 +114,5 @@ TARGETS: dict[str, Target] = {
     "torch-export": Target("fp32", lambda m: {"image.pt2": torch_program(m.model)}),
     "torchscript": Target("fp32", lambda m: {"image.pt": torchscript(m.model)}),
     "tensorrt": Target("fp16", lambda m: _tensorrt(_half(m.model), "fp16")),
-    "tensorrt-int8": Target("int8", lambda m: _tensorrt(_quantized(m), "int8")),
+    "tensorrt-int8": Target("int8", lambda m: _tensorrt(_quantized(m, symmetric=True), "int8")),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,7 +35,7 @@ class TensorRtRuntime:
 
     Raises:
         UsageError: TensorRT, its CUDA bindings or a GPU is missing.
-        BundleError: the engine is another GPU's or version's.
+        BundleError: the engine is another GPU's or version's, or the GPU's memory is full.
     """
 
     max_batch = 64  # of the optimisation profile that export builds
@@ -57,10 +58,13 @@ class TensorRtRuntime:
             )
         self._engine = engine
         self._context = engine.create_execution_context()
+        if self._context is None:
+            raise BundleError(f"{file} of bundle '{bundle.info.name}' does not run here: too little of the GPU is free")
         self._stream = self._call(cuda.cudaStreamCreate())
         size, dim = bundle.info.image.size, bundle.info.embedding_dim
         self._input = self._call(cuda.cudaMalloc(self.max_batch * size * size * 3))
         self._output = self._call(cuda.cudaMalloc(self.max_batch * dim * 4))
+        weakref.finalize(self, _free, cuda, self._stream, (self._input, self._output))
         self._context.set_tensor_address("images", int(self._input))
         self._context.set_tensor_address("embeddings", int(self._output))
         self._lock = threading.Lock()
@@ -69,7 +73,7 @@ class TensorRtRuntime:
     def _call(self, answer: tuple[Any, ...]) -> Any:
         status, *values = answer
         if status.value:
-            raise RuntimeError(f"CUDA: {status.name}")
+            raise BundleError(f"{self.name} of bundle '{self.bundle.info.name}' does not run here: {status.name}")
         return values[0] if values else None
 
     def encode_images(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -85,7 +89,7 @@ class TensorRtRuntime:
                 self._context.set_input_shape("images", part.shape)
                 self._call(cuda.cudaMemcpyAsync(self._input, part.ctypes.data, part.nbytes, to_device, self._stream))
                 if not self._context.execute_async_v3(int(self._stream)):
-                    raise RuntimeError("TensorRT did not run the batch")
+                    raise BundleError(f"{self.name} of bundle '{self.bundle.info.name}' did not run; see its message")
                 self._call(cuda.cudaMemcpyAsync(answer.ctypes.data, self._output, answer.nbytes, to_host, self._stream))
                 self._call(cuda.cudaStreamSynchronize(self._stream))
         return out
@@ -93,3 +97,10 @@ class TensorRtRuntime:
     def encode_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """See :class:`Runtime`."""
         return self._text.encode(texts)
+
+
+def _free(cuda: Any, stream: Any, buffers: tuple[Any, ...]) -> None:
+    """A service that takes another model goes on; what CUDA gave is not freed with the object."""
+    for buffer in buffers:
+        cuda.cudaFree(buffer)
+    cuda.cudaStreamDestroy(stream)
