@@ -252,6 +252,33 @@ def test_a_gpu_that_is_seen_and_does_not_start_is_said(
     ]
 
 
+@pytest.mark.filterwarnings("ignore:Specified provider")  # this ONNX Runtime has none of them
+def test_tensorrt_is_taken_if_named_and_keeps_its_engines_by_the_weights(
+    runtime: OnnxRuntime, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import onnxruntime
+
+    build = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: build)
+    monkeypatch.setattr(_onnx, "_without_nvidia", lambda: False)
+    monkeypatch.setenv("CLIPHAR_HOME", str(tmp_path))
+    asked: list[list[tuple[str, dict[str, str]]]] = []
+    plain = onnxruntime.InferenceSession
+
+    def session(path: str, options: object, providers: list[tuple[str, dict[str, str]]]) -> object:
+        asked.append(providers)
+        return plain(path, options, providers=providers)
+
+    monkeypatch.setattr("onnxruntime.InferenceSession", session)
+    OnnxRuntime(runtime.bundle)
+    OnnxRuntime(runtime.bundle, provider="tensorrt")
+    assert [name for name, _ in asked[0]] == ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    assert [name for name, _ in asked[1]] == build
+    kept = Path(asked[1][0][1]["trt_engine_cache_path"])
+    assert kept == tmp_path / "tensorrt" / runtime.bundle.info.files["image.onnx"].sha256[:16]
+    assert kept.is_dir()
+
+
 MakeInfo = Callable[..., BundleInfo]
 
 

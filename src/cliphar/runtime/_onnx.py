@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from cliphar.bundle import Bundle
+from cliphar.bundle import Bundle, store
 from cliphar.errors import BundleError, UsageError
 from cliphar.runtime._cpu import cpu_quota
 from cliphar.runtime._text import TextTower, check_images
@@ -29,15 +29,15 @@ _LOG = logging.getLogger("cliphar.runtime")
 _LANES_BELOW = 128 * 2**20  # bytes of a graph: lanes hold its weights once more
 _NVIDIA = {"tensorrt", "cuda"}
 _PREFERENCE = {
-    "tensorrt": "TensorrtExecutionProvider",
     "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
     "openvino": "OpenVINOExecutionProvider",
     "cpu": "CPUExecutionProvider",
 }
 
 
 def available_providers() -> list[str]:
-    """Short names (``tensorrt``, ``cuda``, ``openvino``, ``cpu``) the installed ONNX Runtime has, best first."""
+    """Short names (``cuda``, ``tensorrt``, ``openvino``, ``cpu``) the installed ONNX Runtime has, best first."""
     import onnxruntime
 
     present = set(onnxruntime.get_available_providers())
@@ -63,7 +63,8 @@ class OnnxRuntime:
         bundle: a bundle that was read.
         file: the bundle's image graph to run.
         provider: ``cpu``, ``cuda``, ``tensorrt`` or ``openvino``; None takes the best present. If it does not start, or
-            needs a GPU and there is none, the next one is taken.
+            needs a GPU and there is none, the next one is taken. ``tensorrt`` is taken only if named: it builds an
+            engine, which takes minutes, for the first batch and for each larger or smaller than all before.
         threads: for the CPU; None takes what the container's quota allows.
 
     Raises:
@@ -134,12 +135,13 @@ def _session(bundle: Bundle, name: str, provider: str | None, threads: int) -> o
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    wanted = [provider] if provider else available_providers()
+    present = available_providers()
+    wanted = [provider] if provider else [short for short in present if short != "tensorrt"]
+    if provider == "tensorrt" and "cuda" in present:
+        wanted.append("cuda")  # for what TensorRT does not take, as a transposition of uint8
     if not _NVIDIA.isdisjoint(wanted) and _without_nvidia():
-        wanted = [short for short in wanted if short not in _NVIDIA] or ["cpu"]
-    providers = [_PREFERENCE[short] for short in wanted]
-    if providers[-1] != _PREFERENCE["cpu"]:
-        providers.append(_PREFERENCE["cpu"])
+        wanted = [short for short in wanted if short not in _NVIDIA]
+    providers = [(_PREFERENCE[short], _options(bundle, name, short)) for short in dict.fromkeys([*wanted, "cpu"])]
     try:
         return onnxruntime.InferenceSession(str(bundle.file(name)), options, providers=providers)
     except BundleError:
@@ -147,3 +149,20 @@ def _session(bundle: Bundle, name: str, provider: str | None, threads: int) -> o
     except Exception as error:  # ONNX Runtime raises its own classes for each status, all RuntimeError or Exception
         reason = str(error).splitlines()[0]
         raise BundleError(f"{name} of bundle '{bundle.info.name}' does not run here: {reason}") from error
+
+
+def _options(bundle: Bundle, name: str, provider: str) -> dict[str, str]:
+    """For TensorRT where it keeps its engines: it tells models apart by their operators, and not by their weights."""
+    if provider != "tensorrt":
+        return {}
+    kept = store() / "tensorrt" / bundle.info.files[name].sha256[:16]
+    try:
+        kept.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a read-only container builds them at each start
+        return {}
+    return {
+        "trt_engine_cache_enable": "True",
+        "trt_engine_cache_path": str(kept),
+        "trt_timing_cache_enable": "True",
+        "trt_timing_cache_path": str(kept),
+    }
