@@ -18,7 +18,7 @@ from PIL import Image
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("torch")
 
-from cliphar.bundle import Bundle, find_bundle, list_models, packaged, read_bundle  # noqa: E402
+from cliphar.bundle import Bundle, find_bundle, list_models, packaged, read_bundle, write_bundle  # noqa: E402
 from cliphar.errors import BundleError, DataError, UsageError  # noqa: E402
 from cliphar.export import TARGETS, Added, export_bundle, float_graph, write_layout  # noqa: E402
 from cliphar.recognizer import load  # noqa: E402
@@ -177,8 +177,6 @@ def test_a_runtime_by_name_and_by_variable(
 
 
 def test_a_copy_of_another_mini_does_not_stand_in_for_the_packages_own(home: Path, tmp_path: Path) -> None:
-    from cliphar.bundle import write_bundle
-
     old = find_bundle(packaged("mini"))
     files: dict[str, Path | bytes] = {name: old.path / name for name in old.info.files} | {"image.onnx": b"older"}
     write_bundle(tmp_path / "mini", old.info, files)
@@ -248,6 +246,58 @@ def test_what_answers_otherwise_is_refused_and_the_bundle_is_as_it_was(
     assert outcomes[0].parity["cosine_mean"] < 0.99
     assert list(bundle.runtimes) == ["onnx", "onnx-int8"]
     assert not (tmp_path / "out").exists()
+
+
+def test_another_place_keeps_what_was_exported_to_it_and_no_other_model_is_lost(tmp_path: Path) -> None:
+    mini = find_bundle(packaged("mini"))
+    export_bundle(mini, ["onnx-fp32"], out=tmp_path / "out")
+    (tmp_path / "link").symlink_to("out")
+    both, _ = export_bundle(mini, ["onnx-w8"], out=tmp_path / "link")
+    assert list(both.runtimes) == list(read_bundle(tmp_path / "out").runtimes)
+    assert {"onnx-fp32", "onnx-w8"} < set(both.runtimes)
+    assert (tmp_path / "link").is_symlink()
+    files: dict[str, Path | bytes] = {name: mini.file(name) for name in mini.info.files} | {"image.onnx": b"another"}
+    write_bundle(tmp_path / "other", mini.info.model_copy(update={"name": "other"}), files)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "mine.jpg").touch()
+    for place, why in (("other", "holds another model, 'other'"), ("photos", "is not a whole bundle")):
+        with pytest.raises(UsageError, match=f"{why}; choose another place"):
+            export_bundle(mini, ["onnx-fp32"], out=tmp_path / place)
+    assert (tmp_path / "other" / "image.onnx").read_bytes() == b"another"
+
+
+def test_of_two_exports_at_once_neither_loses_what_the_other_added(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cliphar.export import _targets
+
+    mini = find_bundle(packaged("mini"))
+    first, _ = export_bundle(mini, ["onnx-fp32"], out=tmp_path / "out")
+    build = _targets.TARGETS["onnx-w8"].build
+
+    def meanwhile(material: _targets.Material) -> dict[str, bytes]:
+        export_bundle(read_bundle(tmp_path / "out"), ["onnx-fp16"])
+        return build(material)
+
+    monkeypatch.setitem(_targets.TARGETS, "onnx-w8", _targets.Target("w8", meanwhile))
+    bundle, _ = export_bundle(first, ["onnx-w8"])
+    assert {"onnx-fp32", "onnx-fp16", "onnx-w8"} < set(bundle.runtimes)
+    assert read_bundle(tmp_path / "out").info == bundle.info
+
+
+def test_an_engines_own_error_is_one_line_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cliphar.export import _targets
+
+    def fails(_: _targets.Material) -> dict[str, bytes]:
+        raise RuntimeError("Protobuf\nserialization failed")
+
+    monkeypatch.setitem(_targets.TARGETS, "onnx-fp16", _targets.Target("fp16", fails))
+    bundle, (failed, added) = export_bundle(
+        find_bundle(packaged("mini")), ["onnx-fp16", "onnx-fp32"], out=tmp_path / "out"
+    )
+    assert str(failed.failed).startswith("onnx-fp16 cannot be made: Protobuf serialization failed")
+    assert added.failed is None
+    assert "onnx-fp32" in bundle.runtimes
 
 
 def test_unknown_targets_and_too_few_photos(tmp_path: Path, samples: Path) -> None:

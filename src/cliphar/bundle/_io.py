@@ -168,9 +168,10 @@ def _take_place(work: Path, target: Path, *, overwrite: bool) -> None:
             old.rename(target)
         if not any(aside.iterdir()) or target.exists():
             shutil.rmtree(aside, ignore_errors=True)
-        raise BundleError(
-            f"cannot put a bundle at {target}: {error.strerror}; see what writes there, then try again"
-        ) from error
+        why = f"{error.strerror}; see what writes there, then try again"
+        if error.errno == errno.EBUSY:
+            why = "it is mounted, and nothing can take a mount's place; give a folder inside it, or another"
+        raise BundleError(f"cannot put a bundle at {target}: {why}") from error
     shutil.rmtree(aside, ignore_errors=True)
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
 
-from cliphar.bundle import Bundle, FileInfo, packaged, store, write_bundle
-from cliphar.errors import ClipharError, UsageError
-from cliphar.export._float import float_graph
+from cliphar.bundle import Bundle, BundleInfo, FileInfo, packaged, read_bundle, store, write_bundle
+from cliphar.errors import BundleError, ClipharError, UsageError, naming
+from cliphar.export._float import float_graph, without_room
 from cliphar.export._photos import Proof, read_proof
 from cliphar.export._targets import TARGETS, Files, Material
 from cliphar.export._verify import RefusedError, embed, head_of, images_per_s, measure, refusal
@@ -45,7 +48,8 @@ def export_bundle(
     Args:
         bundle: a bundle that was read.
         targets: names of ``TARGETS``.
-        out: where the extended bundle goes; None extends it in place, and one inside the package in the models' store.
+        out: where the extended bundle goes, with what else export made of it there; None extends it in place, and
+            one inside the package in the models' store.
         photos: a folder or tar of photos, see :func:`read_proof`.
         max_loss: how much top-1 accuracy, 0..1, an 8-bit runtime may lose.
         say: told what is going on.
@@ -66,24 +70,64 @@ def export_bundle(
     if unknown or not targets:
         raise UsageError(f"cannot export to '{', '.join(unknown)}'; choose among {', '.join(TARGETS)}")
     home = out or (store() / bundle.info.name if bundle.path.parent == packaged("mini").parent else bundle.path)
-    proof = read_proof(bundle, photos)
+    home = home.resolve() if home.is_symlink() else home  # the link stays, and what it names is extended
+    origin, bundle = bundle, _standing(bundle, home, replace=out is None)
+    proof = read_proof(origin, photos)
     if photos is None:
         say("proved on crops of the package's three photos: give --calibration DIR of your own for figures that count")
     elif proof.truth is None and bundle.info.labels:
         say(f"accuracy is not compared, --max-loss does nothing: {photos} has labels that the model was not trained on")
-    model = float_graph(bundle)
+    model = float_graph(origin)
     outcomes: list[Added] = []
-    with tempfile.TemporaryDirectory() as work:
-        bench = _Bench(bundle, proof, model, Path(work), max_loss, say)
+    with tempfile.TemporaryDirectory() as work, naming(Path(work)):
+        bench = _Bench(origin, proof, model, Path(work), max_loss, say)
         for target in dict.fromkeys(targets):
             try:
                 files, parity = bench.make(target)
             except ClipharError as error:
                 outcomes.append(Added(target, getattr(error, "parity", {}), str(error)))
                 continue
-            bundle = _add(bundle, home, target, files, parity)
+            with _alone(home.parent):
+                bundle = _add(_standing(bundle, home, replace=out is None), home, target, files, parity)
             outcomes.append(Added(target, parity))
     return bundle, outcomes
+
+
+def _standing(bundle: Bundle, home: Path, *, replace: bool) -> Bundle:
+    """The bundle at ``home`` if it is this one, maybe with more runtimes; ``bundle`` if it may be put there.
+
+    Raises:
+        UsageError: there is something else that must not be replaced.
+    """
+    if not home.exists() or (home.is_dir() and not any(home.iterdir())):
+        return bundle
+    try:
+        there = read_bundle(home)
+        if _origin(there.info) == _origin(bundle.info):
+            return there
+    except BundleError as error:
+        if not replace:
+            raise UsageError(f"{home} exists and is not a whole bundle; choose another place") from error
+    if replace:  # a damaged or an older copy of a model of the package
+        return bundle
+    raise UsageError(f"{home} holds another model, '{there.info.name}'; choose another place")
+
+
+def _origin(info: BundleInfo) -> dict[str, str]:
+    return {name: file.sha256 for name, file in info.files.items() if file.runtime is None}
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time, so that of two exports of a bundle neither loses what the other adds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _add(bundle: Bundle, home: Path, target: str, files: Files, parity: dict[str, float]) -> Bundle:
@@ -138,17 +182,24 @@ class _Bench:
     def make(self, target: str) -> tuple[Files, dict[str, float]]:
         """Files and parity of a target; RefusedError with the numbers if it is outside its tolerance."""
         self.say(f"{target}: making it")
-        files = TARGETS[target].build(self.material)
+        try:
+            files = TARGETS[target].build(self.material)
+        except (ClipharError, OSError):
+            raise
+        except Exception as error:  # each engine raises its own kinds
+            raise ClipharError(f"{target} cannot be made: {without_room(error)}") from error
         runtime = self._runtime(target, files)
         answers = embed(runtime, self.proof.verification)
         parity = measure(self.reference, answers, self.head, self.proof.truth)
         wrong = refusal(parity, TARGETS[target].precision, self.max_loss)
-        if wrong or not np.isfinite(answers).all():
-            error = RefusedError(
+        if not np.isfinite(answers).all():
+            wrong = "it answers what is no number"
+        if wrong:
+            refused = RefusedError(
                 f"{target} is refused: {wrong} over {len(answers)} views; give more photos with --calibration, "
                 "or another precision"
             )
-            error.parity = parity
-            raise error
+            refused.parity = parity
+            raise refused
         speeds = images_per_s({"reference": self.shipped, "this": runtime}, self.proof)
         return files, parity | {"images_per_s": speeds["this"], "reference_images_per_s": speeds["reference"]}

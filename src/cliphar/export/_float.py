@@ -7,6 +7,7 @@ neighbour.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from onnx import helper, numpy_helper
 from cliphar.bundle import Bundle
 from cliphar.errors import BundleError
 
-__all__ = ["float_graph"]
+__all__ = ["float_graph", "without_room"]
 
 _BATCH = "photos"
 
@@ -31,19 +32,27 @@ def float_graph(bundle: Bundle) -> onnx.ModelProto:
     try:
         model = onnx.load(bundle.file("image.onnx"))
         _undo_dynamic(model)
+        for value, axes in ((model.graph.input[0], 4), (model.graph.output[0], 2)):
+            shape = value.type.tensor_type.shape
+            if len(shape.dim) == axes:
+                shape.dim[0].Clear()
+                shape.dim[0].dim_param = _BATCH
+        del model.graph.value_info[:]
+        return _folded(model)
     except BundleError:
         raise
-    except Exception as error:  # protobuf's and onnx's own, and KeyError for an unknown pattern
+    except Exception as error:  # protobuf's, onnx's and its runtime's own, and KeyError for an unknown pattern
         raise BundleError(
-            f"image.onnx of bundle '{bundle.info.name}' cannot be brought back to float: {error}; make it again"
+            f"image.onnx of bundle '{bundle.info.name}' cannot be brought back to float: {without_room(error)}"
         ) from error
-    for value, axes in ((model.graph.input[0], 4), (model.graph.output[0], 2)):
-        shape = value.type.tensor_type.shape
-        if len(shape.dim) == axes:
-            shape.dim[0].Clear()
-            shape.dim[0].dim_param = _BATCH
-    del model.graph.value_info[:]
-    return _folded(model)
+
+
+def without_room(error: Exception) -> str:
+    """The error in one line, and the room for temporary files if that is little: engines have no words for it."""
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    place = tempfile.gettempdir()
+    free = shutil.disk_usage(place).free / 1e6
+    return f"{reason}; {place} has {free:.0f} MB free: set TMPDIR to a folder with more" if free < 1000 else reason
 
 
 def _undo_dynamic(model: onnx.ModelProto) -> None:
