@@ -56,15 +56,13 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return float(min(1.0, 2 * tail / 2**tosses))
 
 
-def compare(
-    this: Sequence[Prediction], other: Sequence[Prediction], truth: Sequence[str], name: str, seed: int = 0
-) -> Comparison:
-    """Compare the answers of two models to the same photos; ``name`` is the other's, ``seed`` the bootstrap's."""
+def compare(this: Sequence[Prediction], other: Sequence[Prediction], truth: Sequence[str], name: str) -> Comparison:
+    """Compare the answers of two models to the same photos; ``name`` is the other's."""
     ours, theirs = (
         np.array([p.top[0].label == t for p, t in zip(answers, truth, strict=True)]) for answers in (this, other)
     )
     gain: NDArray[np.int64] = ours.astype(np.int64) - theirs
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     means = [gain[random.integers(0, len(gain), len(gain))].mean() for _ in range(_RESAMPLES)]
     low, high = np.quantile(means, (0.025, 0.975))
     only_this, only_other = int((gain > 0).sum()), int((gain < 0).sum())
