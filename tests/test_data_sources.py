@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cliphar.bundle import find_bundle
 from cliphar.data import PhotoSet, assign_parts, check_photos, copy_parts, load_photos, open_source, photo_stats
 from cliphar.errors import DataError
 
@@ -196,6 +197,10 @@ def test_the_command_line(folder: Path, tmp_path: Path, clean_env: dict[str, str
     assert Counter(part for part, _, _ in files) == {"train": 2, "val": 2, "test": 2}
     assert cliphar("split", "set", "--out", "parts").returncode == 2
     assert json.loads(cliphar("stats", "parts", "--json").stdout)["parts"] == {"test": 2, "train": 2, "val": 2}
+    seen, said = find_bundle("mini").info.image, list[str]()
+    source = open_source(str(tmp_path / "set"))
+    load_photos(source, tmp_path / "runs/cache", side=seen.size, max_aspect=seen.max_aspect, frames=1, log=said.append)
+    assert said == []  # what training reads from the same cache, near-duplicates as well
     absent = cliphar("check", "nowhere")
     assert absent.returncode == 1
     assert absent.stderr.count("\n") == 1

@@ -28,10 +28,19 @@ _SHOWN = 5
 
 
 def _read(source: str, cache: Path) -> tuple[PhotoSource, PhotoSet]:
+    from cliphar.bundle import find_bundle
     from cliphar.data import load_photos, open_source
 
-    opened = open_source(source)
-    photos = load_photos(opened, cache, side=192, log=lambda line: print(line, file=sys.stderr))
+    opened, spec = open_source(source), find_bundle("mini", verify=False).info.image
+    # as training from mini sees them: it counts the same near-duplicates, and need not decode them again
+    photos = load_photos(
+        opened,
+        cache,
+        side=spec.size,
+        max_aspect=spec.max_aspect,
+        frames=1,
+        log=lambda line: print(line, file=sys.stderr),
+    )
     return opened, photos
 
 

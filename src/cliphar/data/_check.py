@@ -73,7 +73,7 @@ def photo_stats(photos: PhotoSet) -> dict[str, Any]:
         "labels": dict(sorted(Counter(label for label in photos.labels if label is not None).items())),
         "parts": dict(sorted(parts.items())),
         "captions": sum(map(len, photos.captions)),
-        "clips": int((shapes[:, 0] > 1).sum()),
+        "clips": int((photos.seconds > 0).sum()),
         "median_width": int(np.median(shapes[:, 2])),
         "median_height": int(np.median(shapes[:, 1])),
         "sha256": photos.sha256,
