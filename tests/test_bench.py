@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("onnx")
 
-from cliphar.bench import Bench, count_flops, plot_bench, run_bench
+from cliphar.bench import Bench, Row, _bench, count_flops, plot_bench, run_bench
 from cliphar.bundle import find_bundle, packaged
 from cliphar.errors import UsageError
 from cliphar.export import float_graph
@@ -54,6 +57,48 @@ def test_a_picture(result: Bench, tmp_path: Path) -> None:
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UsageError, match="cannot write"):
         plot_bench(result, tmp_path / "bench.nonsense")
+
+
+def test_a_picture_has_a_bar_a_runtime_with_its_speed_and_accuracy(tmp_path: Path) -> None:
+    row = Row("onnx", 8, 2, 100.0, 1, 1, 1, 50.0, None, None, 0.1, 100, 5, 0.889)
+    speeds = {"onnx": 98, "onnx-fp16": 100, "onnx-fp32": 105, "openvino": 106, "openvino-int8": 540, "pytorch": 24}
+    rows = [replace(row, runtime=name, images_per_s=speed) for name, speed in speeds.items()]
+    plot_bench(Bench("mini", None, {}, [*rows[:-1], replace(rows[-1], accuracy=None)]), tmp_path / "bench.svg")
+    picture = (tmp_path / "bench.svg").read_text()
+    for text in (*speeds, "540, top-1 0.889", "106, top-1 0.889", "24"):
+        assert f"<!-- {text} -->" in picture
+
+
+def test_a_worker_that_is_killed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = _bench._Worker.ask
+
+    def killed(worker: _bench._Worker, *request: object) -> object:
+        if request[0] == "bytes":
+            worker.process.kill()  # as the kernel does if memory is full
+        return ask(worker, *request)
+
+    monkeypatch.setattr(_bench._Worker, "ask", killed)
+    with pytest.raises(UsageError, match=r"onnx ended while it was measured \(status -9\)"):
+        run_bench(find_bundle(packaged("mini")), runtimes=["onnx"], batches=(1,), seconds=0.1)
+
+
+@pytest.mark.parametrize("after", ["starting", "turn 1"])
+def test_ctrl_c_leaves_no_worker_and_nothing_to_read(clean_env: dict[str, str], after: str) -> None:
+    command = [sys.executable, "-m", "cliphar", "bench", "mini", "--runtime", "onnx,onnx-int8", "--seconds", "60"]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=clean_env, start_new_session=True
+    ) as running:
+        assert running.stderr is not None
+        while not running.stderr.readline().startswith(after):
+            pass
+        time.sleep(0.3)  # into the imports of a worker
+        os.killpg(running.pid, signal.SIGINT)  # as a terminal does: to all of them
+        assert "Traceback" not in running.stderr.read()
+    assert running.returncode == 130
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.killpg(running.pid, 0)
+            time.sleep(0.1)
 
 
 def test_a_runtime_that_the_bundle_lacks() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -77,8 +79,15 @@ class _Worker:
     load_s: float = 0.0
 
     def ask(self, *request: Any) -> Any:
-        self.pipe.send(request)
-        return self.pipe.recv()
+        try:
+            self.pipe.send(request)
+            return self.pipe.recv()
+        except (EOFError, OSError) as error:
+            self.process.join()
+            raise UsageError(
+                f"{self.name} ended while it was measured (status {self.process.exitcode}); if the memory was full, "
+                "measure fewer at once with --runtime, or a smaller --batch"
+            ) from error
 
     def stop(self) -> None:
         with suppress(OSError):
@@ -172,7 +181,12 @@ def _start(bundle: Bundle, name: str, threads: int, skipped: dict[str, str]) -> 
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=serve, args=(theirs, bundle.path, name, threads), daemon=True)
-    process.start()
+    resource_tracker.ensure_running()  # or it starts now, and unblocks what is blocked here
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is ours: we end them
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     theirs.close()
     try:
         answer = ours.recv()

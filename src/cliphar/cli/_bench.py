@@ -43,7 +43,7 @@ def bench(
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="For each runtime and batch.")] = 2.0,
     data: Annotated[Path | None, typer.Option(help="Photos in LABEL/PHOTO, to measure accuracy too.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a picture of accuracy and speed.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture of speed and accuracy.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Measure how quick each runtime is on this machine, in turns, beside plain PyTorch; memory and accuracy too."""
