@@ -237,6 +237,16 @@ def test_ice_servers(monkeypatch: pytest.MonkeyPatch) -> None:
             launch("127.0.0.1", free_port())
 
 
+def test_a_wrong_address_or_key_of_the_api_is_said_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="'api:8000' is not a service's address"):
+        launch("127.0.0.1", free_port(), api="api:8000")
+    monkeypatch.setenv("CLIPHAR_API_KEY_FILE", str(tmp_path))
+    with pytest.raises(UsageError, match="cannot read the key"):
+        launch("127.0.0.1", free_port(), api="http://127.0.0.1:1")
+
+
 def reach(page: Page, name: str) -> None:
     """Press Tab until what has this name is focused, which must be seen."""
     deadline = time.monotonic() + 60

@@ -54,15 +54,22 @@ def launch(host: str, port: int, *, api: str | None = None, model: str | None = 
         base_path: the path under which a proxy, which passes it on, has the page: ``/cliphar``.
 
     Raises:
-        UsageError: Streamlit is not installed, the port is taken, or CLIPHAR_ICE_SERVERS is wrong.
+        UsageError: Streamlit is not installed, the port is taken, or CLIPHAR_ICE_SERVERS, ``api`` or the file of
+            its key is wrong.
         BundleError: there is no such model.
     """
     if find_spec("streamlit") is None:
         raise UsageError("the page needs Streamlit; run: pip install 'cliphar[app]'")
     _check_port(host, port)
     ice_servers()
-    if not api:
-        find_bundle(model, verify=False)  # a misspelt name is said here, as by serve; the page reads it whole
+    # what is wrong is said here, as by serve, and not to every visitor
+    if api:
+        from cliphar.client import Client
+        from cliphar.ui._remote import api_key
+
+        Client(api, api_key=api_key()).close()
+    else:
+        find_bundle(model, verify=False)  # the page reads it whole
     settings = {"CLIPHAR_API_URL": api, "MODEL_PATH": model}
     environment = {k: v for k, v in os.environ.items() if k not in settings and not k.startswith("STREAMLIT_")}
     environment |= {name: value for name, value in settings.items() if value}

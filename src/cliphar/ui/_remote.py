@@ -25,7 +25,7 @@ from cliphar.recognizer import Lesson, Prediction, Score
 from cliphar.timeline import Progress, Segment, Timeline
 from cliphar.ui._backend import About, Photo, Watch
 
-__all__ = ["RemoteBackend"]
+__all__ = ["RemoteBackend", "api_key"]
 
 _TOP = 1000
 _FRESH_S = 5.0
@@ -38,7 +38,7 @@ class RemoteBackend:
 
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
-        self._key = _key()
+        self._key = api_key()
         self._client = Client(self._url, api_key=self._key)
         self._trial: str | None = None
         self._told: dict[str, Any] = {}
@@ -188,7 +188,12 @@ class _Watch:
         return Prediction(told["label"], told["score"], tuple(told["set"]), top, told["evidence"])
 
 
-def _key() -> str | None:
+def api_key() -> str | None:
+    """The key that the page shows the service; None without one.
+
+    Raises:
+        UsageError: the file of CLIPHAR_API_KEY_FILE cannot be read.
+    """
     file = os.environ.get("CLIPHAR_API_KEY_FILE")
     if not file:
         return os.environ.get("CLIPHAR_API_KEY") or None
