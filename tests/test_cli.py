@@ -434,6 +434,21 @@ def test_doctor_finds_what_is_wrong(cli: Run, tmp_path: Path) -> None:
     assert "BAD  model altered" in done.stdout
 
 
+def test_no_thread_may_be_started(run_python: Callable[[str], str]) -> None:
+    photo = packaged("samples") / "cat.jpg"
+    code = f"""
+import contextlib, io, sys, threading
+def start(thread): raise RuntimeError("can't start new thread")
+threading.Thread.start = start
+sys.argv = ["cliphar", "predict", {str(photo)!r}]
+sys.stderr = told = io.StringIO()
+from cliphar.cli import main
+try: main()
+except SystemExit as end: print(end.code, told.getvalue().count("\\n"), told.getvalue())
+"""
+    assert run_python(code).startswith("1 1 cliphar: no more threads may be started; raise 'ulimit -u'")
+
+
 def test_version(cli: Run) -> None:
     done = cli("--version")
     assert (done.returncode, done.stdout) == (0, f"cliphar {cliphar.__version__}\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
@@ -93,3 +94,23 @@ def test_the_memory_that_a_container_may_use_is_told(
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text(content)
     assert _doctor._memory(tmp_path)[:2] == (good, says)
+
+
+def test_few_threads_are_told(tmp_path: Path) -> None:
+    assert not list(_doctor._threads(tmp_path))
+    for file, content, bad in ("pids.max", "max", 0), ("pids.max", "256", 0), ("pids/pids.max", "10", 1):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(content)
+        told = list(_doctor._threads(tmp_path))
+        assert len(told) == bad
+    assert told[0][:2] == (False, "threads: 10 may run at a time, those of all processes")
+
+
+def test_a_volume_of_another_user_is_told_with_that_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(**_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(_doctor, "_in_container", lambda: True)
+    monkeypatch.setattr("tempfile.TemporaryFile", refused)
+    assert _doctor._folder("", tmp_path, "", "-v x:/models")[2] == f"docker run -u {os.getuid()} ..., or another volume"
+    assert _doctor._folder("", tmp_path / "none", "", "-v x:/models")[2] == "docker run -v x:/models ..."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import platform
@@ -9,6 +10,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +27,7 @@ _PACKAGES = (
     "streamlit", "torch", "mlflow",
 )  # fmt: skip
 _LITTLE_MB = 512
+_FEW_THREADS = 64
 Finding = tuple[bool | None, str, str]
 """Good, bad or neither; what was found; the command that mends it, or nothing."""
 
@@ -41,6 +44,7 @@ def doctor() -> None:
         *_versions(),
         *_processors(),
         _memory(),
+        *_threads(),
         (True, f"ONNX Runtime providers: {', '.join(providers)}; '{providers[0]}' is taken first", ""),
         _gpu(providers),
         _shared_memory(),
@@ -95,6 +99,19 @@ def _memory(cgroup: Path = Path("/sys/fs/cgroup")) -> Finding:
         if allowed < 1e9:  # MB; no limit is written as a huge number by version 1
             return True, f"memory: {allowed:.0f} MB may be used", ""
     return True, "memory: as much as the machine has", ""
+
+
+def _threads(cgroup: Path = Path("/sys/fs/cgroup")) -> Iterator[Finding]:
+    """Whether the container's cgroup (v2 or v1) allows so few threads that one cannot start."""
+    for file in (cgroup / "pids.max", cgroup / "pids" / "pids.max"):
+        with suppress(OSError, ValueError):
+            allowed = int(file.read_text())
+            if allowed < _FEW_THREADS:
+                yield (
+                    False,
+                    f"threads: {allowed} may run at a time, those of all processes",
+                    "docker run --pids-limit 256 ...",
+                )
 
 
 def _gpu(providers: list[str], devices: Path = Path("/dev")) -> Finding:
@@ -208,5 +225,9 @@ def _folder(purpose: str, folder: Path, variable: str, option: str) -> Finding:
             return True, f"{purpose} {folder}: writable, {free:.1f} GB free", ""
     except OSError as error:
         mend = f"sudo chown -R {os.getuid()} {place}" + (f", or export {variable}=DIR" if variable else "")
-        mend = f"docker run {option} ..." if _in_container() else mend
+        if _in_container():
+            owned = error.errno == errno.EACCES and place == folder  # a volume that another user began to fill
+            mend = (
+                f"docker run -u {place.stat().st_uid} ..., or another volume" if owned else f"docker run {option} ..."
+            )
         return None, f"{purpose} {folder}: not writable by uid {os.getuid()} ({error.strerror})", mend

@@ -99,6 +99,11 @@ def main() -> None:
     except ClipharError as error:
         print(f"cliphar: {error}", file=sys.stderr)
         sys.exit(1)
+    except RuntimeError as error:
+        if "can't start new thread" not in str(error):  # Python has no class of its own for it
+            raise
+        print("cliphar: no more threads may be started; raise 'ulimit -u', or docker's --pids-limit", file=sys.stderr)
+        sys.exit(1)
     except OSError as error:
         print(f"cliphar: {error}; see that there is room and permission to write", file=sys.stderr)
         with suppress(OSError):
