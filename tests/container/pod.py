@@ -1,7 +1,7 @@
 """Containers of a Kubernetes file, as the Docker engine takes them.
 
 pod.py run FILE KIND NAME CONTAINER [VOLUME=PATH ...]   the arguments of docker run, one a line; image and user included
-pod.py templates FILE                                   the pods in resources that no schema is at hand for
+pod.py templates FILE                                   what there is a schema of: Kubernetes' own, and others' pods
 """
 
 from __future__ import annotations
@@ -70,7 +70,10 @@ def docker(pod: Tree, container: Tree, places: dict[str, str]) -> Iterator[str]:
 def main() -> None:
     """See above."""
     if sys.argv[1] == "templates":
-        found = [pod for one in resources(sys.argv[2]) for pod in pods(one)]
+        given = resources(sys.argv[2])
+        own = [one for one in given if ".k8s.io/" in one["apiVersion"]]
+        print(yaml.safe_dump_all(own, explicit_start=True))
+        found = [pod for one in given if one not in own for pod in pods(one)]
         for i, pod in enumerate(found):
             spec = {key: value for key, value in pod.items() if key not in KSERVE}
             named = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": f"pod-{i}"}, "spec": spec}

@@ -90,6 +90,17 @@ for file in deploy/kserve.yaml deploy/ray.yaml; do
   python3 tests/container/pod.py templates "$file" >"$work/pods.yaml" || fail "$file"
   kubernetes-validate --strict --quiet --no-warn "$work/pods.yaml" || fail "$file: its pods"
 done
+python3 - <<'PY' || fail "deploy/ray.yaml: its network policy is not about its pods, or a pod of it has no bounds"
+import yaml
+job, policy = yaml.safe_load_all(open("deploy/ray.yaml"))
+spec, cluster = job["spec"], job["spec"]["rayClusterSpec"]
+templates = [spec["submitterPodTemplate"], cluster["headGroupSpec"]["template"], *(g["template"] for g in cluster["workerGroupSpecs"])]
+for one in templates:
+    assert policy["spec"]["podSelector"]["matchLabels"].items() <= one["metadata"]["labels"].items(), one
+    assert one["spec"]["securityContext"]["runAsNonRoot"] and one["spec"]["automountServiceAccountToken"] is False, one
+    for container in one["spec"]["containers"]:
+        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]} and container["resources"]["limits"], one
+PY
 ok "the pods of the KServe and Ray files are valid"
 
 train=(--build-arg BASE_IMAGE=python:3.11-slim-bookworm --build-context "wheels=${PIP_FIND_LINKS:-docker/wheels}")
