@@ -113,13 +113,14 @@ kill "$watcher" && wait "$watcher" 2>/dev/null || true
 watched down -v >/dev/null 2>&1
 ok "docker compose watch: a change of code is in the container that answers"
 
-docker run -d --name "$id" --read-only --tmpfs /tmp -u 12345 -p 127.0.0.1:18500:8501 "$id:app" up --host 0.0.0.0 >/dev/null
+docker run -d --name "$id" --read-only --tmpfs /tmp -u 12345 -e CLIPHAR_PORT=9000 -e CLIPHAR_APP_PORT=9501 -p 127.0.0.1:18500:9501 "$id:app" >/dev/null
 await sh -c "[ \$(docker inspect -f '{{.State.Health.Status}}' $id) = healthy ]" || { docker logs "$id"; fail "the page and the API in one container"; }
 kill_inside "$id" serve
 await sh -c "[ \$(docker inspect -f '{{.State.Running}}' $id) = false ]" || fail "the container outlives its API"
 [[ $(docker inspect -f '{{.State.ExitCode}}' "$id") == 1 ]] || fail "the container ended with $(docker inspect -f '{{.State.ExitCode}}' "$id")"
 docker rm -f -v "$id" >/dev/null
-ok "page and API in one container, as any user: if one dies, the container does"
+ok "page and API in one container, as any user and at other ports: if one dies, the container does"
 
 bash tests/container/cycles.sh "$image" 5 >"$work/out" 2>&1 || fail "start and stop: $(tail -3 "$work/out")"
 ok "$(tail -1 "$work/out")"
+curl -fsS http://127.0.0.1:18500/ | grep '<title>' >/dev/null || fail "the page at another port"
