@@ -45,9 +45,21 @@ grep -q 'Read-only file system' "$work/err" || fail "the root: $(cat "$work/err"
 [[ $(inside awk '/CapEff|NoNewPrivs/ {print $2}' /proc/1/status | xargs) == "0000000000000000 1" ]] || fail "the API has capabilities"
 ok "memory, processes, capabilities and the root are bounded, and the API lives through it"
 
-# a second project beside the first: another user, keys from files, and its page in a browser
+# a second project beside the first: another user, keys from files, a proxy in Docker's settings that leads nowhere, as
+# to a neighbour it should not lead, and its page in a browser
+proxied=$work/docker
+mkdir "$proxied" && cp -r "${DOCKER_CONFIG:-$HOME/.docker}/." "$proxied" 2>/dev/null || true
+python3 - "$proxied/config.json" <<'PY'
+import json, sys
+from pathlib import Path
+file = Path(sys.argv[1])
+settings = json.loads(file.read_text()) if file.exists() else {}
+none = "http://127.0.0.1:9"
+settings["proxies"] = {"default": {"httpProxy": none, "httpsProxy": none}}
+file.write_text(json.dumps(settings))
+PY
 other() { # a subshell: its settings must not reach the first project
-  (export CLIPHAR_PORT=18100 CLIPHAR_APP_PORT=18601 CLIPHAR_USER=54321:54321 CLIPHAR_API_KEYS=$work/keys CLIPHAR_API_KEY_FILE=$work/key
+  (export CLIPHAR_PORT=18100 CLIPHAR_APP_PORT=18601 CLIPHAR_USER=54321:54321 CLIPHAR_API_KEYS=$work/keys CLIPHAR_API_KEY_FILE=$work/key DOCKER_CONFIG=$proxied
     docker compose -p "$id-other" "$@")
 }
 key=$(head -c 24 /dev/urandom | od -An -tx1 | tr -d ' \n')
@@ -68,6 +80,9 @@ if [[ $browser ]]; then
   "$browser" tests/container/browser.py http://127.0.0.1:18601 "$samples"/*.jpg >"$work/out" 2>&1 || { cat "$work/out"; other logs app; fail "the page in a browser"; }
   ok "the page in a browser: $(cat "$work/out")"
 else
+other exec -T app sh -c 'test -n "$http_proxy" && exec python3 -c "
+from cliphar.client import Client
+print(Client(\"http://api:8000\", api_key=open(\"/run/secrets/api_key\").read(), retry_s=1).model()[\"name\"])"' >"$work/out" 2>&1 || fail "the page's way to the API: $(tail -1 "$work/out")"
   echo "skipped: the page in a browser needs chromium and playwright"
 fi
 kill_inside "$(other ps -q api)" serve
