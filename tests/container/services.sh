@@ -7,8 +7,18 @@ for more in compose.gpu.yaml compose.postgres.yaml; do
 done
 while read -r name; do
   grep -q "^#$name=" .env.example || fail ".env.example lacks $name"
-done < <(grep -ohE '\$\{[A-Z_]+' compose*.yaml | tr -d '${' | sort -u)
-ok "every Compose file is valid, and .env.example names every setting"
+done < <(grep -ohE '\$\{[A-Z_]+|^ +[A-Z_]+:$' compose*.yaml | tr -d ' ${:' | sort -u)
+sed 's/^#\([A-Z]\)/\1/' .env.example >"$work/env"
+docker compose --env-file "$work/env" "${everything[@]}" config >"$work/config" || fail ".env.example without its # is no settings"
+if grep -n '#' "$work/config"; then fail "a comment of .env.example is taken for a value"; fi
+# what Compose sets itself, or a port and a grace of its own go with
+mapfile -t flags < <(docker run --rm "$image" serve --help | grep -oE 'CLIPHAR_[A-Z_]+' | grep -vE '_(HOST|PORT|STATE|DRAIN_S|PROVIDER)$')
+((${#flags[@]})) || fail "'cliphar serve --help' names no variable"
+env "${flags[@]/%/=given}" docker compose config api >"$work/config"
+for name in "${flags[@]}"; do
+  grep -qE "^ +$name: .*(given|/run/secrets)" "$work/config" || fail "Compose keeps $name from the API"
+done
+ok "every Compose file is valid, .env.example names every setting, and those of 'cliphar serve' reach the API"
 
 api=http://127.0.0.1:18000
 started=$SECONDS
@@ -70,6 +80,9 @@ other up -d --wait >"$work/up" 2>&1 || { other logs; fail "a second project: $(t
 curl -fsS -X PUT -H "Authorization: Bearer $key" -H 'Content-Type: application/json' -d '["cooking", "sleeping"]' \
   http://127.0.0.1:18100/v1/labels/home >/dev/null || fail "the key, or writing the volume as uid 54321"
 if curl -fsS $api/v1/labels | grep '"home"' >/dev/null; then fail "two projects share a volume"; fi
+other exec -T app sh -c 'test -n "$http_proxy" && exec python3 -c "
+from cliphar.client import Client
+print(Client(\"http://api:8000\", api_key=open(\"/run/secrets/api_key\").read(), retry_s=1).model()[\"name\"])"' >"$work/out" 2>&1 || fail "the page's way to the API: $(tail -1 "$work/out")"
 docker inspect "$(other ps -q app)" | grep -F "$key" >/dev/null && fail "the key is in the container's configuration"
 ok "two projects run side by side; keys come from files that only the service reads"
 browser=
@@ -80,9 +93,6 @@ if [[ $browser ]]; then
   "$browser" tests/container/browser.py http://127.0.0.1:18601 "$samples"/*.jpg >"$work/out" 2>&1 || { cat "$work/out"; other logs app; fail "the page in a browser"; }
   ok "the page in a browser: $(cat "$work/out")"
 else
-other exec -T app sh -c 'test -n "$http_proxy" && exec python3 -c "
-from cliphar.client import Client
-print(Client(\"http://api:8000\", api_key=open(\"/run/secrets/api_key\").read(), retry_s=1).model()[\"name\"])"' >"$work/out" 2>&1 || fail "the page's way to the API: $(tail -1 "$work/out")"
   echo "skipped: the page in a browser needs chromium and playwright"
 fi
 kill_inside "$(other ps -q api)" serve
@@ -130,6 +140,7 @@ ok "docker compose watch: a change of code is in the container that answers"
 
 docker run -d --name "$id" --read-only --tmpfs /tmp -u 12345 -e CLIPHAR_PORT=9000 -e CLIPHAR_APP_PORT=9501 -p 127.0.0.1:18500:9501 "$id:app" >/dev/null
 await sh -c "[ \$(docker inspect -f '{{.State.Health.Status}}' $id) = healthy ]" || { docker logs "$id"; fail "the page and the API in one container"; }
+curl -fsS http://127.0.0.1:18500/ | grep '<title>' >/dev/null || fail "the page at another port"
 kill_inside "$id" serve
 await sh -c "[ \$(docker inspect -f '{{.State.Running}}' $id) = false ]" || fail "the container outlives its API"
 [[ $(docker inspect -f '{{.State.ExitCode}}' "$id") == 1 ]] || fail "the container ended with $(docker inspect -f '{{.State.ExitCode}}' "$id")"
@@ -138,4 +149,3 @@ ok "page and API in one container, as any user and at other ports: if one dies, 
 
 bash tests/container/cycles.sh "$image" 5 >"$work/out" 2>&1 || fail "start and stop: $(tail -3 "$work/out")"
 ok "$(tail -1 "$work/out")"
-curl -fsS http://127.0.0.1:18500/ | grep '<title>' >/dev/null || fail "the page at another port"
