@@ -125,8 +125,30 @@ def test_the_fastest_is_measured_once_and_remembered(
     before = memory.stat().st_mtime_ns
     assert choose_runtime(bundle) == choice
     assert memory.stat().st_mtime_ns == before
-    memory.write_text("{nonsense")
-    assert choose_runtime(bundle).images_per_s
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "{nonsense",
+        "[]",
+        {"name": "gone"},
+        {"name": [1]},
+        {"images_per_s": None},
+        {"images_per_s": {"onnx": "fast"}},
+        {"failed": 1},
+    ],
+)
+def test_a_memory_that_is_damaged_or_of_another_version_is_measured_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str | dict[str, object]
+) -> None:
+    monkeypatch.setenv("CLIPHAR_HOME", str(tmp_path))
+    mini, memory = find_bundle(packaged("mini")), tmp_path / "runtimes.json"
+    choice = choose_runtime(mini)
+    ((key, kept),) = json.loads(memory.read_text()).items()
+    memory.write_text(written if isinstance(written, str) else json.dumps({key: kept | written}))
+    assert set(choose_runtime(mini).images_per_s) == set(choice.images_per_s)
+    assert set(json.loads(memory.read_text())[key]["images_per_s"]) == set(choice.images_per_s)
 
 
 def only_onnx(bundle: Bundle) -> Bundle:
@@ -168,7 +190,9 @@ def test_a_runtime_by_name_and_by_variable(
     exported: tuple[Bundle, list[Added]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle, _ = exported
-    with pytest.raises(UsageError, match="has no runtime 'abacus'"):
+    with pytest.raises(
+        UsageError, match=r"has no runtime 'abacus' \(it has onnx, .*, or add one with 'cliphar export'"
+    ):
         load(bundle.path, runtime="abacus")
     monkeypatch.setenv("CLIPHAR_RUNTIME", "onnx-fp16")
     runtime = load(bundle.path).runtime

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from cliphar.bundle import Bundle, BundleInfo, TextSpec, packaged, write_bundle
 from cliphar.errors import BundleError, UsageError
 from cliphar.recognizer import Recognizer
-from cliphar.runtime import OnnxRuntime, _onnx, available_providers, cpu_quota
+from cliphar.runtime import OnnxRuntime, _onnx, available_providers, cpu_quota, load_runtime
 
 TEXTS = ["riding a bike", "cooking", "a person who is reading a very old newspaper on a bench in the park", "x"]
 # int8 activations are scaled by what is in the batch, so a neighbour may move an embedding a little
@@ -299,6 +299,13 @@ def test_an_image_graph_that_is_none(tmp_path: Path, make_info: MakeInfo, conten
     assert "\n" not in str(caught.value)
 
 
+def test_an_image_graph_of_other_sizes_than_the_bundles(tmp_path: Path, make_info: MakeInfo) -> None:
+    bundle = _broken(tmp_path, make_info(), image=_graph("photos", 24))
+    with pytest.raises(BundleError, match=r"image\.onnx of bundle 'tiny' does not run here: .*images") as caught:
+        OnnxRuntime(bundle).encode_images(np.zeros((1, 16, 16, 3), np.uint8))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_text_graph_that_is_none(tmp_path: Path, make_info: MakeInfo) -> None:
     runtime = OnnxRuntime(_broken(tmp_path, make_info(), text=b"not a graph"))
     with pytest.raises(BundleError, match=r"text\.onnx of bundle 'tiny' does not run here"):
@@ -315,6 +322,8 @@ def test_a_tokenizer_that_is_none(tmp_path: Path, make_info: MakeInfo, content: 
 def test_a_bundle_without_graphs(tiny: Bundle) -> None:
     with pytest.raises(BundleError, match=r"has no image\.onnx"):
         OnnxRuntime(tiny)
+    with pytest.raises(BundleError, match=r"has no image\.onnx"):
+        load_runtime(tiny)
 
 
 # --- a graph that takes one photo at a time

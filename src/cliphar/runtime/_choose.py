@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
 
 from cliphar.bundle import Bundle, packaged, store, write_whole
 from cliphar.errors import ClipharError, UsageError
@@ -69,7 +70,7 @@ def load_runtime(
     if chosen not in bundle.runtimes:
         raise UsageError(
             f"bundle '{bundle.info.name}' has no runtime '{chosen}' (it has {', '.join(bundle.runtimes)}); choose one "
-            f"of those or run 'cliphar export {bundle.info.name} --to {chosen}'"
+            "of those, or add one with 'cliphar export'"
         )
     file = bundle.runtimes[chosen]
     suffix = Path(file).suffix
@@ -96,20 +97,26 @@ def choose_runtime(bundle: Bundle, threads: int | None = None) -> RuntimeChoice:
         for name, file in bundle.runtimes.items()
         if (engine := _ENGINES.get(Path(file).suffix)) and find_spec(engine)
     }
+    bundle.file("image.onnx")  # each bundle has it, or is none
     if len(candidates) == 1:
         return RuntimeChoice(next(iter(candidates)), {}, {})
     threads = threads or cpu_quota()
     key = _key(bundle, candidates, threads)
     memory = store() / "runtimes.json"
-    known = _read(memory)
-    try:
-        choice = RuntimeChoice(**known[key])  # type: ignore[arg-type]  # as it was written below
-    except (KeyError, TypeError):
+    choice = _remembered(memory, key)
+    if choice is None or choice.name not in candidates:
         choice = _measure(bundle, list(candidates), threads)
         _remember(memory, key, choice)
     speeds = ", ".join(f"{name} {speed:g}" for name, speed in choice.images_per_s.items())
     _LOG.info("runtime %s is the fastest here (images a second: %s)", choice.name, speeds)
     return choice
+
+
+def _remembered(memory: Path, key: str) -> RuntimeChoice | None:
+    try:
+        return TypeAdapter(RuntimeChoice).validate_python(_read(memory).get(key))
+    except ValidationError:  # there is none, or it was written by hand or by another version
+        return None
 
 
 def _key(bundle: Bundle, candidates: dict[str, str], threads: int) -> str:

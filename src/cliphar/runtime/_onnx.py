@@ -104,7 +104,7 @@ class OnnxRuntime:
         self._text = TextTower(bundle, self.threads)
 
     def encode_images(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """See :class:`Runtime`; ValueError if the shape or dtype is not the bundle's."""
+        """See :class:`Runtime`; ValueError for another shape or dtype, BundleError if it does not run."""
         check_images(self.bundle, images)
         large = self.bundle.info.files[self.file].bytes >= _LANES_BELOW
         if len(images) < max(2, self.threads) or self.provider != "cpu" or large:
@@ -121,8 +121,10 @@ class OnnxRuntime:
         # a graph with a batch of one quantises by what is in the batch, so an answer would depend on its neighbours
         step = 1 if self._single else len(images)
         parts = (images[at : at + step] for at in range(0, len(images), step))
-        result: NDArray[np.float32] = np.concatenate([session.run(["embeddings"], {"images": p})[0] for p in parts])
-        return result
+        try:
+            return np.concatenate([session.run(["embeddings"], {"images": part})[0] for part in parts])
+        except Exception as error:  # of memory, or of other sizes than bundle.json's
+            raise _does_not_run(self.bundle, self.file, error) from error
 
     def encode_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """See :class:`Runtime`."""
@@ -147,8 +149,12 @@ def _session(bundle: Bundle, name: str, provider: str | None, threads: int) -> o
     except BundleError:
         raise
     except Exception as error:  # ONNX Runtime raises its own classes for each status, all RuntimeError or Exception
-        reason = str(error).splitlines()[0]
-        raise BundleError(f"{name} of bundle '{bundle.info.name}' does not run here: {reason}") from error
+        raise _does_not_run(bundle, name, error) from error
+
+
+def _does_not_run(bundle: Bundle, name: str, error: Exception) -> BundleError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return BundleError(f"{name} of bundle '{bundle.info.name}' does not run here: {reason}")
 
 
 def _options(bundle: Bundle, name: str, provider: str) -> dict[str, str]:
