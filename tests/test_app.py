@@ -118,6 +118,39 @@ def test_photos_are_answered_and_answers_follow_the_list(page: Page, photos: lis
     expect(page.locator(".cl-answer")).to_have_count(0)
 
 
+def add_action(page: Page, word: str) -> None:
+    words = page.get_by_role("combobox", name="Actions to choose from")
+    words.fill(word)
+    words.press("Enter")
+    words.press("Escape")
+    expect(page.locator("[data-tag]").last).to_have_text(word)
+
+
+def test_the_word_that_is_typed_is_added_and_not_one_that_looks_like_it(page: Page) -> None:
+    for word in "run", "walk":
+        add_action(page, word)
+    assert page.locator("[data-tag]").all_inner_texts()[-2:] == ["run", "walk"]
+
+
+def test_pages_that_are_left_while_they_are_drawn_keep_the_list(page: Page) -> None:
+    add_action(page, "walk")
+    page.locator("input[type=range]").press("ArrowLeft")
+    expect(page.get_by_text("85 %", exact=True)).to_be_visible()
+    for path in (
+        ("Video", "Live"),
+        ("Photo", "Video"),
+        ("Live", "Photo"),
+        ("Teach", "Live", "Video"),
+        ("Models", "Photo"),
+    ):
+        for name in path:
+            page.get_by_role("link", name=name).click()
+            page.wait_for_timeout(60)
+        page.wait_for_timeout(1500)
+        expect(page.locator("[data-tag]").last).to_have_text("walk")
+        expect(page.get_by_text("85 %", exact=True)).to_have_count(0 if path[-1] == "Live" else 1)
+
+
 def test_on_a_phone_the_answers_stand_above_the_list(page: Page, photos: list[Path]) -> None:
     page.set_viewport_size({"width": 390, "height": 844})
     page.locator("input[type=file]").set_input_files(str(photos[0]))
@@ -481,22 +514,22 @@ def script(monkeypatch: pytest.MonkeyPatch) -> AppTest:
 
 def test_each_list_keeps_what_was_changed(script: AppTest) -> None:
     assert not script.exception
-    assert script.multiselect(key="actions").value == list(vocabularies()["Everyday actions"])
-    script.selectbox(key="list_name").set_value("Kitchen").run()
+    assert script.multiselect(key="photo_actions").value == list(vocabularies()["Everyday actions"])
+    script.selectbox(key="photo_list").set_value("Kitchen").run()
     kitchen = list(vocabularies()["Kitchen"])
-    assert script.multiselect(key="actions").value == kitchen
-    script.multiselect(key="actions").set_value([*kitchen, "flipping a pancake,  juggling_eggs"]).run()
+    assert script.multiselect(key="photo_actions").value == kitchen
+    script.multiselect(key="photo_actions").set_value([*kitchen, "flipping a pancake,  juggling_eggs"]).run()
     longer = [*kitchen, "flipping a pancake", "juggling eggs"]
-    assert script.multiselect(key="actions").value == longer
-    script.selectbox(key="list_name").set_value("Sports").run()
-    script.selectbox(key="list_name").set_value("Kitchen").run()
-    assert script.multiselect(key="actions").value == longer
+    assert script.multiselect(key="photo_actions").value == longer
+    script.selectbox(key="photo_list").set_value("Sports").run()
+    script.selectbox(key="photo_list").set_value("Kitchen").run()
+    assert script.multiselect(key="photo_actions").value == longer
 
 
 def test_what_cannot_be_an_action_is_said(script: AppTest) -> None:
-    script.multiselect(key="actions").set_value(["unknown"]).run()
+    script.multiselect(key="photo_actions").set_value(["unknown"]).run()
     assert "cannot be a label" in script.warning[0].value
-    assert script.multiselect(key="actions").value == list(vocabularies()["Everyday actions"])
+    assert script.multiselect(key="photo_actions").value == list(vocabularies()["Everyday actions"])
 
 
 def test_a_model_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

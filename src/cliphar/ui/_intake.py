@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from urllib.parse import urlsplit
 
 import streamlit as st
 
-from cliphar.ui._components import pasted_photos
+from cliphar.ui._components import pasted_photos, plain
 from cliphar.ui._session import add_photos, photos, sample_photos, use_sample_list
 
 __all__ = ["NO_CAMERA", "clear_photos", "gives_camera", "offer_samples", "take_in"]
@@ -24,14 +23,14 @@ def take_in(shelf: str) -> None:
     """Ways to bring photos in; what is refused is said below them."""
     state = st.session_state
     key = f"{shelf}_upload_{state.get(f'{shelf}_round', 0)}"
-    seen: dict[str, str] = state.get(f"{shelf}_seen", {})
-    new: list[tuple[str, bytes]] = []
+    seen: dict[str, str] = state.setdefault(f"{shelf}_seen", {})
 
     def drop() -> None:  # a cross in the upload field takes its photo away
-        there = {file.file_id for file in state[key]}
-        for file_id, digest in state[f"{shelf}_seen"].items():
-            if file_id not in there:
-                photos(shelf).pop(digest, None)
+        if key not in state:  # another page is shown already
+            return
+        before: dict[str, str] = state[f"{shelf}_seen"]
+        for digest in set(before.values()) - {before.get(file.file_id) for file in state[key]}:
+            photos(shelf).pop(digest, None)
 
     files, camera = st.tabs(["Photos", "Camera"])
     with files:
@@ -50,19 +49,21 @@ def take_in(shelf: str) -> None:
             st.warning(NO_CAMERA, icon=":material/lock:")
         elif st.toggle("Turn on the camera", key=f"{shelf}_camera"):
             shot = st.camera_input("Take a photo", key=f"{shelf}_shot")
-    here = {}  # what was uploaded before another page was shown is in the field no more
-    for file in uploads:
-        if file.file_id not in seen:
-            new.append((file.name, file.getvalue()))
-        here[file.file_id] = seen.get(file.file_id) or hashlib.sha256(file.getvalue()).hexdigest()
+    new = [file for file in uploads if file.file_id not in seen]
     if shot and shot.file_id != state.get(f"{shelf}_last"):
-        new.append((shot.name, shot.getvalue()))
-    for line in add_photos(shelf, new + pasted):
+        pasted.append((shot.name, shot.getvalue()))
+    digests, refused = add_photos(shelf, [(file.name, file.getvalue()) for file in new] + pasted)
+    for line in refused:
         st.error(line, icon=":material/error:")
     # only now: another run may have begun in place of this one at any line above
-    state[f"{shelf}_seen"], state[f"{shelf}_last"] = here, shot and shot.file_id
+    known = seen | {file.file_id: digest for file, digest in zip(new, digests, strict=False)}
+    # what was uploaded before another page was shown is in the field no more
+    state[f"{shelf}_seen"] = {file.file_id: known[file.file_id] for file in uploads}
+    state[f"{shelf}_last"] = shot and shot.file_id
     for name in large:
-        st.error(f"{name} was left out: it is over {_MAX_MB} MB. Make it smaller first.", icon=":material/error:")
+        st.error(
+            f"{plain(name)} was left out: it is over {_MAX_MB} MB. Make it smaller first.", icon=":material/error:"
+        )
 
 
 def gives_camera() -> bool:

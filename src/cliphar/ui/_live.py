@@ -27,7 +27,7 @@ def live_page() -> None:
     st.title("What is happening now?", anchor=False)
     left, right = st.columns([2, 3], gap="large")
     with left, st.container(key="choices"):
-        labels = choose_actions()
+        labels = choose_actions("live")
         st.caption("The picture goes from your browser to this page, and from there to the model only.")
         with st.expander("If the camera does not start", icon=":material/help:"):
             st.markdown(_HELP)

@@ -7,7 +7,7 @@ import streamlit as st
 from cliphar.bundle import list_models
 from cliphar.evaluation import Analysis, Evaluation, confusion_svg, reliability_svg
 from cliphar.ui._backend import About, Backend
-from cliphar.ui._components import drawing
+from cliphar.ui._components import drawing, plain
 from cliphar.ui._evaluate import evaluate_photos
 from cliphar.ui._local import LocalBackend
 from cliphar.ui._session import backend, refusing, use_model
@@ -77,7 +77,7 @@ def _switch_runtime() -> None:
 
 def _good(about: About, own: Evaluation | None) -> None:
     if own is not None:
-        st.subheader(f"Your photos, {own.data}", anchor=False)
+        st.subheader(f"Your photos, {plain(own.data)}", anchor=False)
         _analysis("own", own.analysis)
         if own.mistakes:
             st.subheader("The most confident mistakes", anchor=False)
@@ -105,7 +105,7 @@ def _analysis(key: str, analysis: Analysis) -> None:
     worst = sorted((one for one in analysis.classes if one.n), key=lambda one: one.recall)[:3]
     st.caption(
         "A row is the true action, a column the answer, a number is photos. Hardest: "
-        + ", ".join(f"{one.label} ({one.recall * 100:.0f} % found)" for one in worst)
+        + ", ".join(f"{plain(one.label)} ({one.recall * 100:.0f} % found)" for one in worst)
         + "."
     )
     drawing(f"{key}_confusion", confusion_svg(analysis.labels, analysis.confusion), wide=True)

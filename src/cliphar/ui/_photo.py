@@ -13,7 +13,7 @@ from cliphar.recognizer import Prediction
 from cliphar.ui._backend import Photo
 from cliphar.ui._components import plain
 from cliphar.ui._intake import clear_photos, offer_samples, take_in
-from cliphar.ui._session import backend, choose_actions, choose_coverage, photos
+from cliphar.ui._session import backend, choose, photos
 from cliphar.ui._show import answer_html
 
 __all__ = ["photo_page"]
@@ -27,9 +27,7 @@ def photo_page() -> None:
     left, right = st.columns([2, 3], gap="large")
     with left:
         take_in(_SHELF)
-        with st.container(key="choices"):
-            labels = choose_actions()
-            coverage = choose_coverage(labels)
+        labels, coverage = choose(_SHELF)
     with right:
         shown = list(photos(_SHELF).values())
         if not shown:
@@ -51,7 +49,7 @@ def _answers(shown: list[Photo], labels: Sequence[str], coverage: float) -> None
             picture, text = st.columns([2, 3])
             picture.image(photo.thumbnail, alt=f"the photo {photo.name}", width="stretch")
             if isinstance(answer, MediaError):
-                text.error(f"{photo.name}: {answer}", icon=":material/error:")
+                text.error(f"{plain(photo.name)}: {answer}", icon=":material/error:")
             else:
                 text.html(answer_html(answer, coverage, bars))
             text.button(

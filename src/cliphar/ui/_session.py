@@ -22,8 +22,8 @@ __all__ = [
     "MAX_PHOTOS",
     "add_photos",
     "backend",
+    "choose",
     "choose_actions",
-    "choose_coverage",
     "know_action",
     "photos",
     "refusing",
@@ -85,26 +85,28 @@ def photos(shelf: str) -> dict[str, Photo]:
     return found
 
 
-def add_photos(shelf: str, files: Sequence[tuple[str, bytes]]) -> list[str]:
-    """Put photos on a shelf, each once; lines that say which were refused, and why."""
+def add_photos(shelf: str, files: Sequence[tuple[str, bytes]]) -> tuple[list[str], list[str]]:
+    """Put photos on a shelf, each once; the digest of each file, and lines that say which were refused, and why."""
     there, refused, over = photos(shelf), [], 0
-    for name, data in files:
-        digest = hashlib.sha256(data).hexdigest()
+    digests = [hashlib.sha256(data).hexdigest() for _, data in files]
+    for digest, (name, data) in zip(digests, files, strict=True):
         if digest in there:
             continue
         if len(there) >= MAX_PHOTOS:
             over += 1
         elif sum(len(photo.data) for photo in there.values()) + len(data) > _MAX_BYTES:
-            refused.append(f"{name} was left out: the photos here would pass {_MAX_BYTES >> 20} MB. Clear some first.")
+            refused.append(
+                f"{plain(name)} was left out: the photos here would pass {_MAX_BYTES >> 20} MB. Clear some first."
+            )
         else:
             try:
                 there[digest] = Photo(name, data, digest, thumbnail(data, _THUMBNAIL))
             except MediaError as error:
-                refused.append(f"{name} was left out: {error}.")
+                refused.append(f"{plain(name)} was left out: {error}.")
     if over:
         count = "1 photo was" if over == 1 else f"{over} photos were"
         refused.append(f"{count} left out: {MAX_PHOTOS} are here already. Clear them to go on.")
-    return refused
+    return digests, refused
 
 
 def sample_photos() -> list[tuple[str, bytes]]:
@@ -150,59 +152,78 @@ def know_action(name: str, *, known: bool = True) -> None:
         state.current_list = _KNOWN
 
 
-def choose_actions() -> tuple[str, ...]:
-    """The editor of the list of actions, the same on every page; an empty tuple while the list is empty."""
-    lists, state = _lists(), st.session_state
+def choose_actions(page: str) -> tuple[str, ...]:
+    """The editor of the list of actions; an empty tuple while the list is empty.
 
+    The lists are the same on every page. The widgets are the page's own: under one name for all, what a page that is
+    left while it is being drawn leaves behind would pass for the next page's.
+    """
+    lists, state = _lists(), st.session_state
+    drawn = state.current_list  # what is edited, though another may be chosen before that comes in
+    words = lists[drawn]
+    list_key, words_key = f"{page}_list", f"{page}_actions"
+
+    # a callback may come when another page is shown, and its widget's value is gone
     def switch() -> None:
-        state.current_list = state.list_name
+        state.current_list = state.get(list_key, drawn)
 
     def edit() -> None:
+        edited = state.get(words_key, words)
         try:
-            lists[state.current_list] = list(clean_labels(",".join(state.actions))) if state.actions else []
+            lists[drawn] = list(clean_labels(",".join(edited))) if edited else []
         except UsageError as error:
             state.refused_action = str(error)
 
     def restore() -> None:
-        lists[state.current_list] = state.ready_lists[state.current_list]
+        lists[drawn] = state.ready_lists[drawn]
 
-    # the widgets forget their values when another page is shown; the lists do not
-    words = lists[state.current_list]
-    for key, value in (("list_name", state.current_list), ("actions", words)):
-        if state.get(key) != value:
-            state[key] = value
-    st.selectbox("List of actions", list(lists), key="list_name", on_change=switch)
+    at = list(lists).index(drawn) if _shows(list_key, drawn) else 0
+    st.selectbox("List of actions", list(lists), at, key=list_key, on_change=switch)
     st.multiselect(
         "Actions to choose from",
-        list(dict.fromkeys(word for some in (words, *state.ready_lists.values()) for word in some)),
-        key="actions",
+        words,  # and no others to pick from: Enter would take the one that looks most like what was typed
+        words if _shows(words_key, words) else None,
+        key=words_key,
         on_change=edit,
         accept_new_options=True,
-        select_all=False,
         wrap=True,
         placeholder="Type an action and press Enter",
         help="Any words in English: type one and press Enter, or several with commas. The cross takes one away.",
     )
     if refused := state.pop("refused_action", None):
         st.warning(f"That was not added: {refused}.", icon=":material/info:")
-    if words != state.ready_lists[state.current_list]:
+    if words != state.ready_lists[drawn]:
         st.button("Restore this list", on_click=restore, type="tertiary", icon=":material/undo:")
     return tuple(words)
 
 
-def choose_coverage(labels: Sequence[str]) -> float:
-    """How often the set of filled bars should hold the true one of the labels, 0.5 to 0.99."""
-    coverage: float = st.select_slider(
-        "How often the filled bars should hold the true action",
-        [0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99],
-        value=0.9,
-        format_func=lambda share: f"{share * 100:.0f} %",
-        key="coverage",
-        persist_state="session",
-        help="More certainty takes more labels. Measured on photos that the model never saw.",
-    )
-    if taught := [name for name in backend().taught if name in labels]:
-        st.caption(
-            f"Not measured for what was taught ({', '.join(map(plain, taught))}): there the share may be another."
+def _shows(key: str, value: object) -> bool:
+    """Whether a widget has a value; it is given it if not, as when another page was shown since.
+
+    What is given reaches the browser unless the run is cut short. What it has must thus be its default too, which a
+    browser shows that was never told a value.
+    """
+    there: bool = st.session_state.get(key) == value
+    if not there:
+        st.session_state[key] = value
+    return there
+
+
+def choose(page: str) -> tuple[tuple[str, ...], float]:
+    """The labels to choose from, and how often the set of filled bars should hold the true one, 0.5 to 0.99."""
+    with st.container(key="choices"):
+        labels = choose_actions(page)
+        coverage: float = st.select_slider(
+            "How often the filled bars should hold the true action",
+            [0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99],
+            value=0.9,
+            format_func=lambda share: f"{share * 100:.0f} %",
+            key="coverage",
+            persist_state="session",
+            help="More certainty takes more labels. Measured on photos that the model never saw.",
         )
-    return coverage
+        if taught := [name for name in backend().taught if name in labels]:
+            st.caption(
+                f"Not measured for what was taught ({', '.join(map(plain, taught))}): there the share may be another."
+            )
+    return labels, coverage

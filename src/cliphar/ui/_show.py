@@ -33,6 +33,8 @@ STYLE = """<style>
 .stMainBlockContainer :is(h2, h3) { font-size: 1.35rem; }
 .stMultiSelect [data-tag] { background: color-mix(in srgb, #12948c 16%, transparent); color: inherit; }
 .stMultiSelect [role="group"] { max-height: 17rem; }
+.stMultiSelect button[aria-label="Open"] { display: none; }
+[data-testid="stMultiSelectDropdown"]:has([data-empty]) { visibility: hidden; }
 .stApp :is(a, button, summary, [role="tab"], [tabindex="-1"]):focus-visible {
   outline: 2px solid #12948c; outline-offset: 2px; }
 .st-key-samples img, .st-key-examples img { aspect-ratio: 1; object-fit: cover; }

@@ -17,7 +17,7 @@ from cliphar.errors import MediaError, UsageError
 from cliphar.media import decode_image
 from cliphar.timeline import Progress, Segment, Timeline, annotate, colours, contact_sheet, to_csv, to_webvtt
 from cliphar.ui._components import plain
-from cliphar.ui._session import backend, choose_actions, choose_coverage, sample_photos, use_first_list
+from cliphar.ui._session import backend, choose, sample_photos, use_first_list
 
 __all__ = ["video_page"]
 
@@ -37,9 +37,7 @@ def video_page() -> None:
             key=_field(),
             on_change=_take_upload,
         )
-        with st.container(key="choices"):
-            labels = choose_actions()
-            coverage = choose_coverage(labels)
+        labels, coverage = choose("video")
     state = st.session_state
     with right:
         if "clip_file" not in state:
@@ -52,7 +50,7 @@ def video_page() -> None:
             try:
                 _show(name, content, _read(content, labels, coverage))
             except (MediaError, UsageError) as error:
-                st.error(f"{name}: {error}.", icon=":material/error:")
+                st.error(f"{plain(name)}: {error}.", icon=":material/error:")
             st.button("Clear the clip", on_click=_clear)
 
 
@@ -62,14 +60,14 @@ def _field() -> str:
 
 def _take_upload() -> None:
     state = st.session_state
-    if upload := state[_field()]:
+    if upload := state.get(_field()):
         state.clip_file, state.clip_start = (upload.name, upload.getvalue()), 0.0
-    else:
-        del state.clip_file
+    elif _field() in state:  # else another page is shown already
+        state.pop("clip_file", None)
 
 
 def _clear() -> None:
-    del st.session_state.clip_file
+    st.session_state.pop("clip_file", None)  # a second click may come before the page is drawn without it
     st.session_state.clip_round = st.session_state.get("clip_round", 0) + 1
 
 
