@@ -7,7 +7,6 @@ import re
 import time
 import uuid
 from collections.abc import Callable
-from urllib.parse import urlsplit
 
 import structlog
 from fastapi import FastAPI
@@ -134,7 +133,8 @@ class Around:
         """Browsers let any page open a socket anywhere, so CORS does not help here."""
         origin = headers.get("origin")
         allowed = self._owner.state.service.settings.cors_origins
-        if origin and "*" not in allowed and origin not in allowed and urlsplit(origin).netloc != headers.get("host"):
+        own = (origin or "").partition("://")[2] == headers.get("host")
+        if origin and not own and "*" not in allowed and origin not in allowed:
             raise ProblemError(403, "pages of this origin may not call; see --cors")
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
