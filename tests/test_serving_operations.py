@@ -201,6 +201,44 @@ def test_a_body_that_never_comes_is_given_up(env: dict[str, str]) -> None:
             assert b" 408 " in slow.recv(4096).split(b"\r\n")[0]
 
 
+ENDLESS = {
+    "a header": (b"GET / HTTP/1.1\r\nX: ", b"x" * 2**16),
+    "headers": (b"GET / HTTP/1.1\r\n", b"x: x\r\n" * 2**14),
+    "trailers": (b"POST /v1/embed HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n", b"x: x\r\n" * 2**14),
+    "an address": (b"GET /", b"x" * 2**16),
+}
+
+
+@pytest.mark.parametrize("what", ENDLESS)
+def test_what_never_ends_is_closed_before_it_takes_memory(api: str, what: str) -> None:
+    start, part = ENDLESS[what]
+    address = urlsplit(api)
+    with socket.create_connection((address.hostname, address.port or 0), timeout=60) as endless:
+        endless.sendall(start)
+        with pytest.raises(ConnectionError):
+            for _ in range(2000):
+                endless.sendall(part)
+
+
+def test_what_comes_by_drops_does_not_keep_its_connection(env: dict[str, str], photos: list[Path]) -> None:
+    with serving(env, "--deadline", "1") as (url, _), connect(f"{url.replace('http', 'ws')}/v1/stream") as camera:
+        address = urlsplit(url)
+        post = HEAD.format("POST /v1/embed", 10**6).encode()
+        for start, drop in ((b"", b""), (b"GET / HTTP/1.1\r\n", b"x"), (post, b"x")):
+            with socket.create_connection((address.hostname, address.port or 0), timeout=0.2) as slow:
+                end = time.monotonic() + 30
+                with suppress(ConnectionError):
+                    slow.sendall(start)
+                    while time.monotonic() < end:
+                        slow.sendall(drop)
+                        with suppress(TimeoutError):
+                            if not slow.recv(1000):
+                                break
+                assert time.monotonic() < end
+        camera.send(photos[0].read_bytes())  # it is older than any of them
+        assert "label" in json.loads(camera.recv(60))
+
+
 def test_callers_that_hang_up_harm_nobody(api: str, photos: list[Path]) -> None:
     host, port = api.removeprefix("http://").split(":")
     content = photos[0].read_bytes()

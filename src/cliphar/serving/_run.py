@@ -9,7 +9,9 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
+from typing import cast
 
 import structlog
 import uvicorn
@@ -19,6 +21,7 @@ from cliphar.errors import ClipharError, UsageError
 from cliphar.runtime import cpu_quota
 from cliphar.serving._app import create_app
 from cliphar.serving._middleware import below
+from cliphar.serving._protocol import Protocol
 from cliphar.serving._service import Service
 from cliphar.serving._settings import Settings
 from cliphar.serving._workers import supervise, terminal_closed
@@ -74,6 +77,8 @@ def _serve(settings: Settings, listener: socket.socket, drain_s: int, closed: Ca
     app = create_app(service)
     config = uvicorn.Config(
         below(settings.root_path, app),
+        # called, not made a subclass of; a body that comes late is answered 408 by then
+        http=cast("type[Protocol]", partial(Protocol, request_s=2 * settings.deadline_s)),
         log_config=None,
         access_log=False,
         server_header=False,

@@ -1,0 +1,70 @@
+"""What a connection may send before anyone looks at it: uvicorn bounds neither a head's size nor its time."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+__all__ = ["Protocol"]
+
+_HEAD = 2**17  # labels in an address are the longest that is meant
+
+
+class Protocol(HttpToolsProtocol):
+    """uvicorn's, which closes what sends a larger head, or larger trailers, or takes too long to send a request.
+
+    Args:
+        request_s: how long a request may take to come in; so long may a new connection be silent, too.
+        uvicorn: what uvicorn gives.
+    """
+
+    def __init__(self, *, request_s: float, **uvicorn: Any) -> None:
+        super().__init__(**uvicorn)
+        self._request_s = request_s
+        self._head = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._start()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        self._head += len(data)
+        super().data_received(data)
+        if self._head > _HEAD and not self.transport.is_closing():
+            self.send_400_response("The headers are too large.")
+
+    def handle_websocket_upgrade(self) -> None:
+        self._stop()
+        super().handle_websocket_upgrade()
+
+    def on_message_begin(self) -> None:
+        self._start()
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._head = 0
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._head = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._head = 0
+        self._stop()
+        super().on_message_complete()
+
+    def _start(self) -> None:
+        self._stop()
+        self._timer = self.loop.call_later(self._request_s, self.transport.close)
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
