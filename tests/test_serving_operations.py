@@ -239,6 +239,22 @@ def test_what_comes_by_drops_does_not_keep_its_connection(env: dict[str, str], p
         assert "label" in json.loads(camera.recv(60))
 
 
+def test_very_many_values_hold_nobody_up(api: str) -> None:
+    many = b"1," * 4_000_000 + b"1"
+    tensor = b'{"inputs": [{"name": "images", "shape": [1], "datatype": "BYTES"}], "outputs": ['
+    for method, path, body, status in (
+        ("POST", "/v1/predict", b'{"images": [' + many + b"]}", 422),
+        ("PUT", "/v1/labels/x", b"[" + many + b"]", 422),
+        ("PUT", "/v1/labels/x", json.dumps(["a b " * 2_000_000]).encode(), 422),
+        ("POST", "/v2/models/mini/infer", tensor + many + b"]}", 400),
+        ("POST", "/v2/models/mini/infer", tensor + b'{"name": "label"},' * 500_000 + b'{"name": "label"}]}', 400),
+    ):
+        began = time.monotonic()
+        kind = {"content-type": "application/json"}
+        assert problem(httpx.request(method, f"{api}{path}", content=body, headers=kind, timeout=120), status)
+        assert time.monotonic() - began < 20  # to list all that is wrong took a minute, and gigabytes
+
+
 def test_callers_that_hang_up_harm_nobody(api: str, photos: list[Path]) -> None:
     host, port = api.removeprefix("http://").split(":")
     content = photos[0].read_bytes()

@@ -116,7 +116,7 @@ async def read_asked(request: Request, settings: Settings) -> tuple[Sequence[byt
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
-        content = await _json(request)
+        content = await _json(request, settings)
         asked = _checked(_question(request.query_params) | content if isinstance(content, dict) else content)
         settings.check_images(len(asked.images))  # before any of them is fetched
         budget = Budget(settings.max_body_mb)
@@ -142,7 +142,11 @@ async def _image(text: str, settings: Settings, budget: Budget) -> bytes | Media
         return MediaError(problem.detail)  # the other photos are answered
 
 
-async def _json(request: Request) -> Any:
+async def _json(request: Request, settings: Settings) -> Any:
+    # millions of values take minutes and gigabytes to look at; a base64 text has no comma
+    most = 1000 + 2 * (settings.max_images + settings.max_labels)
+    if (await request.body()).count(b",") > most:
+        raise ProblemError(422, f"the body holds more than {most} values; see /docs")
     try:
         return await request.json()
     except (ValueError, RecursionError) as error:

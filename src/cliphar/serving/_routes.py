@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Path, Request, Response
+from pydantic import FailFast
 
 from cliphar.errors import MediaError
 from cliphar.evaluation import bundled_evaluation, model_card
@@ -89,7 +90,7 @@ async def vocabulary(name: _Name, service: TheService) -> list[str]:
 
 @router.put("/labels/{name}")
 async def put_vocabulary(
-    name: _Name, labels: Annotated[list[str], Body(min_length=1)], service: TheService
+    name: _Name, labels: Annotated[list[str], FailFast(), Body(min_length=1)], service: TheService
 ) -> list[str]:
     """Keep a list of labels under a name; requests then give the name as ``labels``."""
     chosen = service.labels(labels) or ()

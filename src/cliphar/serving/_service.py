@@ -14,7 +14,7 @@ from fastapi import Depends, Request
 from numpy.typing import NDArray
 
 from cliphar.errors import MediaError
-from cliphar.labels import clean_labels
+from cliphar.labels import MAX_LABEL_LENGTH, clean_labels
 from cliphar.media import decode_image, to_square
 from cliphar.recognizer import Lesson, Prediction, Recognizer, load
 from cliphar.runtime import cpu_quota
@@ -142,6 +142,9 @@ class Service:
         """The words to choose from: as given, of a vocabulary, or None for the model's own."""
         if labels is None:
             return None
+        size = len(labels) if isinstance(labels, str) else len(labels) + sum(map(len, labels))
+        if size > (most := self.settings.max_labels * (MAX_LABEL_LENGTH + 1)):  # else to look at them takes seconds
+            raise ProblemError(422, f"labels of {size:,} characters are too many; at most {most:,}")
         if isinstance(labels, str):
             labels = self.state.vocabularies.get(labels) or labels.split(",")
         chosen = clean_labels(labels)

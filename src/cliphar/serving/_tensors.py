@@ -14,13 +14,14 @@ from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 from pydantic.json_schema import SkipJsonSchema
 
 from cliphar.serving._problems import ProblemError
 
 __all__ = ["Infer", "Wanted", "images_of", "pack", "read_infer", "texts_of"]
 
+_MOST = 8  # tensors of a request or an answer; ours have five names
 _Size = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
@@ -28,7 +29,7 @@ class _Tensor(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     name: str
-    shape: Annotated[list[_Size], Field(min_length=1, max_length=4)]
+    shape: Annotated[list[_Size], FailFast(), Field(min_length=1, max_length=4)]
     datatype: str
     parameters: dict[str, Any] = {}
     data: list[Any] | None = None
@@ -55,8 +56,8 @@ class Infer(BaseModel):
 
     id: str | None = None
     parameters: dict[str, Any] = {}
-    inputs: Annotated[list[_Tensor], Field(min_length=1)]
-    outputs: list[Wanted] = []
+    inputs: Annotated[list[_Tensor], FailFast(), Field(min_length=1, max_length=_MOST)]
+    outputs: Annotated[list[Wanted], FailFast(), Field(max_length=_MOST)] = []
 
     @classmethod
     def document(cls) -> dict[str, Any]:
@@ -88,6 +89,8 @@ def read_infer(body: bytes, header_length: str | None) -> Infer:
             tensor.pop("raw", None)
         infer = Infer.model_validate(content)
     except ValidationError as error:
+        if (count := error.error_count()) > 1000:  # names that there are not; to list millions takes minutes
+            raise ProblemError(400, f"{count:,} things are wrong; see docs/serving.md") from error
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ProblemError(400, f"{where}: {first['msg']}; see docs/serving.md") from error
