@@ -1,5 +1,5 @@
 # make run: set up and start; make test: set up and check.
-PYTHON ?= python3.11
+PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 # the exact torch keeps the accelerator builds of several GB away where a CPU wheel can be found
