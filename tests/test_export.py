@@ -395,8 +395,13 @@ def test_kserves_storage(exported: tuple[Bundle, list[Added]], tmp_path: Path) -
     write_layout(exported[0], "kserve", tmp_path / "storage", runtime="openvino-int8")
     version = tmp_path / "storage" / "models" / "mini" / "1"
     assert {file.name for file in version.iterdir()} == {"model.xml", "model.bin"}
+    config = (version.parent / "config.pbtxt").read_text()
+    assert "dims: [ -1, 192, 192, 3 ]" in config  # any batch,
+    assert "max_batch_size" not in config  # with which the backend takes that very one
+    assert "KIND_CPU" in config
     service = yaml.safe_load((tmp_path / "storage" / "inference-service.yaml").read_text())
     assert service["spec"]["predictor"]["model"]["protocolVersion"] == "v2"
+    assert service["spec"]["predictor"]["model"]["runtimeVersion"] == "25.03-py3"
     with pytest.raises(UsageError, match="is not one that Triton serves"):
         write_layout(exported[0], "kserve", tmp_path / "other", runtime="abacus")
     assert not (tmp_path / "other").exists()

@@ -19,6 +19,7 @@ _BACKENDS = {
     ".plan": ("tensorrt", "model.plan"),
 }
 _MAX_BATCH = 64
+_TRITON = "25.03-py3"  # left to itself KServe takes 23.05, which cannot read graphs as new as ours
 
 
 def write_layout(bundle: Bundle, layout: str, target: Path, *, runtime: str = "onnx") -> Path:
@@ -42,7 +43,10 @@ def write_layout(bundle: Bundle, layout: str, target: Path, *, runtime: str = "o
         raise UsageError(f"{target} exists; give another place with --out")
     file = bundle.runtimes.get(runtime)
     if file is None or Path(file).suffix not in _BACKENDS:
-        raise UsageError(f"runtime '{runtime}' of bundle '{bundle.info.name}' is not one that Triton serves")
+        served = ", ".join(name for name, other in bundle.runtimes.items() if Path(other).suffix in _BACKENDS)
+        raise UsageError(
+            f"runtime '{runtime}' of bundle '{bundle.info.name}' is not one that Triton serves; choose among {served}"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -70,11 +74,13 @@ def _triton(bundle: Bundle, runtime: str, file: str, folder: Path) -> None:
             if other != file and entry.runtime == runtime:
                 shutil.copyfile(bundle.file(other), version / f"{Path(name).stem}{Path(other).suffix}")
     size, dim = bundle.info.image.size, bundle.info.embedding_dim
-    # a graph of one photo at a time has no batch axis to offer
-    dynamic = "" if _one_by_one(bundle, file) else f"max_batch_size: {_MAX_BATCH}\ndynamic_batching {{ }}\n"
-    batch = "" if dynamic else "1, "
+    settings, batch = f"max_batch_size: {_MAX_BATCH}\ndynamic_batching {{ }}\n", ""
+    if backend == "openvino":  # with max_batch_size it takes batches of that size and no other
+        settings, batch = "instance_group [ { kind: KIND_CPU } ]\n", "-1, "
+    elif _one_by_one(bundle, file):  # such a graph has no batch axis to offer
+        settings, batch = "", "1, "
     (folder / "config.pbtxt").write_text(
-        f'name: "{bundle.info.name}"\nbackend: "{backend}"\n{dynamic}'
+        f'name: "{bundle.info.name}"\nbackend: "{backend}"\n{settings}'
         f'input [ {{ name: "images" data_type: TYPE_UINT8 dims: [ {batch}{size}, {size}, 3 ] }} ]\n'
         f'output [ {{ name: "embeddings" data_type: TYPE_FP32 dims: [ {batch}{dim} ] }} ]\n',
         encoding="utf-8",
@@ -110,6 +116,7 @@ spec:
     model:
       modelFormat:
         name: triton
+      runtimeVersion: {_TRITON}
       protocolVersion: v2
       storageUri: pvc://models/{name}/models
 """
