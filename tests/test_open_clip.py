@@ -73,6 +73,15 @@ def test_it_imports_in_a_fresh_process() -> None:
 
 # --- bundles
 
+
+def test_a_name_that_is_nearly_one_of_open_clips_is_told_what_there_is(clean_env: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "cliphar", "model", "pull", "clip-vit-b23"]
+    done = subprocess.run(command, capture_output=True, text=True, env=clean_env, check=False)
+    assert done.returncode == 1
+    assert "can be pulled: clip-b16, clip-vit-b32," in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 TINY = {
     "embed_dim": 32,
     "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 16, "head_width": 32},

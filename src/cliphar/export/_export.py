@@ -76,7 +76,7 @@ def export_bundle(
     if photos is None:
         say("proved on crops of the package's three photos: give --calibration DIR of your own for figures that count")
     elif proof.truth is None and bundle.info.labels:
-        say(f"accuracy is not compared, --max-loss does nothing: {photos} has labels that the model was not trained on")
+        say(f"accuracy is not compared, --max-loss does nothing: {photos} has photos outside of the model's labels")
     model = float_graph(origin)
     outcomes: list[Added] = []
     with tempfile.TemporaryDirectory() as work, naming(Path(work)):
