@@ -20,7 +20,16 @@ import pytest
 from PIL import Image
 
 from cliphar.bundle import find_bundle
-from cliphar.data import PhotoSet, assign_parts, check_photos, copy_parts, load_photos, open_source, photo_stats
+from cliphar.data import (
+    PhotoSet,
+    assign_parts,
+    check_photos,
+    copy_parts,
+    doubtful_labels,
+    load_photos,
+    open_source,
+    photo_stats,
+)
 from cliphar.errors import DataError
 
 LABELS = ("riding_a bike", "sleeping")
@@ -223,10 +232,20 @@ def test_clips_become_frames(tmp_path: Path) -> None:
     assert [key for key, _ in photos.refused] == ["clips/waving/b.mp4"]
 
 
+def test_labels_that_look_like_a_mistake_are_told() -> None:
+    assert doubtful_labels(["running", "sleeping", "2 people"]) == []
+    alike, numbers = doubtful_labels(["running", "Running", "0", "17"])
+    assert alike.endswith(": Running, running")
+    assert ": 0, 17; " in numbers
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
         ("list.csv", "label\nsleeping\n", "names no file"),
+        ("list.csv", "file;label\na.jpg;sleeping\n", "found file;label"),
+        ("list.csv", "", "found nothing"),
+        ("list.csv", "file,class\na.jpg,sleeping\n", "neither labels nor captions; .* found file, class"),
         ("list.csv", "file,label\nabsent.jpg,sleeping\n", "do not exist"),
         ("list.csv", 'file,label\n"' + "x" * 150_000, "cannot read"),
         ("list.jsonl", "{", "not JSON"),

@@ -68,6 +68,8 @@ def check(source: _Source, as_json: _Json = False, cache: _Cache = _CACHE) -> No
                 print(f"    {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}")
         if report.unlabelled:
             print(f"{report.unlabelled:,} photos have no label")
+        for doubt in report.doubts:
+            print(doubt)
         print(f"the commonest label has {report.imbalance:g} times the photos of the rarest")
         if report.rare:
             print(f"  few photos: {', '.join(report.rare)}; 'train.balanced: true' draws all labels equally often")

@@ -1,7 +1,7 @@
 """Labelled and captioned photos and clips: reading them, finding near-duplicates, splitting, caching."""
 
 from cliphar.data._cache import PhotoSet, load_photos
-from cliphar.data._check import DataReport, check_photos, photo_stats
+from cliphar.data._check import DataReport, check_photos, doubtful_labels, photo_stats
 from cliphar.data._clips import clip_frames, embed_clips
 from cliphar.data._copy import copy_parts
 from cliphar.data._duplicates import difference_hash, group_duplicates
@@ -20,6 +20,7 @@ __all__ = [
     "clip_frames",
     "copy_parts",
     "difference_hash",
+    "doubtful_labels",
     "embed_clips",
     "group_duplicates",
     "is_clip_name",

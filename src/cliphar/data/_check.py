@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from cliphar.data._cache import PhotoSet
 
-__all__ = ["DataReport", "check_photos", "photo_stats"]
+__all__ = ["DataReport", "check_photos", "doubtful_labels", "photo_stats"]
 
 _IMBALANCE = 5.0
 
@@ -22,7 +23,7 @@ class DataReport:
     ``refused`` are files that cannot be read, with the reason. Of the groups of near-duplicates (lists of keys),
     ``duplicates`` are all, ``across`` those that stand in more than one part, and ``conflicts`` those with more than
     one label. ``imbalance`` is the count of the commonest label over that of the rarest, and ``rare`` are labels with
-    less than a fifth of the commonest's photos.
+    less than a fifth of the commonest's photos. ``doubts`` is what :func:`doubtful_labels` says.
     """
 
     photos: int
@@ -33,6 +34,7 @@ class DataReport:
     unlabelled: int
     imbalance: float
     rare: list[str]
+    doubts: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
@@ -60,7 +62,20 @@ def check_photos(photos: PhotoSet) -> DataReport:
         unlabelled=sum(label is None for label in photos.labels),
         imbalance=round(most / min(counts.values()), 2) if counts else 1.0,
         rare=sorted(label for label, count in counts.items() if count * _IMBALANCE < most),
+        doubts=doubtful_labels(counts),
     )
+
+
+def doubtful_labels(labels: Iterable[str]) -> list[str]:
+    """What makes labels look like a mistake, in lines: they differ in capitals only, or are numbers."""
+    alike: dict[str, list[str]] = defaultdict(list)
+    for label in sorted(labels):
+        alike[label.casefold()].append(label)
+    doubts = [f"labels that differ in capitals only: {', '.join(its)}" for its in alike.values() if len(its) > 1]
+    numbers = [label for label in alike if label.isdecimal()]
+    if numbers:
+        doubts.append(f"labels that are numbers: {', '.join(numbers[:5])}; a model starts from words, so name them")
+    return doubts
 
 
 def photo_stats(photos: PhotoSet) -> dict[str, Any]:

@@ -268,9 +268,13 @@ def _manifest(path: Path, source: str) -> PhotoSource:
     rows = list(_rows(path))
     names = [row.get("file") or row.get("path") or row.get("file_name") for row in rows]
     lacking = next((number for number, name in enumerate(names) if not name), None)
+    columns = ", ".join(str(key) for key in rows[lacking or 0]) if rows else "nothing"
+    expected = f"expected columns file, label, captions, split, and found {columns[:200]}"
     if not rows or lacking is not None:
         where = f"row {lacking + 1} of {path}" if lacking is not None else str(path)
-        raise DataError(f"{where} names no file; expected columns file, label, captions, split")
+        raise DataError(f"{where} names no file; {expected}")
+    if not any(row.get(key) not in (None, "") for row in rows for key in ("label", "captions", "caption")):
+        raise DataError(f"{path} has neither labels nor captions; {expected}")
     files = [path.parent / str(name) for name in names]
     absent = [file for file in files if not file.is_file()]
     if absent:

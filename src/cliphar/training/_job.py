@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cliphar.bundle import Bundle, whole_file
-from cliphar.data import PhotoSet, assign_parts, embed_clips, load_photos, open_source
+from cliphar.data import PhotoSet, assign_parts, doubtful_labels, embed_clips, load_photos, open_source
 from cliphar.errors import DataError
 from cliphar.labels import clean_labels, prompts
 from cliphar.recognizer import Recognizer, mean_direction
@@ -158,6 +158,8 @@ def open_job(recipe: MethodRecipe, around: Surroundings) -> Job:
         raise DataError(f"{recipe.data.source} has {len(labels)} labels; at least two are needed to tell apart")
     for label in labels:
         clean_labels([label])
+    for doubt in doubtful_labels(labels):
+        around.log(doubt)
     number = {label: i for i, label in enumerate(labels)}
     targets = np.array([-1 if label is None else number[label] for label in photos.labels], np.int64)
     data = recipe.data
