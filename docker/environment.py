@@ -1,6 +1,7 @@
 """Fill a virtual environment with what an image needs, and nothing else.
 
-environment.py PYTHON TARGET VARIANT installs; environment.py --list TARGET prints what it would.
+environment.py PYTHON TARGET VARIANT installs; environment.py --list TARGET prints what it would; environment.py --trim
+PYTHON leaves out what training does not need.
 """
 
 from __future__ import annotations
@@ -48,6 +49,19 @@ def hollow(library: Path) -> None:
     subprocess.run(build, input=code, text=True, check=True)
 
 
+def packages(python: str) -> Path:
+    """Where an environment keeps its packages."""
+    ask = "import sysconfig; print(sysconfig.get_path('platlib'))"
+    return Path(subprocess.run([python, "-c", ask], check=True, capture_output=True, text=True).stdout.strip())
+
+
+def leave_out(place: Path, patterns: list[str]) -> None:
+    """Remove the files and folders that the patterns name."""
+    for pattern in patterns:
+        for path in sorted(place.glob(pattern)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def main() -> None:
     """Install, then leave out what is not needed, strip and compile."""
     project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
@@ -55,17 +69,17 @@ def main() -> None:
     if sys.argv[1] == "--list":
         print(*requirements(project, wanted, sys.argv[2], "cpu"), sep="\n")
         return
+    if sys.argv[1] == "--trim":
+        leave_out(packages(sys.argv[2]), wanted["omit"]["train"])
+        return
     python, target, variant = sys.argv[1:]
     pip = [str(Path(sys.executable).with_name("pip")), "--python", python]
     options = ["--quiet", "--no-compile", "--only-binary", ":all:", "--constraint", "constraints.txt"]
     options += [f"--no-binary={name}" for name in wanted["variants"][variant].get("source", ())]
     subprocess.run([*pip, "install", *options, *requirements(project, wanted, target, variant)], check=True)
     subprocess.run([*pip, "uninstall", "--quiet", "--yes", *wanted["omit"]["packages"]], check=True)
-    ask = "import sysconfig; print(sysconfig.get_path('platlib'))"
-    place = Path(subprocess.run([python, "-c", ask], check=True, capture_output=True, text=True).stdout.strip())
-    for pattern in wanted["omit"]["files"]:
-        for path in sorted(place.glob(pattern)):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    place = packages(python)
+    leave_out(place, wanted["omit"]["files"])
     for pattern in wanted["omit"]["hollow"]:
         for library in place.glob(pattern):
             hollow(library)

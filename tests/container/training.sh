@@ -10,6 +10,8 @@ if [[ -f $photos ]]; then
   started=$SECONDS
   docker compose --profile train build --quiet train >"$work/train.log" 2>&1 || { tail -30 "$work/train.log"; fail "the training image"; }
   ok "the training image builds in $((SECONDS - started)) s and has $(($(docker image inspect -f '{{.Size}}' "$id:train") / 1000000)) MB"
+  docker run --rm --entrypoint find "$id:train" /opt/cliphar \( -name tests -o -path "*/torch/test" \) -type d >"$work/out" || fail "looking for tests"
+  [[ ! -s $work/out ]] || fail "the training image holds $(head -1 "$work/out")"
   DOCKER_CONFIG=$proxied docker compose --profile train up -d --wait mlflow >"$work/up" 2>&1 || { docker compose --profile train logs mlflow | tail; fail "mlflow"; }
   DOCKER_CONFIG=$proxied train train train recipes/few-shot.yaml data.source=data/har15 name=shots output=runs/shots "track=[mlflow]" >"$work/out" 2>&1 || { cat "$work/out"; fail "training"; }
   [[ $(stat -c %u "$work/runs/shots/bundle.json") == 12345 ]] || fail "what training wrote belongs to $(stat -c %u "$work/runs/shots")"
