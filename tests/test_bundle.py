@@ -206,6 +206,18 @@ def test_invalid_json_is_refused(tmp_path: Path, content: bytes) -> None:
     assert message.endswith("copy or make the bundle again")
 
 
+@pytest.mark.parametrize("reader", ["pathlib.Path.read_bytes", "cliphar.bundle._io.sha256_file"])
+def test_a_bundle_that_may_not_be_read_is_told_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: str
+) -> None:
+    def refused(_: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    root = make_bundle(tmp_path / "b")
+    monkeypatch.setattr(reader, refused)
+    assert refusal(root).endswith(f"let this user read it: chmod -R a+rX {root}")
+
+
 def test_a_folder_named_bundle_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / BUNDLE_JSON).mkdir()
     assert "cannot read" in refusal(tmp_path)

@@ -165,7 +165,10 @@ with open(sys.argv[1], "r+b") as file:
 PY
 refused run -e MODEL_PATH=/bundle -v "$work/altered:/bundle:ro" "$image" predict portrait.jpg
 grep -q altered "$work/err" || fail "an altered bundle: $(cat "$work/err")"
-ok "an altered bundle is refused in one line"
+chmod 600 "$work/altered/text.onnx"
+refused run -e MODEL_PATH=/bundle -v "$work/altered:/bundle:ro" "$image" predict portrait.jpg
+grep -q 'chmod -R a+rX /bundle' "$work/err" || fail "a bundle that may not be read: $(cat "$work/err")"
+ok "an altered bundle, and one that may not be read, are refused in one line"
 
 docker run --rm -u 12345 -v "$id:/models" -v "$work/mine:/bundle:ro" --entrypoint cp "$image" -r /bundle /models/mine || fail "writing the models volume as uid 12345"
 run -v "$id:/models" "$image" predict --model mine portrait.jpg >/dev/null || fail "a model of the volume"

@@ -92,7 +92,7 @@ def read_bundle(path: Path | str, *, verify: bool = True) -> Bundle:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise BundleError(f"no bundle at {root}: it has no {BUNDLE_JSON}; see 'cliphar model list'") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise BundleError(f"cannot read {manifest}: {error}; copy or make the bundle again") from error
+        raise BundleError(f"cannot read {manifest}: {error}; {_mend(root, error, 'make')}") from error
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise BundleError(
@@ -108,8 +108,14 @@ def read_bundle(path: Path | str, *, verify: bool = True) -> Bundle:
         try:
             _check_file(root, name, expected, verify=verify)
         except OSError as error:
-            raise BundleError(f"cannot read {name} of bundle {root}: {error}; copy or pull the bundle again") from error
+            raise BundleError(f"cannot read {name} of bundle {root}: {error}; {_mend(root, error, 'pull')}") from error
     return Bundle(root, info)
+
+
+def _mend(root: Path, error: Exception, again: str) -> str:
+    if isinstance(error, PermissionError):  # as of a folder of one user, mounted in a container that runs as another
+        return f"let this user read it: chmod -R a+rX {root}"
+    return f"copy or {again} the bundle again"
 
 
 def _check_file(root: Path, name: str, expected: FileInfo, *, verify: bool) -> None:
