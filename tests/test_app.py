@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import base64
+import csv
+import io
 import json
 import os
 import re
@@ -33,6 +35,7 @@ from cliphar.ui._camera import Camera
 from cliphar.ui._evaluate import _check_sizes
 from cliphar.ui._launch import ice_servers, launch
 from cliphar.ui._remote import RemoteBackend
+from cliphar.ui._show import spreadsheet
 from cliphar.ui._speed import measure_round_trips
 from serving_process import free_port
 
@@ -112,7 +115,7 @@ def test_photos_are_answered_and_answers_follow_the_list(page: Page, photos: lis
     expect(page.locator(".cl-answer").first.get_by_role("listitem")).to_have_count(5)
     with page.expect_download() as download:
         page.get_by_role("button", name="Download answers").click()
-    head, *rows = download.value.path().read_text().splitlines()
+    head, *rows = download.value.path().read_text("utf-8-sig").splitlines()
     assert (head, len(rows)) == ("path,label,score,set", len(photos))
     page.get_by_role("button", name="Clear all photos").click()
     expect(page.locator(".cl-answer")).to_have_count(0)
@@ -235,7 +238,7 @@ def test_a_clip_has_a_timeline_that_can_be_clicked_and_taken_along(page: Page) -
         {"name": "no clip.mp4", "mimeType": "video/mp4", "buffer": b"no clip"}
     )
     expect(page.get_by_text(re.compile("no clip.mp4: .*not a video"))).to_be_visible()
-    page.get_by_role("button", name="Clear the clip").click()
+    page.get_by_role("button", name="Clear the clip").dblclick()
     expect(page.get_by_role("button", name="Try the sample clip")).to_be_visible()
 
 
@@ -396,6 +399,12 @@ def test_a_model_is_measured_on_photos_of_ones_own(page: Page, photos: list[Path
     page.keyboard.press("Enter")
     reach(page, "Measure the speed")
     page.keyboard.press("Enter")
+    page.wait_for_function(
+        """() => {
+            const hint = getComputedStyle(document.querySelector(".stApp"), "::after");
+            return hint.content.includes("waiting") && hint.visibility === "visible";
+        }"""
+    )
     expect(page.get_by_text(re.compile(r"^\d+ photos a second$")).first).to_be_visible(timeout=180_000)
     page.get_by_role("tab", name="Model card").click()
     expect(page.get_by_role("heading", name="Not good for")).to_be_visible()
@@ -524,6 +533,32 @@ def test_each_list_keeps_what_was_changed(script: AppTest) -> None:
     script.selectbox(key="photo_list").set_value("Sports").run()
     script.selectbox(key="photo_list").set_value("Kitchen").run()
     assert script.multiselect(key="photo_actions").value == longer
+
+
+def test_a_taught_name_may_have_a_comma(script: AppTest) -> None:
+    words = script.session_state["lists"]["What the model knows"]
+    words.append("opening a door, slowly")
+    script.run()
+    script.multiselect(key="photo_actions").set_value([*words, "waving, nodding"]).run()
+    assert script.multiselect(key="photo_actions").value[-3:] == ["opening a door, slowly", "waving", "nodding"]
+
+
+def test_what_was_refused_moves_nothing_when_it_goes(script: AppTest) -> None:
+    places = len(script.main.children)  # the browser makes anew what moves, without what was being typed into it
+    script.session_state["refused"] = "no answer"
+    script.run()
+    assert script.error[0].value == "no answer."
+    assert len(script.main.children) == places
+    assert not script.run().error
+
+
+def test_a_table_is_read_by_spreadsheets_and_runs_nothing() -> None:
+    table = spreadsheet([("path", "label"), ("=1+1.jpg", "\u0447\u0438\u0442\u0430\u0442\u044c"), ("-.jpg", '"a", b')])
+    assert table.startswith(b"\xef\xbb\xbf")
+    assert list(csv.reader(io.StringIO(table.decode("utf-8-sig"))))[1:] == [
+        ["'=1+1.jpg", "\u0447\u0438\u0442\u0430\u0442\u044c"],
+        ["'-.jpg", '"a", b'],
+    ]
 
 
 def test_what_cannot_be_an_action_is_said(script: AppTest) -> None:

@@ -38,8 +38,9 @@ def app() -> None:
             st.page_link(one)
         keep_focus()
     try:
-        if refused := st.session_state.pop("refused", None):
-            st.error(f"{refused}.", icon=":material/error:")
+        with st.container():  # always there: what moves up is made anew, and forgets what was being typed into it
+            if refused := st.session_state.pop("refused", None):
+                st.error(f"{refused}.", icon=":material/error:")
         page.run()  # its title stands before the model is there
         st.caption(f"Answers by {backend().where}. Photos are kept for this session only.")
     except ClipharError as error:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 
 import streamlit as st
@@ -14,7 +12,7 @@ from cliphar.ui._backend import Photo
 from cliphar.ui._components import plain
 from cliphar.ui._intake import clear_photos, offer_samples, take_in
 from cliphar.ui._session import backend, choose, photos
-from cliphar.ui._show import answer_html
+from cliphar.ui._show import answer_html, spreadsheet
 
 __all__ = ["photo_page"]
 
@@ -73,11 +71,9 @@ def _remove(digest: str) -> None:
     photos(_SHELF).pop(digest, None)
 
 
-def _csv(shown: list[Photo], answers: list[Prediction | MediaError]) -> str:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer)
-    writer.writerow(("path", "label", "score", "set"))
+def _csv(shown: list[Photo], answers: list[Prediction | MediaError]) -> bytes:
+    rows: list[Sequence[str]] = [("path", "label", "score", "set")]
     for photo, answer in zip(shown, answers, strict=True):
         if not isinstance(answer, MediaError):
-            writer.writerow((photo.name, answer.label, f"{answer.score:.6f}", ";".join(answer.set)))
-    return buffer.getvalue()
+            rows.append((photo.name, answer.label, f"{answer.score:.6f}", ";".join(answer.set)))
+    return spreadsheet(rows)

@@ -169,8 +169,10 @@ def choose_actions(page: str) -> tuple[str, ...]:
 
     def edit() -> None:
         edited = state.get(words_key, words)
+        # what was taught may have a comma in its name
+        parts = [part for word in edited for part in ([word] if word in words else word.split(","))]
         try:
-            lists[drawn] = list(clean_labels(",".join(edited))) if edited else []
+            lists[drawn] = list(clean_labels(parts)) if edited else []
         except UsageError as error:
             state.refused_action = str(error)
 

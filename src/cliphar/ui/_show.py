@@ -1,10 +1,11 @@
-"""Answers as bars: plain HTML in the theme's colours that can be read out."""
+"""Answers as bars, plain HTML in the theme's colours that can be read out; and as a table to take along."""
 
 from __future__ import annotations
 
 import base64
+import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -14,7 +15,7 @@ from cliphar.labels import UNKNOWN
 from cliphar.media import ImageLike, decode_image
 from cliphar.recognizer import Prediction
 
-__all__ = ["STYLE", "answer_html", "figures_html", "mistakes_html", "speeds_html", "thumbnail"]
+__all__ = ["STYLE", "answer_html", "figures_html", "mistakes_html", "speeds_html", "spreadsheet", "thumbnail"]
 
 _FIGURES = {
     "top1": "right",
@@ -64,6 +65,11 @@ STYLE = """<style>
 .cl-wall figure { margin: 0; }
 .cl-wall img { width: 100%; aspect-ratio: 1; object-fit: cover; border-radius: .5rem; }
 .cl-wall figcaption { font-size: .85rem; overflow-wrap: anywhere; }
+/* without this a page whose service is slow, or away and asked again, looks as if nothing were going on */
+.stApp[data-test-script-state="running"]::after { content: "waiting for the answer"; position: fixed; z-index: 999;
+  right: 1rem; bottom: 1rem; padding: .4rem .9rem; border-radius: 1rem; background: #0b7a75; color: #fff;
+  animation: cl-late 1s step-end; }
+@keyframes cl-late { from { visibility: hidden; } }
 /* columns are one below the other here: answers before the list that they are chosen from */
 @media (max-width: 640px) {
   .stHorizontalBlock:has(> .stColumn .st-key-choices) { flex-direction: column; gap: 1rem; }
@@ -166,6 +172,16 @@ def speeds_html(rows: Sequence[Mapping[str, Any]]) -> str:
         )
     note = f"The model alone, batches of {many[0]['batch']} photos, {many[0]['threads']} threads." if many else ""
     return f"<div class='cl-answer'><p>{note}</p><ul class='cl-bars'>{''.join(parts)}</ul></div>"
+
+
+def spreadsheet(rows: Iterable[Sequence[str]]) -> bytes:
+    """Rows as CSV for spreadsheets: UTF-8 that says so, or they misread letters, and an apostrophe before what they
+    would run as a formula: the name of a file, or of an action that somebody else taught."""
+    buffer = io.StringIO()
+    csv.writer(buffer).writerows(
+        [f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell for cell in row] for row in rows
+    )
+    return buffer.getvalue().encode("utf-8-sig")
 
 
 def _percent(score: float) -> str:

@@ -118,5 +118,6 @@ def _taught() -> None:
 
 def _forget(name: str) -> None:
     with refusing():
-        backend().forget(name)
+        if name in backend().taught:  # else it is a second click
+            backend().forget(name)
         know_action(name, known=False)

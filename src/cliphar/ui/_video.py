@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
 import tempfile
@@ -18,6 +19,7 @@ from cliphar.media import decode_image
 from cliphar.timeline import Progress, Segment, Timeline, annotate, colours, contact_sheet, to_csv, to_webvtt
 from cliphar.ui._components import plain
 from cliphar.ui._session import backend, choose, sample_photos, use_first_list
+from cliphar.ui._show import spreadsheet
 
 __all__ = ["video_page"]
 
@@ -122,7 +124,8 @@ def _show(name: str, content: bytes, found: Timeline) -> None:
     st.image(_sheet(content, found.segments), caption="The middle of each segment", alt=pictures)
     stem = Path(name).stem
     with st.container(horizontal=True):
-        st.download_button("Table (CSV)", to_csv(found.segments), f"{stem}.csv", "text/csv", on_click="ignore")
+        table = spreadsheet(csv.reader(to_csv(found.segments).splitlines()))
+        st.download_button("Table (CSV)", table, f"{stem}.csv", "text/csv", on_click="ignore")
         st.download_button(
             "Subtitles (WebVTT)", to_webvtt(found.segments), f"{stem}.vtt", "text/vtt", on_click="ignore"
         )
