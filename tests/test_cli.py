@@ -367,6 +367,20 @@ def test_eval_with_a_damaged_photo(cli: Run, labelled: Path) -> None:
     assert "none of the 4 photos" in error_lines(done)[-1]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+def test_eval_shows_on_a_terminal_how_far_it_is(labelled: Path, clean_env: dict[str, str]) -> None:
+    import pty
+
+    for i in range(50):
+        (labelled / "smiling" / f"{i}.jpg").symlink_to(next(labelled.glob("smiling/*.jpg")))
+    outside, inside = pty.openpty()
+    command = [sys.executable, "-m", "cliphar", "eval", "--data", str(labelled)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=inside, env=clean_env) as process:
+        os.close(inside)
+        assert "53/53" in read_terminal(outside)
+        assert process.communicate(timeout=120)[0].startswith(b"n             53")
+
+
 def test_eval_of_no_data(cli: Run, tmp_path: Path) -> None:
     for data in ("missing", "."):
         done = cli("eval", "--data", data)

@@ -127,6 +127,7 @@ def answer_all(
     """
     import numpy as np
 
+    from cliphar.cli._output import progress
     from cliphar.data import embed_clips
 
     paths = [path for path, _ in listed]
@@ -137,12 +138,14 @@ def answer_all(
     read: _Listed = []
     embedded: list[NDArray[np.float32]] = []
     started = time.perf_counter()
-    for one, vector in zip(listed, embed_clips(recognizer, _views(recognizer, paths)), strict=True):
-        if isinstance(vector, MediaError):
-            print(f"cliphar: {vector}", file=sys.stderr)
-        else:
-            read.append(one)
-            embedded.append(vector)
+    with progress(len(listed), quiet=False) as advance:
+        for one, vector in zip(listed, embed_clips(recognizer, _views(recognizer, paths)), strict=True):
+            advance()
+            if isinstance(vector, MediaError):
+                print(f"cliphar: {vector}", file=sys.stderr)
+            else:
+                read.append(one)
+                embedded.append(vector)
     if not read:
         raise DataError(f"none of the {len(listed)} photos in {data} could be read")
     answers = recognizer.score(np.stack(embedded), labels, coverage=coverage)

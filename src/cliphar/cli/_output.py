@@ -60,8 +60,8 @@ def show(path: str, prediction: Prediction) -> None:
 
 @contextmanager
 def progress(total: int, *, quiet: bool) -> Iterator[Callable[[], None]]:
-    """A bar on the terminal's standard error when there is long work to wait for."""
-    if quiet or total < 50 or not sys.stderr.isatty() or sys.stdout.isatty():
+    """A bar on the terminal's standard error when there is long work to wait for, unless ``quiet``."""
+    if quiet or total < 50 or not sys.stderr.isatty():
         yield lambda: None
         return
     from rich.console import Console

@@ -53,7 +53,7 @@ def predict(
         recognizer = load(model, runtime=runtime, provider=provider, threads=threads)
         failed = 0
         answers = recognizer.stream((path for path in files), chosen, top_k=top_k, coverage=coverage)
-        with progress(len(files), quiet=as_json) as advance:
+        with progress(len(files), quiet=as_json or sys.stdout.isatty()) as advance:
             for path, answer in zip(files, answers, strict=True):
                 advance()
                 shown = printable(path)
