@@ -118,6 +118,31 @@ def test_a_new_model_without_downtime(env: dict[str, str], tmp_path: Path, photo
         assert "label" in json.loads(camera.recv(60))  # and a camera goes on with the new one
 
 
+def test_a_model_that_was_replaced_leaves_memory(env: dict[str, str]) -> None:
+    program = """
+import gc, signal, threading, time
+from cliphar.serving import Service, Settings, run
+
+def watch():
+    found = lambda: {id(one) for one in gc.get_objects() if isinstance(one, Service)}
+    services, before = [], set()
+    for _ in range(3):
+        end = time.monotonic() + 60
+        while (len(found()) != 1 or found() == before) and time.monotonic() < end:
+            time.sleep(0.1)
+        before = found()
+        services.append(len(before))
+        signal.raise_signal(signal.SIGHUP)
+    print(services, flush=True)
+    signal.raise_signal(signal.SIGTERM)
+
+threading.Thread(target=watch).start()
+run(Settings(), "127.0.0.1", 0, 1)
+"""
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False)
+    assert done.stdout == "[1, 1, 1]\n", done.stderr
+
+
 def test_what_is_taught_belongs_to_one_model(env: dict[str, str], tmp_path: Path, photos: list[Path]) -> None:
     model = tmp_path / "model"
     shutil.copytree(packaged("mini"), model)

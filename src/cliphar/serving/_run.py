@@ -72,9 +72,8 @@ def _worker(settings: Settings, listener: socket.socket, drain_s: int) -> None:
 def _serve(settings: Settings, listener: socket.socket, drain_s: int, closed: Callable[[], bool]) -> None:
     early: list[int] = []
     signal.signal(signal.SIGHUP, lambda number, _frame: early.append(number))  # until the loop listens to it
-    service = Service.start(settings)
+    app = create_app(Service.start(settings))
     log = structlog.get_logger()
-    app = create_app(service)
     config = uvicorn.Config(
         below(settings.root_path, app),
         # called, not made a subclass of; a body that comes late is answered 408 by then
@@ -87,7 +86,9 @@ def _serve(settings: Settings, listener: socket.socket, drain_s: int, closed: Ca
         ws_max_size=settings.max_body_mb * 2**20,
     )
     server = _Server(config, app, closed, early)
-    name, runtime = service.recognizer.bundle.info.name, service.recognizer.runtime.name
+    recognizer = app.state.service.recognizer
+    name, runtime = recognizer.bundle.info.name, recognizer.runtime.name
+    del recognizer  # else the first model would stay in memory when another has taken its place
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
     log.info("ready", address=f"http://{host}:{port}", model=name, runtime=runtime, pid=os.getpid())
@@ -105,8 +106,7 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, app: FastAPI, closed: Callable[[], bool], early: list[int]) -> None:
         super().__init__(config)
         self._app, self._terminal_closed, self._early = app, closed, early
-        self._loading, self._waiting = asyncio.Lock(), False
-        self._changes: set[asyncio.Task[None]] = set()
+        self._asked = asyncio.Event()
 
     def stop(self, _number: int, _frame: FrameType | None) -> None:
         """Stop as soon as may be."""
@@ -117,35 +117,36 @@ class _Server(uvicorn.Server):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})  # a worker is started with it blocked
         if self._early:
             self._on_hangup()
+        self._changing = asyncio.create_task(self._change_models())
         await super().startup(sockets)
 
     def _on_hangup(self) -> None:
         if self._terminal_closed():
             self.should_exit = True
-        elif not self._waiting:  # else what is there in its turn is loaded
-            self._changes.add(change := asyncio.get_running_loop().create_task(self._change_model()))
-            change.add_done_callback(self._changes.discard)
+        else:
+            self._asked.set()
 
-    async def _change_model(self) -> None:
+    async def _change_models(self) -> None:
+        async with asyncio.TaskGroup() as leaving:
+            while await self._asked.wait():
+                self._asked.clear()  # one that comes from here on has the model loaded once more
+                await self._change_model(leaving)
+
+    async def _change_model(self, leaving: asyncio.TaskGroup) -> None:
         """Load the model anew beside the old one, which answers until then and finishes what it began."""
-        self._waiting = True
-        async with self._loading:
-            self._waiting = False
-            old: Service = self._app.state.service
-            log = structlog.get_logger()
-            try:
-                new = await asyncio.to_thread(Service.start, old.settings, old.metrics)
-            except Exception as error:
-                unforeseen = None if isinstance(error, ClipharError) else error
-                log.error("not reloaded, the old model goes on", reason=str(error), exc_info=unforeseen)
-                return
-            if not old.ready:  # it was told to stop meanwhile
-                return
-            self._app.state.service = new
+        old: Service = self._app.state.service
+        log = structlog.get_logger()
+        try:
+            new = await asyncio.to_thread(Service.start, old.settings, old.metrics)
+        except Exception as error:
+            unforeseen = None if isinstance(error, ClipharError) else error
+            log.error("not reloaded, the old model goes on", reason=str(error), exc_info=unforeseen)
+            return
+        if not old.ready:  # it was told to stop meanwhile
+            return
+        self._app.state.service = new
         log.info("reloaded", model=new.recognizer.bundle.info.name)
-        while old.users or old.engine.pending:
-            await asyncio.sleep(0.1)
-        await asyncio.to_thread(old.engine.close)  # it waits for work that nobody waits for any more
+        leaving.create_task(_let_go(old))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._app.state.service.ready = False
@@ -153,6 +154,13 @@ class _Server(uvicorn.Server):
             # answers now say "Connection: close", so a caller's next request is not on a connection that we close
             await asyncio.sleep(_LAST_CALL_S)
         await super().shutdown(sockets)
+
+
+async def _let_go(old: Service) -> None:
+    """Close a service once it has finished what it began."""
+    while old.users or old.engine.pending:
+        await asyncio.sleep(0.1)
+    await asyncio.to_thread(old.engine.close)  # it waits for work that nobody waits for any more
 
 
 def _listen(host: str, port: int) -> socket.socket:
