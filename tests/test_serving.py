@@ -252,6 +252,8 @@ def test_keys_and_rates(clean_env: dict[str, str], tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     # a key and the one that takes its place
     keys.write_text("# who\n" + "".join(f"anna {hashlib.sha256(key).hexdigest()}\n" for key in (b"secret", b"new")))
+    with keys.open("a") as more:
+        more.write(f"zoë {hashlib.sha256('schlüssel'.encode()).hexdigest()}\n")
     page = {"origin": "http://page.example", "access-control-request-method": "GET"}
     with serving(clean_env, "--api-keys", str(keys), "--rate", "3", "--cors", page["origin"]) as (url, _):
         assert httpx.get(f"{url}/livez").status_code == 200
@@ -259,8 +261,11 @@ def test_keys_and_rates(clean_env: dict[str, str], tmp_path: Path) -> None:
         assert (asked.status_code, asked.headers["access-control-allow-headers"]) == (200, "x-api-key")
         assert "key" in problem(httpx.get(f"{url}/v1/models"), 401)
         assert problem(httpx.get(f"{url}/v1/models", headers={"x-api-key": "wrong"}), 401)
-        with Client(url, api_key="secret") as client:
+        with Client(url, api_key="secret\n") as client:  # as it is read from a file
             assert client.model()["name"] == "mini"
+        bearer = "Bearer schlüssel".encode()
+        assert httpx.get(f"{url}/v1/models", headers=[(b"authorization", bearer)]).status_code == 200
+        assert problem(httpx.get(f"{url}/v1/models", headers=[(b"x-api-key", b"schl\xfcssel")]), 401)
         for key in ("secret", "new"):
             assert httpx.get(f"{url}/v1/models", headers={"x-api-key": key}).status_code == 200
         refused = httpx.get(f"{url}/v1/models", headers=page | {"x-api-key": "secret"})
