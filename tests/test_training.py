@@ -19,6 +19,7 @@ from cliphar.training._corpus import TRAIN, VAL, Corpus  # noqa: E402
 from cliphar.training._distill import DistillData, distill  # noqa: E402
 from cliphar.training._head import train_head  # noqa: E402
 from cliphar.training._job import text_vectors  # noqa: E402
+from cliphar.training._method_recipe import FullRecipe  # noqa: E402
 from cliphar.training._recipe import DistillRecipe, HeadRecipe  # noqa: E402
 from cliphar.training._run import _finish_mini  # noqa: E402
 from cliphar.training._text import prune_tokenizer  # noqa: E402
@@ -46,6 +47,17 @@ def test_the_ready_recipes_load(name: str, kind: type) -> None:
     assert isinstance(recipe, kind)
     assert recipe.seed == 3
     assert recipe.data.root == Path("/photos")
+
+
+@pytest.mark.parametrize(
+    ("given", "source"),
+    [("2024", "2024"), ("my photos #1", "my photos #1"), ("a: b", "a: b"), ("'[x]'", "[x]"), ("~/a", "/home/me/a")],
+)
+def test_a_setting_may_be_any_folder(monkeypatch: pytest.MonkeyPatch, given: str, source: str) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    recipe = load_recipe(RECIPES / "full.yaml", (f"data.source={given}", "train.size=null", "train.lr=2e-5"))
+    assert isinstance(recipe, FullRecipe)
+    assert (recipe.data.source, recipe.train.size, recipe.train.lr) == (source, None, 2e-5)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -164,13 +165,20 @@ Recipe: TypeAlias = SpaceRecipe | MiniRecipe | MethodRecipe
 def _set(tree: dict[str, Any], assignment: str) -> None:
     key, equals, value = assignment.partition("=")
     if not equals or not key:
-        raise UsageError(f"cannot read {assignment!r}; write key=value, as in data.root=../photos")
+        raise UsageError(f"cannot read {assignment!r}; write key=value, as in data.source=photos")
     *parents, last = key.split(".")
     for parent in parents:
         below = tree.setdefault(parent, {})
         if not isinstance(below, dict):
             raise UsageError(f"{assignment!r}: {parent} is not a section")
         tree = below
+    if value.startswith("~"):  # no shell replaces it behind the equals sign
+        value = os.path.expanduser(value)  # noqa: PTH111 - leaves a ~user that is not known
+    if (
+        value not in ("", "null") and value[0] not in "[{'\""
+    ):  # as it is: YAML would cut 'photos #1', and 2024 is a name
+        tree[last] = value
+        return
     try:
         tree[last] = yaml.safe_load(value)
     except yaml.YAMLError as error:
