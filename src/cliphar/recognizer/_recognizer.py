@@ -384,7 +384,8 @@ class Recognizer:
             MediaError: a photo cannot be read (``stream`` goes on instead).
             UsageError: bad labels, ``top_k`` or ``coverage``.
         """
-        if isinstance(images, str | os.PathLike | bytes | Image.Image | np.ndarray):
+        # None, what OpenCV makes of a file that is not there, is one photo that cannot be read
+        if isinstance(images, str | os.PathLike | bytes | Image.Image | np.ndarray) or not isinstance(images, Iterable):
             return next(_raising(self.stream([images], labels, top_k=top_k, coverage=coverage)))
         answers = _raising(self.stream(images, labels, top_k=top_k, coverage=coverage))
         return list(answers) if isinstance(images, Sequence) else answers
