@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import hashlib
 import io
 import json
 import os
@@ -484,6 +485,32 @@ def test_a_service_answers_where_there_is_one(
         with pytest.raises(ClipharError, match="can be reached: the page goes on trying"):
             watch(frame)
         backend.close()
+        script.session_state["backend"].close()
+    finally:
+        service.terminate()
+        service.wait(60)
+
+
+def test_a_service_that_wants_a_key_says_where_the_page_takes_it_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = free_port()
+    keys = tmp_path / "keys.txt"
+    keys.write_text(f"page {hashlib.sha256(b'right').hexdigest()}\n")
+    command = [sys.executable, "-m", "cliphar", "serve", "--port", str(port), "--api-keys", str(keys)]
+    service = subprocess.Popen(command, env=environment(CLIPHAR_STATE=str(tmp_path)))
+    try:
+        with Client(f"http://127.0.0.1:{port}", api_key="right", retry_s=60) as client:
+            client.model()
+        monkeypatch.setenv("CLIPHAR_API_URL", f"http://127.0.0.1:{port}")
+        monkeypatch.setenv("CLIPHAR_API_KEY", "wrong")
+        script = AppTest.from_file(str(SCRIPT), default_timeout=120).run()
+        assert not script.exception
+        assert "refuses this page: give a key" in script.error[0].value
+        assert "in CLIPHAR_API_KEY, or" in script.error[0].value
+        monkeypatch.setenv("CLIPHAR_API_KEY", "right")
+        script.run()
+        assert not script.error
         script.session_state["backend"].close()
     finally:
         service.terminate()

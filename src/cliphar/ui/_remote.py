@@ -43,7 +43,17 @@ class RemoteBackend:
         self._trial: str | None = None
         self._told: dict[str, Any] = {}
         self._told_at = -_FRESH_S
-        self._model()
+        try:
+            self._model()
+        except UsageError as error:  # the key is missing or wrong
+            self.close()
+            raise UsageError(
+                f"{self._url} refuses this page: {error}; who starts the page gives it a key in CLIPHAR_API_KEY, or in "
+                "the file that CLIPHAR_API_KEY_FILE names"
+            ) from error
+        except ClipharError:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Let the connections go."""
