@@ -6,6 +6,7 @@ import asyncio
 import base64
 import fcntl
 import hashlib
+import io
 import json
 import re
 import signal
@@ -627,6 +628,21 @@ def test_what_is_no_clip_is_refused(api: str, clip: bytes) -> None:
     assert problem(httpx.post(f"{api}/v1/video", files={"video": clip}, data={"labels": "cooking"}), 422)
     assert problem(httpx.post(f"{api}/v1/video", json={}), 415)
     assert problem(httpx.post(f"{api}/v1/video", content=clip, headers=kind, params={"fps": 0}), 422)
+
+
+def test_clips_that_come_at_once_are_refused_not_kept_waiting(api: str, samples: Path) -> None:
+    film = io.BytesIO()
+    frames = [Image.open(samples / "cat.jpg").convert("RGB").resize((640, 480)).rotate(turn) for turn in range(40)]
+    frames[0].save(film, "GIF", save_all=True, append_images=frames[1:], duration=1000)
+
+    async def ask() -> list[int]:
+        kind = {"content-type": "video/gif"}
+        async with httpx.AsyncClient(timeout=120) as client:
+            asked = (client.post(f"{api}/v1/video?fps=20", content=film.getvalue(), headers=kind) for _ in range(6))
+            return [answer.status_code for answer in await asyncio.gather(*asked)]
+
+    for _ in range(2):  # and the places are free afterwards
+        assert sorted(asyncio.run(ask())) == [200] * 2 + [503] * 4
 
 
 def test_the_documentation_needs_no_other_site(api: str) -> None:

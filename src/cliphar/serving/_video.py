@@ -6,9 +6,10 @@ import asyncio
 import io
 import json
 from collections.abc import AsyncIterator, Generator
+from contextlib import AsyncExitStack
 from typing import Annotated, Any, BinaryIO
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import StreamingResponse
 from starlette.concurrency import iterate_in_threadpool
 from starlette.datastructures import UploadFile
@@ -27,6 +28,12 @@ _places = asyncio.Semaphore(_AT_ONCE)
 _Items = Generator[Progress | Segment | Timeline, None, None]
 
 
+async def _held() -> AsyncIterator[AsyncExitStack]:
+    """What is held until the answer is out, or the caller gone."""
+    async with AsyncExitStack() as stack:
+        yield stack
+
+
 @router.post(
     "/video",
     openapi_extra=form_body({"video": FILE}, {"video/*": FILE}),
@@ -36,6 +43,7 @@ _Items = Generator[Progress | Segment | Timeline, None, None]
 async def video(
     request: Request,
     service: TheService,
+    held: Annotated[AsyncExitStack, Depends(_held)],
     labels: Annotated[str | None, Query(description="Words with commas between, or a vocabulary's name.")] = None,
     coverage: Annotated[float, Query(gt=0, lt=1)] = 0.9,
     multi_label: bool = False,
@@ -51,6 +59,7 @@ async def video(
     source = await _clip(request)
     if _places.locked():
         raise ProblemError(503, f"{_AT_ONCE} videos are being read; try again later", retry_after_s=5)
+    await held.enter_async_context(_places)
     items = await asyncio.to_thread(
         stream_video,
         service.recognizer,
@@ -79,14 +88,13 @@ async def _clip(request: Request) -> BinaryIO:
 
 
 async def _lines(items: _Items) -> AsyncIterator[str]:
-    async with _places:
-        try:
-            async for item in iterate_in_threadpool(items):
-                yield json.dumps(_line(item), ensure_ascii=False) + "\n"
-        except MediaError as error:
-            yield json.dumps({"error": str(error)}) + "\n"
-        finally:
-            await asyncio.to_thread(items.close)
+    try:
+        async for item in iterate_in_threadpool(items):
+            yield json.dumps(_line(item), ensure_ascii=False) + "\n"
+    except MediaError as error:
+        yield json.dumps({"error": str(error)}) + "\n"
+    finally:
+        await asyncio.to_thread(items.close)
 
 
 def _line(item: Progress | Segment | Timeline) -> dict[str, Any]:
