@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import resource
 import struct
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -387,3 +389,23 @@ def test_the_command(tmp_path: Path, clean_env: dict[str, str]) -> None:
     assert run(str(good), "--out", "x.txt").returncode == 2
     over_itself = run(str(good), "--out", str(good))
     assert (over_itself.returncode, over_itself.stdout) == (2, "")  # before it is read
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pipes that are files")
+def test_a_video_in_a_pipe(tmp_path: Path, fake: Recognizer) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    said: list[Timeline | str] = []
+    for name in ("clip.mkv", "clip.mp4"):
+        content = film(tmp_path / name, [RED]).read_bytes()
+        index = content.find(b"moov") - 4  # at the end, and here so far from the pictures that a buffer does not help
+        if name == "clip.mp4":
+            content = content[:index] + struct.pack(">I4s", 2**20, b"free").ljust(2**20, b"\0") + content[index:]
+        with ThreadPoolExecutor() as pool:
+            pool.submit(pipe.write_bytes, content)
+            try:
+                said.append(recognize_video(fake, pipe))
+            except MediaError as error:
+                said.append(str(error))
+    assert isinstance(said[0], Timeline)
+    assert said[1] == f"{pipe} is a pipe, and this video cannot be read from one; save it to a file first"

@@ -247,6 +247,10 @@ class VideoReader:
 
     def _check_end(self, seen: int) -> None:
         if not seen:
+            if Path(self.name).is_fifo():  # such as an MP4 with its index at the end
+                raise MediaError(
+                    f"{self.name} is a pipe, and this video cannot be read from one; save it to a file first"
+                )
             reason = self.problems[0] if self.problems else "no picture can be decoded"
             raise MediaError(f"{self.name} is damaged: {reason}")
         declared = self.info.duration_s
