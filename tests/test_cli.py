@@ -266,6 +266,19 @@ def test_on_a_terminal_there_are_bars(clean_env: dict[str, str], photos: list[Pa
     assert "in set" in text
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+@pytest.mark.parametrize("columns", [60, 80])
+def test_a_terminal_cuts_no_figure_of_the_card(clean_env: dict[str, str], columns: int) -> None:
+    import pty
+
+    outside, inside = pty.openpty()
+    command = [sys.executable, "-m", "cliphar", "model", "show", "mini"]
+    with subprocess.Popen(command, stdout=inside, env=clean_env | {"COLUMNS": str(columns)}):
+        os.close(inside)
+        shown = read_terminal(outside)
+    assert all(figure in shown for figure in ("0.788", "0.785", "10.067"))
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no head")
 def test_a_reader_that_goes_away(clean_env: dict[str, str], photos: list[Path]) -> None:
     many = " ".join(f"'{photo}'" for photo in photos * 30)

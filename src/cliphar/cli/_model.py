@@ -38,17 +38,19 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="All of bundle.json.")] = False,
 ) -> None:
     """The model's card."""
+    from rich.console import Console
+
     from cliphar.bundle import find_bundle
     from cliphar.evaluation import model_card
 
+    console = Console()
     bundle = find_bundle(model, verify=False)
     if as_json:
         print(json.dumps(json.loads(bundle.info.model_dump_json(exclude_unset=True)), ensure_ascii=False))
-    elif sys.stdout.isatty():
-        from rich.console import Console
+    elif sys.stdout.isatty() and console.width >= 80:  # in narrower tables figures would be cut
         from rich.markdown import Markdown
 
-        Console().print(Markdown(model_card(bundle)))
+        console.print(Markdown(model_card(bundle)))
     else:
         print(model_card(bundle))
 
