@@ -520,13 +520,15 @@ def test_a_service_that_wants_a_key_says_where_the_page_takes_it_from(
 def test_a_camera_goes_on_without_answers_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     class Watch:
         fails = True
+        closed = False
 
         def __call__(self, frame: NDArray[np.uint8]) -> Prediction:
             if self.fails:
                 raise ClipharError("no answer")
             return Prediction("sitting", 0.9, ("sitting",), (Score("sitting", 0.9),), 0.3)
 
-        def close(self) -> None: ...
+        def close(self) -> None:
+            self.closed = True
 
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)
@@ -540,6 +542,11 @@ def test_a_camera_goes_on_without_answers_and_says_why(monkeypatch: pytest.Monke
     now += 1.1
     assert camera.recv(frame) is not frame
     assert camera.trouble is None
+    other = Watch()
+    camera.ask(other)  # another list: the connection of the one before is let go
+    assert not watch.closed
+    assert camera.recv(frame) is frame
+    assert (watch.closed, other.closed) == (True, False)
 
 
 @pytest.fixture

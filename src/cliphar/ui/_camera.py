@@ -37,16 +37,24 @@ class Camera:
     """
 
     def __init__(self, watch: Watch) -> None:
-        self._watch = watch
+        self._watch = self._wanted = watch
         self._lock = threading.Lock()
         self._answer: Prediction | None = None
         self._trouble: str | None = None
         self._asks_again = 0.0
         self._times: deque[tuple[float, float]] = deque(maxlen=300)  # when a frame was done, and how long it took
 
+    def ask(self, watch: Watch) -> None:
+        """Have another answer the frames from now on."""
+        self._wanted = watch
+
     def recv(self, frame: av.VideoFrame) -> av.VideoFrame:
         """The frame with its answer on it."""
         import av
+
+        if self._watch is not self._wanted:  # here, on the thread that the one before answers on
+            self._watch.close()
+            self._watch = self._wanted
 
         started = time.monotonic()
         if started < self._asks_again:

@@ -48,8 +48,11 @@ def live_page() -> None:
 def _camera(labels: tuple[str, ...]) -> Camera:
     state = st.session_state
     asked = (backend().where, labels)
-    if state.get("camera_asked") != asked:
-        state.camera_asked, state.camera = asked, Camera(backend().watch(labels))
+    if "camera" not in state:
+        state.camera = Camera(backend().watch(labels))
+    elif state.camera_asked != asked:
+        state.camera.ask(backend().watch(labels))
+    state.camera_asked = asked
     found: Camera = state.camera
     return found
 

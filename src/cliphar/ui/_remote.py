@@ -141,8 +141,8 @@ class RemoteBackend:
 
     def forget(self, name: str) -> None:
         """For all who ask this service."""
+        self._told_at = -_FRESH_S  # also where it is refused: another may have had it forgotten
         self._client.forget(name)
-        self._told_at = -_FRESH_S
 
 
 def _segment(told: dict[str, Any]) -> Segment:
