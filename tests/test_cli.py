@@ -231,6 +231,13 @@ def test_answers_to_files(cli: Run, photos: list[Path], tmp_path: Path) -> None:
     assert [row["set"].split("; ") for row in rows] == [row["set"] for row in plain]
     assert rows[0]["top"].startswith(f"{plain[0]['top'][0]['label']} ")
 
+    kept, link = tmp_path / "home" / "kept.csv", tmp_path / "link.csv"
+    kept.parent.mkdir(exist_ok=True)
+    link.symlink_to(kept)
+    assert cli("predict", *photos, "--out", "link.csv").returncode == 0
+    assert kept.read_bytes() == (tmp_path / "a.csv").read_bytes()
+    link.unlink()
+
     parquet = pytest.importorskip("pyarrow.parquet")
     assert cli("predict", *photos, "--out", "a.parquet").returncode == 0
     assert parquet.read_table(tmp_path / "a.parquet").to_pylist() == plain

@@ -46,9 +46,10 @@ def _read(source: str, cache: Path) -> tuple[PhotoSource, PhotoSet]:
 
 @app.command()
 def check(source: _Source, as_json: _Json = False, cache: _Cache = _CACHE) -> None:
-    """Find unreadable files, near-duplicates, also across parts and with different labels, and imbalance.
+    """Find unreadable files, near-duplicates and imbalance.
 
-    Exit status 1 if there are files that cannot be read.
+    Near-duplicates are counted across parts and with different labels too. Exit status 1 if there are files that
+    cannot be read.
     """
     from cliphar.data import check_photos
 
@@ -105,9 +106,10 @@ def split(
     seed: Annotated[int, typer.Option(help="Draws the parts; the recipes' own is 7.")] = 7,
     cache: _Cache = _CACHE,
 ) -> None:
-    """Copy labelled photos into train, val and test: every label alike, near-duplicates on one side.
+    """Copy labelled photos into train, val and test.
 
-    Parts that the source itself names are kept. 'cliphar train' and 'cliphar eval' then take the parts as they are.
+    Every label is divided alike, and near-duplicates stay on one side. Parts that the source itself names are kept.
+    'cliphar train' and 'cliphar eval' then take the parts as they are.
     """
     from cliphar.data import assign_parts, copy_parts
 

@@ -79,7 +79,7 @@ def pull(
         str | None, typer.Option("--from", help="A file, folder or address to take it from instead of the network.")
     ] = None,
 ) -> None:
-    """Fetch what the package leaves out, check it, and put the model in place.
+    """Fetch what the package leaves out of a model. It is checked and put in place.
 
     MODEL is clip-b16; or, with cliphar[train], clip-vit-b32, siglip2-b16, mobileclip2-s0 or open_clip:ARCHITECTURE/TAG.
     """
@@ -115,7 +115,7 @@ def teach(
     model: Model = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Teach a model one more action from a few photos, in seconds; what it knew stays as it was."""
+    """Teach a model one more action from a few photos. What it knew stays as it was."""
     from cliphar.bundle import find_bundle, write_bundle
     from cliphar.cli._predict import expand
     from cliphar.recognizer import TAUGHT_FILE, Recognizer
@@ -157,7 +157,7 @@ def promote(
     level: Annotated[float, typer.Option(min=0, max=1, help="The p-value that is enough.")] = 0.05,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Put a model in another's place only if it is better on the same photos or clips, by McNemar's exact test."""
+    """Put a model in another's place if it is better. The same photos or clips decide, by McNemar's exact test."""
     from cliphar.bundle import write_bundle
     from cliphar.cli._eval import answer_all, read_labelled
     from cliphar.evaluation import compare
