@@ -395,7 +395,8 @@ def test_eval_shows_on_a_terminal_how_far_it_is(labelled: Path, clean_env: dict[
         (labelled / "smiling" / f"{i}.jpg").symlink_to(next(labelled.glob("smiling/*.jpg")))
     outside, inside = pty.openpty()
     command = [sys.executable, "-m", "cliphar", "eval", "--data", str(labelled)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=inside, env=clean_env) as process:
+    env = clean_env | {"TERM": "xterm-256color", "PYTHONUTF8": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=inside, env=env) as process:
         os.close(inside)
         assert "53/53" in read_terminal(outside)
         assert process.communicate(timeout=120)[0].startswith(b"n             53")

@@ -144,6 +144,7 @@ def test_a_stopped_training_goes_on_in_its_run(recipe: Path, clean_env: dict[str
         )
         assert done.returncode in (0, 128 + signal.SIGTERM), done.stderr
         assert "is no longer written to" not in done.stdout
+        assert "wandb" not in done.stdout + done.stderr
         return done.returncode, done.stdout
 
     def runs() -> list[tuple[str, list[int]]]:

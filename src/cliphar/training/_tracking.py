@@ -151,13 +151,14 @@ class WandbSink:
     name = "Weights & Biases"
 
     def __init__(self, run_name: str, home: Path, run_id: str | None, log: Log) -> None:
+        os.environ.setdefault("WANDB_SILENT", "true")  # its settings' silent lets some lines through
         import wandb
 
         home.mkdir(parents=True, exist_ok=True)
         self._wandb = wandb
         self._model = run_name
         project = os.environ.get("WANDB_PROJECT") or "cliphar"
-        begin = partial(wandb.init, project=project, name=run_name, dir=home, settings=wandb.Settings(silent=True))
+        begin = partial(wandb.init, project=project, name=run_name, dir=home)
         try:
             self._run = begin(id=run_id, resume="allow") if run_id else begin()
         except wandb.Error as error:
