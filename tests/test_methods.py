@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from safetensors.numpy import save  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from cliphar.bundle import Bundle, ImageSpec, TextSpec, packaged, read_bundle, write_bundle  # noqa: E402
-from cliphar.errors import UsageError  # noqa: E402
+from cliphar.errors import DataError, UsageError  # noqa: E402
 from cliphar.export import compress_weights, export_clip_text, export_image_tower  # noqa: E402
 from cliphar.models import (  # noqa: E402
     ImageTower,
@@ -309,6 +310,21 @@ def test_a_place_that_cannot_be_written_is_said_first(recipe: Callable[..., Path
     for other in (tmp_path, tmp_path / "taken"):
         with pytest.raises(UsageError, match="it exists and is not a bundle"):
             run(recipe("full"), f"output={other}", "data.source=nowhere")
+
+
+def test_labels_without_photos_to_train_on_are_told_and_one_alone_is_refused(
+    recipe: Callable[..., Path], shapes: Path, tmp_path: Path
+) -> None:
+    for part, labels in (("train", ("jumping", "running")), ("val", COLOURS), ("test", COLOURS)):
+        for label in labels:
+            shutil.copytree(shapes / label, tmp_path / "set" / part / label)
+    said: list[str] = []
+    bundle = run(recipe("gda"), f"data.source={tmp_path / 'set'}", log=said.append)
+    assert "no photo to train on, only words: sleeping late" in said
+    assert len(bundle.info.labels) == 3
+    shutil.rmtree(tmp_path / "set" / "train" / "running")
+    with pytest.raises(DataError, match="are all of 'jumping'"):
+        run(recipe("gda"), f"data.source={tmp_path / 'set'}")
 
 
 def test_a_label_that_no_model_can_be_asked_about_is_refused(recipe: Callable[..., Path], tmp_path: Path) -> None:

@@ -172,6 +172,14 @@ def open_job(recipe: MethodRecipe, around: Surroundings) -> Job:
     for name, which in _PART.items():
         if not ((part == which) & (targets >= 0)).any():
             raise DataError(f"{recipe.data.source} leaves no photo for {name}; give more photos or other fractions")
+    trained = set(targets[part == TRAIN].tolist()) - {-1}
+    if len(trained) < 2:
+        raise DataError(
+            f"the photos of {recipe.data.source} to train on are all of '{labels[trained.pop()]}'; "
+            "give those of at least two labels, or smaller data.val and data.test"
+        )
+    if untrained := [label for number, label in enumerate(labels) if number not in trained]:
+        around.log(f"no photo to train on, only words: {', '.join(untrained)}")
     counts = ", ".join(f"{name} {int((part == which).sum()):,}" for name, which in _PART.items())
     around.log(f"{len(photos):,} photos of {len(labels)} labels: {counts}")
     return Job(recipe, Recognizer(bundle, OnnxRuntime(bundle)), photos, part, labels, targets, around)
