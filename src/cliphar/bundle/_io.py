@@ -245,7 +245,8 @@ def write_bundle(
 def whole_file(path: Path) -> Iterator[Path]:
     """A file to write in the block, of the same name; it replaces ``path`` if the block ends well, and vanishes if not.
 
-    Whoever reads ``path`` meanwhile finds the old file or the new one, and never a part. A link stays one, if its folder is there.
+    Whoever reads ``path`` meanwhile finds the old file or the new one, and never a part. A link whose folder is there
+    stays one.
     """
     path = path.resolve() if path.is_symlink() and path.resolve().parent.is_dir() else path
     with naming(path), tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as work:
