@@ -345,6 +345,19 @@ def test_tensorrt_says_what_it_needs_or_is_proved(tmp_path: Path) -> None:
         pytest.skip("needs a GPU with TensorRT: " + outcome.failed)
 
 
+def test_in_half_precision_lengths_are_taken_in_float32() -> None:
+    from cliphar.export._targets import _half
+
+    nodes = _half(float_graph(find_bundle(packaged("mini")))).graph.node
+    maker = {name: node for node in nodes for name in node.output}
+    lengths = [node for node in nodes if node.op_type in ("ReduceL2", "LpNormalization")]
+    assert lengths
+    for node in lengths:
+        cast = maker[node.input[0]]
+        assert cast.op_type == "Cast"
+        assert cast.attribute[0].i == onnx.TensorProto.FLOAT
+
+
 def test_tensorrt_is_given_what_it_takes(images: NDArray[np.uint8]) -> None:
     import onnxruntime
 
@@ -355,6 +368,7 @@ def test_tensorrt_is_given_what_it_takes(images: NDArray[np.uint8]) -> None:
     model = float_graph(find_bundle(packaged("mini")))
     for graph in (_half(model), quantize(model, images, symmetric=True)):
         given = float_first(graph)
+        onnx.checker.check_model(given, full_check=True)
         assert {node.op_type for node in given.graph.node if "images" in node.input} == {"Cast"}  # of uint8, no other
         constants = {tensor.name: tensor for tensor in given.graph.initializer}
         zeros = [constants[n.input[2]] for n in given.graph.node if "uantizeLinear" in n.op_type and len(n.input) > 2]

@@ -17,7 +17,7 @@ from safetensors.torch import save_file  # noqa: E402
 from tokenizers import Tokenizer, models, normalizers, trainers  # noqa: E402
 
 from cliphar.errors import BundleError, UsageError  # noqa: E402
-from cliphar.export import pull_open_clip  # noqa: E402
+from cliphar.export import export_bundle, pull_open_clip  # noqa: E402
 from cliphar.models import OpenClipEncoder, open_clip_encoder  # noqa: E402
 from cliphar.recognizer import load  # noqa: E402
 
@@ -118,6 +118,17 @@ def test_a_folder_becomes_a_bundle_that_answers(
     answer = recognizer.predict(photos[0], ["cooking", "a very long description " * 8])
     assert answer.set == tuple(score.label for score in answer.top)
     assert pull_open_clip("open_clip:tiny", "/nowhere").path == bundle.path  # it is there and whole
+
+
+def test_half_precision_of_a_transformer_is_made_or_refused_and_what_follows_is_made(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLIPHAR_HOME", str(tmp_path / "home"))
+    bundle = pull_open_clip("open_clip:tiny", str(folder))
+    bundle, (half, weights) = export_bundle(bundle, ["onnx-fp16", "onnx-w8"])
+    assert half.failed is None or "this ONNX Runtime crashes" in half.failed
+    assert weights.failed is None
+    assert "onnx-w8" in bundle.runtimes
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +13,7 @@ import onnx
 from numpy.typing import NDArray
 
 from cliphar.bundle import store
+from cliphar.errors import ClipharError
 from cliphar.export._image import borrow_weights, compress_weights
 from cliphar.export._quantize import quantize_within
 from cliphar.export._tensorrt import build_engine
@@ -54,19 +57,30 @@ def _onnx_fp32(material: Material) -> Files:
 
 def _half(model: onnx.ModelProto) -> onnx.ModelProto:
     from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
 
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     # pixels are scaled, and lengths taken, in float32: 255 squared is above what half precision holds
     blocked = ["ReduceL2", "LpNormalization", "Pow", "ReduceMean", "Softmax", "LayerNormalization"]
-    half: onnx.ModelProto = convert_float_to_float16(
-        copy, keep_io_types=True, disable_shape_infer=True, op_block_list=blocked
-    )
+    # without the types of what is between nodes, those that stay in float32 would be given half precision
+    half: onnx.ModelProto = convert_float_to_float16(copy, keep_io_types=True, op_block_list=blocked)
+    OnnxModel.graph_topological_sort(half.graph)  # casts were put at the end
+    del half.graph.value_info[:]
     return half
 
 
 def _onnx_fp16(material: Material) -> Files:
-    return {"image.fp16.onnx": _half(material.model).SerializeToString()}
+    graph = material.work / "half.onnx"
+    graph.write_bytes(_half(material.model).SerializeToString())
+    load = "import sys, onnxruntime as o; o.InferenceSession(sys.argv[1], providers=['CPUExecutionProvider'])"
+    done = subprocess.run([sys.executable, "-c", load, str(graph)], capture_output=True, check=False)
+    if done.returncode < 0:  # ONNX Runtime 1.32 does so with open_clip's ViT, and would take us with it
+        raise ClipharError(
+            f"onnx-fp16 cannot be made: this ONNX Runtime crashes as it loads the graph (signal {-done.returncode}); "
+            "choose openvino-bf16, or tensorrt on a GPU"
+        )
+    return {"image.fp16.onnx": graph.read_bytes()}
 
 
 def _onnx_w8(material: Material) -> Files:
