@@ -264,6 +264,25 @@ def test_what_comes_by_drops_does_not_keep_its_connection(env: dict[str, str], p
         assert "label" in json.loads(camera.recv(60))
 
 
+def test_an_answer_that_nobody_reads_is_let_go(env: dict[str, str]) -> None:
+    with serving(env, "--deadline", "1") as (url, _):
+        address, path = urlsplit(url), "/static-offline-docs/swagger-ui-bundle.js"
+        whole = 20 * len(httpx.get(f"{url}{path}").content)
+        for pause_s, all_came in ((0.1, True), (6, False)):  # before each of the first reads
+            with socket.create_connection((address.hostname, address.port or 0), timeout=60) as slow:
+                slow.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() * 20)
+                came, pauses = 0, 40 if all_came else 1
+                with suppress(ConnectionError):
+                    while came < whole:
+                        if pauses:
+                            time.sleep(pause_s)
+                            pauses -= 1
+                        if not (part := slow.recv(2**18)):
+                            break
+                        came += len(part)
+            assert (came >= whole) == all_came
+
+
 def test_very_many_values_hold_nobody_up(api: str) -> None:
     many = b"1," * 4_000_000 + b"1"
     tensor = b'{"inputs": [{"name": "images", "shape": [1], "datatype": "BYTES"}], "outputs": ['

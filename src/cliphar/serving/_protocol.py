@@ -1,4 +1,4 @@
-"""What a connection may send before anyone looks at it: uvicorn bounds neither a head's size nor its time."""
+"""What a connection may take without being served: uvicorn bounds neither a head's size nor its time, nor a pause."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ _HEAD = 2**17  # labels in an address are the longest that is meant
 
 
 class Protocol(HttpToolsProtocol):
-    """uvicorn's, which closes what sends a larger head, or larger trailers, or takes too long to send a request.
+    """uvicorn's, which closes what sends a larger head, or larger trailers, takes too long to send a request, or reads
+    no more of its answer.
 
     Args:
-        request_s: how long a request may take to come in; so long may a new connection be silent, too.
+        request_s: how long a request may take to come in, a new connection be silent, and an answer stay unread.
         uvicorn: what uvicorn gives.
     """
 
@@ -25,6 +26,7 @@ class Protocol(HttpToolsProtocol):
         self._request_s = request_s
         self._head = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -32,6 +34,8 @@ class Protocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop()
+        if self._unread is not None:
+            self._unread.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -39,6 +43,17 @@ class Protocol(HttpToolsProtocol):
         super().data_received(data)
         if self._head > _HEAD and not self.transport.is_closing():
             self.send_400_response("The headers are too large.")
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._unread is None:
+            self._look(before=0)
+
+    def _look(self, before: int) -> None:
+        left = self.transport.get_write_buffer_size()
+        if left and left == before:
+            self.transport.abort()
+        self._unread = self.loop.call_later(self._request_s, self._look, left) if left else None
 
     def handle_websocket_upgrade(self) -> None:
         self._stop()
