@@ -57,4 +57,6 @@ def main(photos_at: Path, model: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     main(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "mini")

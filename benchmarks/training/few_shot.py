@@ -132,6 +132,8 @@ def write(found: dict[str, dict[int, float]], beside: dict[str, float], out: Pat
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
     target = Path(sys.argv[2])
     target.mkdir(parents=True, exist_ok=True)  # not after an hour of measuring
     write(*measure(Path(sys.argv[1]), [int(shots) for shots in sys.argv[3:]]), target)
