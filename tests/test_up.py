@@ -66,7 +66,9 @@ def test_it_prints_addresses_and_a_command_that_works(
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert "label" in json.dumps(json.loads(done.stdout))
     check = Path(__file__).parents[1] / "docker" / "healthcheck.py"
-    subprocess.run([sys.executable, str(check), f"{api}/readyz"], env=PROXY, check=True)
+    page_address = next(line.split()[-1] for line in lines if line.startswith("Web page"))
+    ports = {"CLIPHAR_PORT": api.rpartition(":")[2], "CLIPHAR_APP_PORT": page_address.rpartition(":")[2]}
+    subprocess.run([sys.executable, str(check)], env=PROXY | ports, check=True)
     both = children(process.pid)
     assert len(both) == 2
     process.send_signal(signal.SIGTERM)
