@@ -632,3 +632,13 @@ def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path: Path) -> None:
         file.writestr("a/1.jpg", bytes(51 * 2**20))
     with pytest.raises(DataError, match=r"a/1\.jpg in bomb\.zip has 51 MB"):
         _check_sizes(archive)
+
+
+def test_an_archive_that_is_none_or_cut_short_is_refused(tmp_path: Path) -> None:
+    archive = tmp_path / "mine.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("a/1.jpg", bytes(1000))
+    for content in archive.read_bytes()[:500], b"no archive", b"":
+        archive.write_bytes(content)
+        with pytest.raises(DataError, match=r"mine\.zip is damaged, or neither a zip nor a tar file"):
+            _check_sizes(archive)

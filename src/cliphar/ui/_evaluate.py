@@ -10,7 +10,6 @@ import time
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -123,18 +122,19 @@ def _check_sizes(archive: Path) -> None:
     """What is packed small may be large, and each photo is read whole.
 
     Raises:
-        DataError: a file in the archive is larger than a photo may be.
+        DataError: a file in the archive is larger than a photo may be, or it is no whole zip or tar file.
     """
-    sizes: dict[str, int] = {}
-    with suppress(
-        zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError
-    ):  # told when read
+    try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as opened:
                 sizes = {member.filename: member.file_size for member in opened.infolist()}
         else:
             with tarfile.open(archive) as tar:
                 sizes = {member.name: member.size for member in tar}
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        raise DataError(
+            f"{archive.name} is damaged, or neither a zip nor a tar file; pack the folders again"
+        ) from error
     for name, size in sizes.items():
         if size > _MAX_PHOTO_MB * 2**20:
             raise DataError(f"{name} in {archive.name} has {size >> 20} MB; a photo may have {_MAX_PHOTO_MB}")
