@@ -43,6 +43,8 @@ settings.register_profile("steady", deadline=None, database=None, derandomize=Tr
 settings.load_profile("steady")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background, and what is started here would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup; a handler is not inherited
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 def unit(vectors: NDArray[Any]) -> NDArray[np.float32]:

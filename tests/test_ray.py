@@ -74,7 +74,8 @@ def test_photos_and_shards_are_answered_in_parts_that_are_kept(cli: Cli, photos:
 
 def test_the_job_of_the_cluster_file(clean_env: dict[str, str], photos: list[Path], tmp_path: Path) -> None:
     """What deploy/ray.yaml runs, on a cluster that others started: only the volume is another."""
-    spec = yaml.safe_load((Path(__file__).parent.parent / "deploy" / "ray.yaml").read_text(encoding="utf-8"))["spec"]
+    documents = yaml.safe_load_all((Path(__file__).parent.parent / "deploy" / "ray.yaml").read_text(encoding="utf-8"))
+    (spec,) = (one["spec"] for one in documents if one["kind"] == "RayJob")
     assert spec["rayClusterSpec"]["rayVersion"] == version("ray")
     (tmp_path / "photos").mkdir()
     for photo in photos[:2]:
