@@ -25,6 +25,7 @@ from urllib.parse import quote, urljoin, urlsplit
 import httpx
 import numpy as np
 import pytest
+import structlog
 from fastapi.testclient import TestClient
 from PIL import Image
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -32,7 +33,7 @@ from websockets.sync.client import connect
 
 from cliphar.bundle import packaged
 from cliphar.client import AsyncClient, Client
-from cliphar.errors import MediaError, UsageError
+from cliphar.errors import BundleError, MediaError, UsageError
 from cliphar.recognizer import Prediction, Recognizer
 from cliphar.serving import Engine, Service, Settings, create_app
 from cliphar.serving._keys import Keys
@@ -581,6 +582,19 @@ def test_a_frame_on_which_the_service_fails_does_not_end_the_stream(tmp_path: Pa
         for _ in range(2):
             camera.send_bytes(b"frame")
             assert "its log says more" in camera.receive_json()["error"]
+
+
+def test_a_model_that_no_longer_runs_is_told_in_the_log(tmp_path: Path, photos: list[Path]) -> None:
+    def fail(_squares: Any) -> Any:
+        raise BundleError("image.onnx of bundle 'mini' does not run here: out of memory")
+
+    service = replace(Service.start(Settings(state=tmp_path)), engine=engine(fail))
+    with TestClient(create_app(service)) as client, structlog.testing.capture_logs() as logs:
+        problem(client.post("/v1/predict", files={"images": photos[0].read_bytes()}), 500)
+        with client.websocket_connect("/v1/stream") as camera:
+            camera.send_bytes(photos[0].read_bytes())
+            assert "its log says more" in camera.receive_json()["error"]
+    assert [log["log_level"] for log in logs if log["event"] == "failed"] == ["error"] * 2
 
 
 # --- video

@@ -77,7 +77,10 @@ def add_problem_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(ClipharError)
     async def cannot(_request: Request, error: ClipharError) -> JSONResponse:
-        return problem_response(422 if isinstance(error, MediaError | UsageError) else 500, str(error))
+        if isinstance(error, MediaError | UsageError):
+            return problem_response(422, str(error))
+        structlog.get_logger().error("failed", error=str(error))  # no fault of who asks: the operator must know
+        return problem_response(500, str(error))
 
     def said(error: ValidationException) -> JSONResponse:
         first = error.errors()[0]

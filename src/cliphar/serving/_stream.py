@@ -10,7 +10,7 @@ from typing import Annotated
 import structlog
 from fastapi import APIRouter, Query, WebSocket, WebSocketDisconnect
 
-from cliphar.errors import ClipharError, MediaError
+from cliphar.errors import ClipharError, MediaError, UsageError
 from cliphar.serving._problems import ProblemError
 from cliphar.serving._service import Service
 from cliphar.timeline import Live
@@ -77,7 +77,7 @@ async def stream(
                     raise found
                 steady = await asyncio.to_thread(live.push_embedding, found, came)
                 said = steady.to_dict() | {"evidence": round(steady.prediction.evidence, 6)}
-            except (ProblemError, ClipharError) as error:
+            except (ProblemError, MediaError, UsageError) as error:
                 said = {"error": str(error)}
             except Exception as error:
                 structlog.get_logger().error("failed", error=type(error).__name__, exc_info=error)
