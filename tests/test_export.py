@@ -248,6 +248,15 @@ def test_a_torch_program_that_is_none(exported: tuple[Bundle, list[Added]], tmp_
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", [*TORCH[:1], *OPENVINO[:1]])
+def test_a_program_of_other_sizes_than_the_bundles(exported: tuple[Bundle, list[Added]], name: str) -> None:
+    info = exported[0].info
+    other = info.model_copy(update={"image": info.image.model_copy(update={"size": 64})})
+    with pytest.raises(BundleError, match=r"of bundle 'mini' does not run here: ") as caught:
+        load_runtime(Bundle(exported[0].path, other), name).encode_images(np.zeros((1, 64, 64, 3), np.uint8))
+    assert "\n" not in str(caught.value)
+
+
 # --- what is refused
 
 

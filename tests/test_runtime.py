@@ -306,6 +306,12 @@ def test_an_image_graph_of_other_sizes_than_the_bundles(tmp_path: Path, make_inf
     assert "\n" not in str(caught.value)
 
 
+def test_a_text_graph_that_takes_something_else(tmp_path: Path, make_info: MakeInfo) -> None:
+    runtime = OnnxRuntime(_broken(tmp_path, make_info(), text=_graph("photos", 16)))
+    with pytest.raises(BundleError, match=r"text\.onnx of bundle 'tiny' does not run here: .*images"):
+        runtime.encode_text(["cooking"])
+
+
 def test_a_text_graph_that_is_none(tmp_path: Path, make_info: MakeInfo) -> None:
     runtime = OnnxRuntime(_broken(tmp_path, make_info(), text=b"not a graph"))
     with pytest.raises(BundleError, match=r"text\.onnx of bundle 'tiny' does not run here"):

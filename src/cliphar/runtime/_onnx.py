@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from cliphar.bundle import Bundle, store
 from cliphar.errors import BundleError, UsageError
 from cliphar.runtime._cpu import cpu_quota
-from cliphar.runtime._text import TextTower, check_images
+from cliphar.runtime._text import TextTower, check_images, does_not_run
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -124,7 +124,7 @@ class OnnxRuntime:
         try:
             return np.concatenate([session.run(["embeddings"], {"images": part})[0] for part in parts])
         except Exception as error:  # of memory, or of other sizes than bundle.json's
-            raise _does_not_run(self.bundle, self.file, error) from error
+            raise does_not_run(self.bundle, self.file, error) from error
 
     def encode_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """See :class:`Runtime`."""
@@ -149,12 +149,7 @@ def _session(bundle: Bundle, name: str, provider: str | None, threads: int) -> o
     except BundleError:
         raise
     except Exception as error:  # ONNX Runtime raises its own classes for each status, all RuntimeError or Exception
-        raise _does_not_run(bundle, name, error) from error
-
-
-def _does_not_run(bundle: Bundle, name: str, error: Exception) -> BundleError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return BundleError(f"{name} of bundle '{bundle.info.name}' does not run here: {reason}")
+        raise does_not_run(bundle, name, error) from error
 
 
 def _options(bundle: Bundle, name: str, provider: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cliphar.bundle import Bundle
 from cliphar.errors import BundleError, UsageError
 from cliphar.runtime._cpu import cpu_quota
-from cliphar.runtime._text import TextTower, check_images
+from cliphar.runtime._text import TextTower, check_images, does_not_run
 
 __all__ = ["OpenVinoRuntime", "import_openvino"]
 
@@ -63,18 +63,21 @@ class OpenVinoRuntime:
         except BundleError:
             raise
         except Exception as error:  # OpenVINO raises RuntimeError and its own
-            reason = str(error).strip().splitlines()[-1]
-            raise BundleError(f"{file} of bundle '{bundle.info.name}' does not run here: {reason}") from error
+            raise does_not_run(bundle, file, error) from error
+        self._file = file
         self._local = threading.local()
         self._text = TextTower(bundle, self.threads)
 
     def encode_images(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """See :class:`Runtime`; ValueError if the shape or dtype is not the bundle's."""
+        """See :class:`Runtime`; ValueError for another shape or dtype, BundleError if it does not run."""
         check_images(self.bundle, images)
         request = getattr(self._local, "request", None)  # a request serves one thread at a time
-        if request is None:
-            request = self._local.request = self._model.create_infer_request()
-        result: NDArray[np.float32] = np.array(request.infer([images], share_inputs=True)[0])
+        try:
+            if request is None:
+                request = self._local.request = self._model.create_infer_request()
+            result: NDArray[np.float32] = np.array(request.infer([images], share_inputs=True)[0])
+        except Exception as error:  # of memory, or of other sizes than bundle.json's
+            raise does_not_run(self.bundle, self._file, error) from error
         return result
 
     def encode_text(self, texts: Sequence[str]) -> NDArray[np.float32]:

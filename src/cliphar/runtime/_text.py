@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import onnxruntime
     from tokenizers import Tokenizer
 
-__all__ = ["TextTower", "check_images"]
+__all__ = ["TextTower", "check_images", "does_not_run"]
 
 _LOG = logging.getLogger("cliphar.runtime")
 
@@ -27,6 +27,14 @@ def check_images(bundle: Bundle, images: NDArray[np.uint8]) -> None:
     side = bundle.info.image.size
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (side, side, 3):
         raise ValueError(f"expected uint8 [N,{side},{side},3], got {images.dtype} {images.shape}")
+
+
+def does_not_run(bundle: Bundle, file: str, error: Exception) -> BundleError:
+    """What an engine says of a file that it cannot load or run, in one line."""
+    # OpenVINO begins with where in its own source it is
+    lines = [line for line in str(error).split("\n") if not line.startswith("Exception from")]
+    reason = " ".join(" ".join(lines).split())[:300] or type(error).__name__
+    return BundleError(f"{file} of bundle '{bundle.info.name}' does not run here: {reason}")
 
 
 class TextTower:
@@ -52,8 +60,7 @@ class TextTower:
         try:
             return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises its own classes for each status
-            reason = str(error).splitlines()[0]
-            raise BundleError(f"text.onnx of bundle '{self._bundle.info.name}' does not run here: {reason}") from error
+            raise does_not_run(self._bundle, "text.onnx", error) from error
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """N sentences -> float32 [N,D], unit length; one without a word that the vocabulary has is warned of."""
@@ -64,7 +71,11 @@ class TextTower:
             if own == {unknown}:
                 _LOG.warning("the model knows no word of '%s': its answer means nothing; say it in English", text[:50])
         ids = np.array([encoding.ids for encoding in encodings], np.int64)
-        result: NDArray[np.float32] = self._session.run(["embeddings"], {"ids": ids})[0]
+        session = self._session
+        try:
+            result: NDArray[np.float32] = session.run(["embeddings"], {"ids": ids})[0]
+        except Exception as error:  # of memory, or of other lengths than bundle.json's
+            raise does_not_run(self._bundle, "text.onnx", error) from error
         return result
 
 

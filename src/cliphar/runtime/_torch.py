@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from cliphar.bundle import Bundle
 from cliphar.errors import BundleError, UsageError
 from cliphar.runtime._cpu import cpu_quota
-from cliphar.runtime._text import TextTower, check_images
+from cliphar.runtime._text import TextTower, check_images, does_not_run
 
 __all__ = ["TorchRuntime"]
 
@@ -53,17 +53,21 @@ class TorchRuntime:
                 "run 'cliphar export' here"
             ) from error
         self._program = program
+        self._file = file
         self._text = TextTower(bundle, self.threads)
 
     def encode_images(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """See :class:`Runtime`; ValueError if the shape or dtype is not the bundle's."""
+        """See :class:`Runtime`; ValueError for another shape or dtype, BundleError if it does not run."""
         import torch
 
         check_images(self.bundle, images)
-        with torch.inference_mode():
-            # torch takes no array that it may not write to
-            answer = self._program(torch.from_numpy(np.require(images, requirements=["C", "W"])))
-        result: NDArray[np.float32] = answer.numpy()
+        # torch takes no array that it may not write to
+        pixels = torch.from_numpy(np.require(images, requirements=["C", "W"]))
+        try:
+            with torch.inference_mode():
+                result: NDArray[np.float32] = self._program(pixels).numpy()
+        except Exception as error:  # of memory, or of other sizes than bundle.json's
+            raise does_not_run(self.bundle, self._file, error) from error
         return result
 
     def encode_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
