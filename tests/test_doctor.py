@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -94,6 +95,29 @@ def test_the_memory_that_a_container_may_use_is_told(
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text(content)
     assert _doctor._memory(tmp_path)[:2] == (good, says)
+
+
+def test_a_runtime_whose_engine_is_not_here_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"onnx": "image.onnx", "openvino": "openvino/fp32.xml", "tensorrt": "image.plan", "torchscript": "image.pt"}
+    bundle = SimpleNamespace(name="mine", path=Path("mine"), state="here", runtimes=files)
+    monkeypatch.setattr("cliphar.bundle.list_models", lambda: [bundle])
+    monkeypatch.setattr("cliphar.bundle.find_bundle", lambda _: bundle)
+    monkeypatch.setattr(_doctor, "find_spec", lambda name: name == "onnxruntime" or None)
+    monkeypatch.setattr(_doctor, "_in_container", lambda: False)
+    monkeypatch.delenv("MODEL_PATH", raising=False)
+    assert list(_doctor._models())[1:] == [
+        (
+            None,
+            "model mine: nothing here runs its openvino",
+            "pip install 'cliphar[openvino]', or the image built with VARIANT=openvino",
+        ),
+        (None, "model mine: nothing here runs its tensorrt", "the image built with VARIANT=tensorrt"),
+        (
+            None,
+            "model mine: nothing here runs its torchscript",
+            "pip install 'cliphar[train]', or the image for training",
+        ),
+    ]
 
 
 def test_few_threads_are_told(tmp_path: Path) -> None:

@@ -26,6 +26,13 @@ _PACKAGES = (
     "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "numpy", "pillow", "av", "tokenizers", "fastapi",
     "streamlit", "torch", "mlflow",
 )  # fmt: skip
+# by a file's suffix: the module, our extra that installs it, and the image that has it
+_RUN_BY = {
+    ".xml": ("openvino", "openvino", "the image built with VARIANT=openvino"),
+    ".plan": ("tensorrt", "", "the image built with VARIANT=tensorrt"),
+    ".pt": ("torch", "train", "the image for training"),
+    ".pt2": ("torch", "train", "the image for training"),
+}
 _LITTLE_MB = 512
 _FEW_THREADS = 64
 Finding = tuple[bool | None, str, str]
@@ -183,12 +190,9 @@ def _models() -> Iterator[Finding]:
             continue
         yield True, f"model {model.name}: complete and unaltered; runs as {', '.join(runtimes)}", ""
         for name, file in runtimes.items():
-            engine = {".xml": "openvino", ".plan": "tensorrt"}.get(Path(file).suffix)
-            if engine and find_spec(engine) is None:
-                mend = f"the image built with VARIANT={engine}"
-                mend = (
-                    mend if _in_container() or engine == "tensorrt" else f"pip install 'cliphar[{engine}]', or {mend}"
-                )
+            engine, extra, image = _RUN_BY.get(Path(file).suffix, ("onnxruntime", "", ""))
+            if find_spec(engine) is None:
+                mend = image if _in_container() or not extra else f"pip install 'cliphar[{extra}]', or {image}"
                 yield None, f"model {model.name}: nothing here runs its {name}", mend
     chosen = os.environ.get("MODEL_PATH")
     if chosen:
