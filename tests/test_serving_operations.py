@@ -249,7 +249,8 @@ def test_what_comes_by_drops_does_not_keep_its_connection(env: dict[str, str], p
     with serving(env, "--deadline", "1") as (url, _), connect(f"{url.replace('http', 'ws')}/v1/stream") as camera:
         address = urlsplit(url)
         post = HEAD.format("POST /v1/embed", 10**6).encode()
-        for start, drop in ((b"", b""), (b"GET / HTTP/1.1\r\n", b"x"), (post, b"x")):
+        whole = b"GET /livez HTTP/1.1\r\n\r\n"
+        for start, drop in ((b"", b""), (b"GET / HTTP/1.1\r\n", b"x"), (post, b"x"), (whole, b"\r\n")):
             with socket.create_connection((address.hostname, address.port or 0), timeout=0.2) as slow:
                 end = time.monotonic() + 30
                 with suppress(ConnectionError):
@@ -268,10 +269,10 @@ def test_an_answer_that_nobody_reads_is_let_go(env: dict[str, str]) -> None:
     with serving(env, "--deadline", "1") as (url, _):
         address, path = urlsplit(url), "/static-offline-docs/swagger-ui-bundle.js"
         whole = 20 * len(httpx.get(f"{url}{path}").content)
-        for pause_s, all_came in ((0.1, True), (6, False)):  # before each of the first reads
+        for pause_s, all_came in ((0.05, True), (6, False)):  # before each of the first reads
             with socket.create_connection((address.hostname, address.port or 0), timeout=60) as slow:
                 slow.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() * 20)
-                came, pauses = 0, 40 if all_came else 1
+                came, pauses = 0, 80 if all_came else 1
                 with suppress(ConnectionError):
                     while came < whole:
                         if pauses:

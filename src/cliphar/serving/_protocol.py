@@ -39,6 +39,8 @@ class Protocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self.timeout_keep_alive_task is not None and self._timer is None:
+            self._start()  # an empty line ends uvicorn's wait for a request and begins none
         self._head += len(data)
         super().data_received(data)
         if self._head > _HEAD and not self.transport.is_closing():
@@ -54,10 +56,6 @@ class Protocol(HttpToolsProtocol):
         if left and left == before:
             self.transport.abort()
         self._unread = self.loop.call_later(self._request_s, self._look, left) if left else None
-
-    def handle_websocket_upgrade(self) -> None:
-        self._stop()
-        super().handle_websocket_upgrade()
 
     def on_message_begin(self) -> None:
         self._start()
@@ -83,3 +81,4 @@ class Protocol(HttpToolsProtocol):
     def _stop(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None
