@@ -384,7 +384,9 @@ def test_keys_are_changed_while_all_workers_run(env: dict[str, str], tmp_path: P
             env=env,
             stderr=errors,
         ) as process,
+        ExitStack() as end_of_test,
     ):
+        end_of_test.callback(process.terminate)
         end = time.monotonic() + 120
         while log.read_text().count('"ready"') < 2 and time.monotonic() < end:
             time.sleep(0.1)
@@ -404,7 +406,6 @@ def test_keys_are_changed_while_all_workers_run(env: dict[str, str], tmp_path: P
         (tmp_path / "next").write_text(line("new"))
         (tmp_path / "next").rename(file)
         assert (known("old"), known("new")) == ({False}, {True})
-        process.terminate()
     said = [entry["reason"] for entry in map(json.loads, log.read_text().splitlines()) if "old keys" in entry["event"]]
     for why in ("without a sha256", "holds no key", "cannot read"):
         assert 1 <= len([reason for reason in said if why in reason]) <= 2  # once a worker
@@ -466,8 +467,10 @@ def test_a_log_line_is_one_write(env: dict[str, str]) -> None:
     command = [sys.executable, "-m", "cliphar", "serve", "--port", "0"]
     with ours, subprocess.Popen(command, env=env | {"PYTHONUNBUFFERED": "1"}, stderr=its) as process:
         its.close()
-        written = ours.recv(65536)
-        process.terminate()
+        try:
+            written = ours.recv(65536)
+        finally:
+            process.terminate()
     assert written.endswith(b"\n")
     assert json.loads(written)["event"] == "ready"
 
