@@ -151,7 +151,8 @@ def test_pages_that_are_left_while_they_are_drawn_keep_the_list(page: Page) -> N
             page.get_by_role("link", name=name).click()
             page.wait_for_timeout(60)
         page.wait_for_timeout(1500)
-        if not page.url.endswith(f"/{path[-1].lower().replace('photo', '')}"):  # Streamlit may lose a click while it draws
+        # Streamlit may lose a click while it draws
+        if not page.url.endswith(f"/{path[-1].lower().replace('photo', '')}"):
             page.get_by_role("link", name=path[-1]).click()
         expect(page.locator("[data-tag]").last).to_have_text("walk")
         expect(page.get_by_text("85 %", exact=True)).to_have_count(0 if path[-1] == "Live" else 1)
