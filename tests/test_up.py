@@ -40,6 +40,18 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def healthy(command: str, **variables: str) -> bool:
+    """What the containers' health check says of a process that was started so."""
+    check = Path(__file__).parents[1] / "docker" / "healthcheck.py"
+    started = [sys.executable, "-c", "import time; time.sleep(60)", *command.split()]
+    with subprocess.Popen(started) as process:
+        asked = [sys.executable, str(check), str(process.pid)]
+        done = subprocess.run(asked, env=PROXY | variables, capture_output=True, check=False)
+        process.kill()
+    assert b"Traceback" not in done.stderr
+    return done.returncode == 0
+
+
 @pytest.fixture
 def running(clean_env: dict[str, str], tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], list[str], str]]:
     api, page = free_port(), free_port()
@@ -65,10 +77,20 @@ def test_it_prints_addresses_and_a_command_that_works(
     assert command.startswith("curl ")
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert "label" in json.dumps(json.loads(done.stdout))
-    check = Path(__file__).parents[1] / "docker" / "healthcheck.py"
     page_address = next(line.split()[-1] for line in lines if line.startswith("Web page"))
-    ports = {"CLIPHAR_PORT": api.rpartition(":")[2], "CLIPHAR_APP_PORT": page_address.rpartition(":")[2]}
-    subprocess.run([sys.executable, str(check)], env=PROXY | ports, check=True)
+    one, two = (address.rpartition(":")[2] for address in (api, page_address))
+    assert healthy(f"tini -- cliphar up --port {one} --page-port={two}")
+    assert healthy("tini -- cliphar up", CLIPHAR_PORT=one, CLIPHAR_APP_PORT=two)
+    assert healthy(f"/opt/cliphar/bin/cliphar serve --port {one}", CLIPHAR_PORT="9", CLIPHAR_APP_PORT="9")
+    assert healthy(f"docker-init -- tini -- cliphar app --port {two}", CLIPHAR_PORT="9")
+    assert healthy("sh", CLIPHAR_PORT=one, CLIPHAR_APP_PORT="9")
+    assert healthy("tini -- cliphar predict", CLIPHAR_PORT="9")
+    for wrong in (
+        f"cliphar up --port {one} --page-port 9",
+        "cliphar serve --port 9",
+        f"cliphar app --base-path=/x --port {two}",
+    ):
+        assert not healthy(wrong)
     both = children(process.pid)
     assert len(both) == 2
     process.send_signal(signal.SIGTERM)

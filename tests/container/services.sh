@@ -138,7 +138,7 @@ kill "$watcher" && wait "$watcher" 2>/dev/null || true
 watched down -v >/dev/null 2>&1
 ok "docker compose watch: a change of code is in the container that answers"
 
-docker run -d --name "$id" --read-only --tmpfs /tmp -u 12345 -e CLIPHAR_PORT=9000 -e CLIPHAR_APP_PORT=9501 -p 127.0.0.1:18500:9501 "$id:app" >/dev/null
+docker run -d --name "$id" --read-only --tmpfs /tmp -u 12345 -e CLIPHAR_APP_PORT=9501 -p 127.0.0.1:18500:9501 "$id:app" up --port 9000 >/dev/null
 await sh -c "[ \$(docker inspect -f '{{.State.Health.Status}}' $id) = healthy ]" || { docker logs "$id"; fail "the page and the API in one container"; }
 curl -fsS http://127.0.0.1:18500/ | grep '<title>' >/dev/null || fail "the page at another port"
 kill_inside "$id" serve
