@@ -26,6 +26,7 @@ from cliphar.data import (
     check_photos,
     copy_parts,
     doubtful_labels,
+    list_labelled,
     load_photos,
     open_source,
     photo_stats,
@@ -339,3 +340,12 @@ def test_labels_may_be_links_and_what_they_lead_to_must_be_there(folder: Path, t
     (folder / LABELS[0] / "gone.jpg").symlink_to("nowhere.jpg")
     with pytest.raises(DataError, match=r"1 of the 7 files in .* cannot be opened, such as .*gone\.jpg; see what"):
         open_source(str(linked))
+    (linked / "lost+found").mkdir(mode=0)  # a disk's own: it is nobody's label
+    (folder / LABELS[0] / "gone.jpg").unlink()
+    (linked / "waving").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"1 of the 7 files in .* cannot be opened, such as .*waving; see what"):
+        open_source(str(linked))
+    with pytest.raises(DataError, match=r"waving is a link to nothing"):
+        list_labelled(linked)
+    (linked / "waving").unlink()
+    assert len(list_labelled(linked)) == len(list(open_source(str(linked)).read())) == 6

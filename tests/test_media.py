@@ -697,9 +697,9 @@ def test_an_image_of_the_right_size_is_unchanged() -> None:
 
 def test_a_folder_holds_what_its_links_lead_to_and_nothing_that_tools_hid_there(tmp_path: Path) -> None:
     inside, elsewhere = tmp_path / "set", tmp_path / "elsewhere"
-    for folder in (inside / "b", inside / ".git", elsewhere):
+    for folder in (inside / "b", inside / ".git", inside / "lost+found", elsewhere):
         folder.mkdir(parents=True)
-    for file in ("b/1.jpg", "b/._1.jpg", ".git/2.jpg", "a.jpg", "../elsewhere/3.jpg"):
+    for file in ("b/1.jpg", "b/._1.jpg", ".git/2.jpg", "lost+found/#12.jpg", "a.jpg", "../elsewhere/3.jpg"):
         (inside / file).touch()
     (inside / "c").symlink_to(elsewhere)
     (inside / "d").symlink_to(elsewhere)

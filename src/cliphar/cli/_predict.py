@@ -86,7 +86,7 @@ def expand(paths: list[str], is_wanted: Callable[[str], bool] | None = None, wha
         except OSError:  # such as a name too long; decoding it says why
             there, is_folder = True, False
         if is_folder:
-            inside = [str(p) for p in files_in(path) if wanted(p.name) or p.is_dir()]
+            inside = [str(p) for p in files_in(path) if wanted(p.name) or not p.is_file()]
             if not inside:
                 raise UsageError(f"no {what} in folder {given}")
             yield from inside

@@ -27,9 +27,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from cliphar.data._sources import Photo, is_hidden, read_captioned
+from cliphar.data._sources import Photo, read_captioned
 from cliphar.errors import DataError, UsageError
-from cliphar.media import files_in, is_image_name, is_video_name
+from cliphar.media import files_in, is_hidden, is_image_name, is_video_name
 
 __all__ = ["SPLITS", "PhotoSource", "is_clip_name", "open_source"]
 
@@ -120,8 +120,8 @@ def _plain(label: str) -> str:
 
 
 def _folder(path: Path, source: str) -> PhotoSource:
-    files = [file for file in files_in(path) if _is_media(file.name) or file.is_dir()]
-    closed = [file for file in files if file.is_dir() or not os.access(file, os.R_OK)]
+    files = [file for file in files_in(path) if _is_media(file.name) or not file.is_file()]
+    closed = [file for file in files if not file.is_file() or not os.access(file, os.R_OK)]
     if closed:
         raise DataError(
             f"{len(closed)} of the {len(files)} files in {path} cannot be opened, such as {closed[0]}; "

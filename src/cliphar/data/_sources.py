@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from cliphar.errors import DataError
-from cliphar.media import is_image_name, is_video_name
+from cliphar.media import is_hidden, is_image_name, is_video_name
 
-__all__ = ["Photo", "is_hidden", "list_labelled", "read_captioned", "read_labelled"]
+__all__ = ["Photo", "list_labelled", "read_captioned", "read_labelled"]
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,6 @@ class Photo:
     label: str | None = None
     captions: tuple[str, ...] = ()
     split: str | None = None
-
-
-def is_hidden(name: str) -> bool:
-    """Whether a relative path is of what a tool put there for itself: .ipynb_checkpoints/a.jpg, ._a.jpg."""
-    return any(part.startswith(".") for part in PurePosixPath(name).parts)
 
 
 def _files(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -103,14 +98,18 @@ def list_labelled(path: Path) -> list[tuple[Path, str]]:
     """Photos and clips with their labels, of a folder DIR/LABEL/FILE, sorted; nothing is opened.
 
     Raises:
-        DataError: not a folder, or none in any subfolder.
+        DataError: not a folder, none in any subfolder, or a link to nothing among those.
     """
     if not path.is_dir():
         raise DataError(f"{path} is not a folder; give one that holds LABEL/PHOTO or LABEL/CLIP files")
+    inside = [entry for entry in sorted(path.iterdir()) if not is_hidden(entry.name)]
+    for entry in inside:
+        if not entry.exists():
+            raise DataError(f"{entry} is a link to nothing, so a label may be missing; mend it or remove it")
     found = [
         (file, file.parent.name.replace("_", " "))
-        for folder in sorted(path.iterdir())
-        if folder.is_dir() and not is_hidden(folder.name)
+        for folder in inside
+        if folder.is_dir()
         for file in sorted(folder.iterdir())
         if (is_image_name(file.name) or is_video_name(file.name)) and not is_hidden(file.name) and not file.is_dir()
     ]
