@@ -153,15 +153,15 @@ def test_a_stopped_training_goes_on_in_its_run(recipe: Path, clean_env: dict[str
         return [(run.info.status, [m.step for m in its]) for run, its in zip(found, loss, strict=True)]
 
     assert go_on(2)[0] == 128 + signal.SIGTERM
-    assert runs() == [("FAILED", [1, 2])]
+    assert runs() == [("KILLED", [1, 2])]
     status, said = go_on(3, "description=as it went on", f"data.cache={tmp_path / 'moved'}")
     assert (status, "no longer has" in said) == (128 + signal.SIGTERM, False)
-    assert runs() == [("FAILED", [1, 2, 3])]
+    assert runs() == [("KILLED", [1, 2, 3])]
     client.delete_run(client.search_runs(["1"])[0].info.run_id)
     status, said = go_on(4)
     (line,) = (line for line in said.splitlines() if "no longer has" in line)
     assert line.startswith("MLflow no longer has the run")
-    assert runs() == [("FAILED", [4])]
+    assert runs() == [("KILLED", [4])]
     assert go_on(0)[0] == 0
     ((ended, steps),) = runs()
     assert (ended, steps) == ("FINISHED", list(range(4, steps[-1] + 1)))
@@ -171,7 +171,7 @@ def test_a_stopped_training_goes_on_in_its_run(recipe: Path, clean_env: dict[str
     assert len(folders) == 4
     assert len({folder.name.rpartition("-")[2] for folder in folders}) == 1
     assert go_on(1)[0] == 128 + signal.SIGTERM  # a finished one begins anew
-    assert runs()[1:] == [("FAILED", [1])]
+    assert runs()[1:] == [("KILLED", [1])]
 
 
 def test_a_server_that_goes_away_does_not_stop_the_run(
@@ -237,7 +237,7 @@ class _Kept:
 
     def __init__(self) -> None:
         self.got: list[Point] = []
-        self.ended: list[bool] = []
+        self.ended: list[str] = []
 
     def params(self, params: Mapping[str, Any]) -> None:
         assert params == {"a.b": 1, "c": 2}
@@ -248,8 +248,8 @@ class _Kept:
     def artifact(self, path: Path) -> None:
         pass
 
-    def end(self, finished: bool) -> None:
-        self.ended.append(finished)
+    def end(self, how: str) -> None:
+        self.ended.append(how)
 
 
 def test_what_fails_is_told_once_and_the_other_goes_on(tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_what_fails_is_told_once_and_the_other_goes_on(tmp_path: Path) -> None:
     tracker.close()
     assert [line.partition(":")[2] for line in lines] == [" nobody there", " no room"]
     assert [step for name, _, step, _ in kept.got if name == "loss"] == list(range(100))
-    assert kept.ended == [True]
+    assert kept.ended == ["FINISHED"]
 
 
 def test_a_tracker_that_is_not_installed_is_wrong_usage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

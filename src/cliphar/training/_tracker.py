@@ -24,8 +24,8 @@ class Tracker(Protocol):
         """A file, or a folder such as the bundle."""
         ...
 
-    def close(self) -> None:
-        """The run is over."""
+    def close(self, *, stopped: bool = False) -> None:
+        """The run is over, or was ``stopped`` by a signal."""
         ...
 
 
@@ -41,5 +41,5 @@ class NoTracker:
     def log_artifact(self, path: Path) -> None:
         """See :class:`Tracker`."""
 
-    def close(self) -> None:
+    def close(self, *, stopped: bool = False) -> None:
         """See :class:`Tracker`."""

@@ -46,8 +46,8 @@ class Sink(Protocol):
         """A file, or the folder of the finished bundle."""
         ...
 
-    def end(self, finished: bool) -> None:
-        """The run is over."""
+    def end(self, how: str) -> None:
+        """The run is over: FINISHED, FAILED, or KILLED by a signal."""
         ...
 
 
@@ -137,9 +137,9 @@ class MlflowSink:
             self._client.create_registered_model(self._model)
         self._client.create_model_version(self._model, f"{self._run.info.artifact_uri}/bundle", run_id=self.run_id)
 
-    def end(self, finished: bool) -> None:
-        """See :class:`Sink`."""
-        self._client.set_terminated(self.run_id, "FINISHED" if finished else "FAILED")
+    def end(self, how: str) -> None:
+        """See :class:`Sink`; the words are MLflow's."""
+        self._client.set_terminated(self.run_id, how)
 
 
 class WandbSink:
@@ -191,9 +191,9 @@ class WandbSink:
         (artifact.add_dir if path.is_dir() else artifact.add_file)(str(path))
         self._run.log_artifact(artifact)
 
-    def end(self, finished: bool) -> None:
+    def end(self, how: str) -> None:
         """See :class:`Sink`."""
-        self._run.finish(exit_code=0 if finished else 1)
+        self._run.finish(exit_code=0 if how == "FINISHED" else 1)
 
 
 class BackgroundTracker:
@@ -228,9 +228,9 @@ class BackgroundTracker:
         self._done = self._done or path.is_dir()
         self._queue.put(("artifact", path))
 
-    def close(self) -> None:
+    def close(self, *, stopped: bool = False) -> None:
         """Wait, within bounds, until all is written; the run counts as finished if it logged a bundle."""
-        self._queue.put(("end", self._done))
+        self._queue.put(("end", "FINISHED" if self._done else "KILLED" if stopped else "FAILED"))
         self._thread.join(_CLOSE_S)
         if self._thread.is_alive():
             self._log(f"tracking was not done {_CLOSE_S:.0f} s after the end; it is left behind")

@@ -12,7 +12,7 @@ from cliphar.evaluation import write_report
 from cliphar.training._distributed import open_ranks
 from cliphar.training._gradient import checkpoint_of
 from cliphar.training._job import Job, Outcome, Surroundings, open_job
-from cliphar.training._loop import refuse_unasked
+from cliphar.training._loop import Stopped, refuse_unasked
 from cliphar.training._method_recipe import GradientRecipe, MethodRecipe
 from cliphar.training._methods import METHODS
 from cliphar.training._package import package
@@ -53,6 +53,7 @@ def train(recipe: Recipe, around: Surroundings | None = None) -> Bundle:
         if recipe.track:
             tracker = open_tracker(recipe.track, recipe.name, recipe.output.parent, around.log, runs)
             around = replace(around, tracker=tracker)
+    stopped = False
     try:
         with ranks.first():  # it fills the caches that the others then read
             job = open_job(recipe, around)
@@ -61,8 +62,11 @@ def train(recipe: Recipe, around: Surroundings | None = None) -> Bundle:
         if not ranks.rank:
             _keep(job, outcome)
         ranks.wait()
+    except (Stopped, KeyboardInterrupt):
+        stopped = True
+        raise
     finally:
-        around.tracker.close()
+        around.tracker.close(stopped=stopped)
         if not ranks.rank and not checkpoint.exists():
             runs.unlink(missing_ok=True)
     return read_bundle(recipe.output)
