@@ -333,6 +333,26 @@ def test_an_engines_own_error_is_one_line_and_the_others_go_on(tmp_path: Path, m
     assert "onnx-fp32" in bundle.runtimes
 
 
+def test_a_terminal_that_is_closed_leaves_no_temporary_files(clean_env: dict[str, str], tmp_path: Path) -> None:
+    ours, its = os.openpty()
+    terminal = os.ttyname(its)  # the first that a session opens is its own
+    work = tmp_path / "work"
+    work.mkdir()
+    export = (
+        f"exec {sys.executable} -m cliphar export mini --to onnx-int8 --out {tmp_path}/out <{terminal} >{terminal} 2>&1"
+    )
+    env = clean_env | {"TMPDIR": str(work)}
+    with subprocess.Popen(["sh", "-c", export], env=env, start_new_session=True):
+        shown = b""
+        while b"making it" not in shown:
+            shown += os.read(ours, 65536)
+        assert list(work.iterdir())
+        os.close(its)
+        os.close(ours)
+    assert not list(work.iterdir())
+    assert not (tmp_path / "out").exists()
+
+
 def test_unknown_targets_and_too_few_photos(tmp_path: Path, samples: Path) -> None:
     mini = find_bundle(packaged("mini"))
     with pytest.raises(UsageError, match="cannot export to 'abacus'; choose among onnx-fp32"):

@@ -75,9 +75,13 @@ def main() -> None:
 
     def stop(number: int, _frame: FrameType | None) -> None:  # the same way out as Ctrl-C: what was done is written
         stopped.append(number)
+        if number != signal.SIGTERM:  # a terminal that closes sends it, and so does its shell: one is enough
+            signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+        signal.signal(signal.SIGHUP, stop)
     if sys.stdout is None:  # the shell's >&-
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - open to the end
     if isinstance(sys.stdout, io.TextIOWrapper):

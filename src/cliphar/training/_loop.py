@@ -90,16 +90,20 @@ class Run:
 
 @contextmanager
 def stop_on_signals(stop: list[int]) -> Iterator[None]:
-    """The first SIGTERM or SIGINT is noted in ``stop[0]``; another one ends the process at once."""
+    """The first SIGTERM, SIGINT or SIGHUP is noted in ``stop[0]``; another ends the process, SIGHUP excepted."""
 
     def note(number: int, _: FrameType | None) -> None:
         stop[0] = number
-        signal.signal(number, signal.SIG_DFL)
+        # a terminal that closes sends SIGHUP, and so does its shell
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL)
 
     if threading.current_thread() is not threading.main_thread():  # as on Ray, which has its own way to stop
         yield
         return
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield
     finally:
@@ -270,11 +274,12 @@ def fit(
             measured = {name: ranks.mean(value) for name, value in validate().items()}
             state.compare(measured, recipe.patience, lambda: ranks.weights(held))
         notes = " ".join(f"{name} {value:.4f}" for name, value in measured.items())
-        run.log(f"epoch {state.epoch}/{recipe.epochs}: loss {state.loss_sum / len(batches):.4f} {notes}")
+        line = f"epoch {state.epoch}/{recipe.epochs}: loss {state.loss_sum / len(batches):.4f} {notes}"
         run.tracker.log_metrics({f"val/{name}": value for name, value in measured.items()}, state.step)
         state.loss_sum = 0.0
         save()
         saved = time.monotonic()
+        run.log(line)  # now, for a terminal that is closed takes no line
     ranks.load_weights(objective, state.best)
     return state.measured
 
