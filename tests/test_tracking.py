@@ -170,8 +170,6 @@ def test_a_stopped_training_goes_on_in_its_run(recipe: Path, clean_env: dict[str
     folders = list((tmp_path / "runs" / "wandb").glob("offline-run-*"))
     assert len(folders) == 4
     assert len({folder.name.rpartition("-")[2] for folder in folders}) == 1
-    assert go_on(1)[0] == 128 + signal.SIGTERM  # a finished one begins anew
-    assert runs()[1:] == [("KILLED", [1])]
 
 
 def test_a_server_that_goes_away_does_not_stop_the_run(
