@@ -318,6 +318,25 @@ def test_of_two_exports_at_once_neither_loses_what_the_other_added(
     assert read_bundle(tmp_path / "out").info == bundle.info
 
 
+def test_a_bundle_that_is_trained_anew_meanwhile_is_not_mixed_with_what_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cliphar.export import _targets
+
+    mini = find_bundle(packaged("mini"))
+    files: dict[str, Path | bytes] = {name: mini.file(name) for name in mini.info.files}
+    bundle = write_bundle(tmp_path / "mine", mini.info, files)
+
+    def meanwhile(material: _targets.Material) -> dict[str, bytes]:
+        write_bundle(tmp_path / "mine", mini.info, files | {"text.onnx": b"another"}, overwrite=True)
+        return {"image.w8.onnx": material.model.SerializeToString()}
+
+    monkeypatch.setitem(_targets.TARGETS, "onnx-w8", _targets.Target("w8", meanwhile))
+    with pytest.raises(UsageError, match="holds another model, 'mini'; choose another place, or export that one"):
+        export_bundle(bundle, ["onnx-w8"])
+    assert "onnx-w8" not in read_bundle(tmp_path / "mine").runtimes
+
+
 def test_an_engines_own_error_is_one_line_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from cliphar.export import _targets
 

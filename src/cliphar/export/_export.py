@@ -71,7 +71,9 @@ def export_bundle(
         raise UsageError(f"cannot export to '{', '.join(unknown)}'; choose among {', '.join(TARGETS)}")
     home = out or (store() / bundle.info.name if bundle.path.parent == packaged("mini").parent else bundle.path)
     home = home.resolve() if home.is_symlink() else home  # the link stays, and what it names is extended
-    origin, bundle = bundle, _standing(bundle, home, replace=out is None)
+    # a copy in the store may be damaged or of another version; a bundle in place is what was read, or has changed since
+    replace = out is None and not (home.exists() and home.samefile(bundle.path))
+    origin, bundle = bundle, _standing(bundle, home, replace=replace)
     proof = read_proof(origin, photos)
     if photos is None:
         say("proved on crops of the package's three photos: give --calibration DIR of your own for figures that count")
@@ -88,7 +90,7 @@ def export_bundle(
                 outcomes.append(Added(target, getattr(error, "parity", {}), str(error)))
                 continue
             with _alone(home.parent):
-                bundle = _add(_standing(bundle, home, replace=out is None), home, target, files, parity)
+                bundle = _add(_standing(bundle, home, replace=replace), home, target, files, parity)
             outcomes.append(Added(target, parity))
     return bundle, outcomes
 
@@ -103,14 +105,15 @@ def _standing(bundle: Bundle, home: Path, *, replace: bool) -> Bundle:
         return bundle
     try:
         there = read_bundle(home)
-        if _origin(there.info) == _origin(bundle.info):
-            return there
     except BundleError as error:
         if not replace:
             raise UsageError(f"{home} exists and is not a whole bundle; choose another place") from error
-    if replace:  # a damaged or an older copy of a model of the package
         return bundle
-    raise UsageError(f"{home} holds another model, '{there.info.name}'; choose another place")
+    if _origin(there.info) == _origin(bundle.info):
+        return there
+    if replace:
+        return bundle
+    raise UsageError(f"{home} holds another model, '{there.info.name}'; choose another place, or export that one")
 
 
 def _origin(info: BundleInfo) -> dict[str, str]:
