@@ -174,10 +174,8 @@ def _set(tree: dict[str, Any], assignment: str) -> None:
         tree = below
     if value.startswith("~"):  # no shell replaces it behind the equals sign
         value = os.path.expanduser(value)  # noqa: PTH111 - leaves a ~user that is not known
-    if (
-        value not in ("", "null") and value[0] not in "[{'\""
-    ):  # as it is: YAML would cut 'photos #1', and 2024 is a name
-        tree[last] = value
+    if value not in ("", "null") and value[0] not in "[{'\"":
+        tree[last] = value  # as it is: YAML would cut 'photos #1', and 2024 is a name
         return
     try:
         tree[last] = yaml.safe_load(value)
