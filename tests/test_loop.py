@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from cliphar.training._augment import random_frames  # noqa: E402
 from cliphar.training._batches import Batch, Batches, TrainItems  # noqa: E402
 from cliphar.training._contrast import ContrastObjective, Losses  # noqa: E402
 from cliphar.training._gradient import freeze  # noqa: E402
-from cliphar.training._loop import Run, fit, stop_on_signals  # noqa: E402
+from cliphar.training._loop import Run, fit  # noqa: E402
 from cliphar.training._method_recipe import LoopRecipe, LoraSection  # noqa: E402
 from cliphar.training._methods._lora import adapt, merge  # noqa: E402
 from cliphar.training._rates import learning_rate  # noqa: E402
@@ -274,17 +274,22 @@ def test_wrong_settings_are_refused_by_name(override: str, said: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_terminal_that_is_closed_stops_a_training_as_a_signal_does_unless_nohup_has_it_ignored() -> None:
-    before = signal.signal(signal.SIGHUP, signal.default_int_handler)
-    stop = [0]
-    try:
-        with stop_on_signals(stop):
-            for _ in range(2):  # from the terminal, and from its shell
-                signal.raise_signal(signal.SIGHUP)
-            assert stop[0] == signal.SIGHUP
-        assert signal.getsignal(signal.SIGHUP) is signal.default_int_handler
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        with stop_on_signals(stop):
-            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
+def test_a_terminal_that_is_closed_stops_a_training_as_a_signal_does_unless_nohup_has_it_ignored(
+    run_python: Callable[[str], str],
+) -> None:
+    # in a process of its own: libraries that other tests load leave an alternate stack that is no place for a signal
+    said = run_python("""
+import signal
+from cliphar.training._loop import stop_on_signals
+signal.signal(signal.SIGHUP, signal.default_int_handler)
+stop = [0]
+with stop_on_signals(stop):
+    for _ in range(2):  # from the terminal, and from its shell
+        signal.raise_signal(signal.SIGHUP)
+    print(stop[0] == signal.SIGHUP)
+print(signal.getsignal(signal.SIGHUP) is signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+with stop_on_signals(stop):
+    print(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN)
+""")
+    assert said.split() == ["True"] * 3
