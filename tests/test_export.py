@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -255,6 +255,24 @@ def test_a_program_of_other_sizes_than_the_bundles(exported: tuple[Bundle, list[
     with pytest.raises(BundleError, match=r"of bundle 'mini' does not run here: ") as caught:
         load_runtime(Bundle(exported[0].path, other), name).encode_images(np.zeros((1, 64, 64, 3), np.uint8))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(not OPENVINO, reason="needs openvino")
+def test_a_model_that_another_thread_lets_go_takes_no_signal_along(
+    exported: tuple[Bundle, list[Added]], run_python: Callable[[str], str]
+) -> None:
+    said = run_python(f"""
+import signal, threading
+from cliphar.bundle import find_bundle
+from cliphar.runtime import load_runtime
+signal.signal(signal.SIGTERM, lambda *_: print("told"))
+held = [load_runtime(find_bundle({str(exported[0].path)!r}), "openvino")]
+other = threading.Thread(target=held.clear)
+other.start()
+other.join()
+signal.raise_signal(signal.SIGTERM)
+""")
+    assert said == "told\n"
 
 
 # --- what is refused

@@ -277,7 +277,6 @@ def test_wrong_settings_are_refused_by_name(override: str, said: str) -> None:
 def test_a_terminal_that_is_closed_stops_a_training_as_a_signal_does_unless_nohup_has_it_ignored(
     run_python: Callable[[str], str],
 ) -> None:
-    # in a process of its own: libraries that other tests load leave an alternate stack that is no place for a signal
     said = run_python("""
 import signal
 from cliphar.training._loop import stop_on_signals

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,11 @@ class OpenVinoRuntime:
         }
         try:
             core = openvino.Core()
-            self._model = core.compile_model(core.read_model(bundle.file(file)), "CPU", settings)
+            # On a thread that ends: OpenVINO gives the one that compiles a stack for signals, and frees it with the
+            # model, maybe from another thread. The next signal, such as SIGTERM, would then be a segmentation fault.
+            with ThreadPoolExecutor(1) as pool:
+                model = core.read_model(bundle.file(file))
+                self._model = pool.submit(core.compile_model, model, "CPU", settings).result()
         except BundleError:
             raise
         except Exception as error:  # OpenVINO raises RuntimeError and its own
