@@ -17,7 +17,7 @@ from cliphar.export._torch_onnx import export
 __all__ = ["borrow_weights", "compress_weights", "export_image_tower"]
 
 _WEAK = 1e-4
-_WORTH_BORROWING = 1024
+_WORTH_BORROWING = 256
 
 
 class _FromPixels(nn.Module):
@@ -97,6 +97,8 @@ def borrow_weights(model: onnx.ModelProto, name: str, lender: bytes) -> onnx.Mod
     result = onnx.ModelProto()
     result.CopyFrom(model)
     for tensor in result.graph.initializer:
+        if not tensor.HasField("raw_data"):  # as quantising writes scales
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
         size = len(tensor.raw_data)
         at = lender.find(tensor.raw_data) if size >= _WORTH_BORROWING else -1
         if at >= 0:
