@@ -206,10 +206,9 @@ def test_predict_raises_the_error(fake: Recognizer, tmp_path: Path) -> None:
 
 
 def test_what_is_no_photo_at_all(fake: Recognizer) -> None:
-    with pytest.raises(MediaError, match="cannot take int as an image"):
-        fake.predict([1])  # type: ignore[list-item]
-    with pytest.raises(MediaError, match="cannot take NoneType as an image"):
-        fake.predict(None)  # type: ignore[call-overload]
+    for nothing, kind in (([1], "int"), (None, "NoneType")):
+        with pytest.raises(MediaError, match=f"cannot take {kind} as an image"):
+            fake.predict(nothing)  # type: ignore[call-overload]
 
 
 # --- answers

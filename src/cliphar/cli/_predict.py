@@ -52,7 +52,7 @@ def predict(
     with Writer(out) as writer:
         recognizer = load(model, runtime=runtime, provider=provider, threads=threads)
         failed = 0
-        answers = recognizer.stream((path for path in files), chosen, top_k=top_k, coverage=coverage)
+        answers = recognizer.stream(files, chosen, top_k=top_k, coverage=coverage)
         with progress(len(files), quiet=as_json or sys.stdout.isatty()) as advance:
             for path, answer in zip(files, answers, strict=True):
                 advance()
@@ -71,7 +71,7 @@ def predict(
 
 
 def expand(paths: list[str], is_wanted: Callable[[str], bool] | None = None, what: str = "images") -> Iterator[str]:
-    """Files, those inside folders that are wanted (sorted, also in subfolders), and the matches of patterns, in order.
+    """Files, those wanted inside folders (sorted, subfolders too), and the matches of patterns, in order.
 
     Images are wanted unless told otherwise. A path that does not exist is kept, so that it is reported with the
     others; a folder or a pattern without any is a UsageError.

@@ -121,13 +121,13 @@ def _plain(label: str) -> str:
 
 def _folder(path: Path, source: str) -> PhotoSource:
     files = [file for file in files_in(path) if _is_media(file.name) or not file.is_file()]
-    closed = [file for file in files if not file.is_file() or not os.access(file, os.R_OK)]
+    closed = [file for file in files if not os.access(file, os.R_OK)]
     if closed:
         raise DataError(
             f"{len(closed)} of the {len(files)} files in {path} cannot be opened, such as {closed[0]}; "
             "see what it links to and who may read it, or remove it"
         )
-    if not any(file.parent != path for file in files):
+    if all(file.parent == path for file in files):
         raise DataError(f"no photos in the subfolders of {path}; expected {path.name}/LABEL/PHOTO")
 
     def read() -> Iterator[Photo]:
@@ -267,11 +267,11 @@ def _from_row(row: dict[str, Any], key: str, content: bytes, where: str) -> Phot
 def _manifest(path: Path, source: str) -> PhotoSource:
     rows = list(_rows(path))
     names = [row.get("file") or row.get("path") or row.get("file_name") for row in rows]
-    lacking = next((number for number, name in enumerate(names) if not name), None)
-    columns = ", ".join(str(key) for key in rows[lacking or 0]) if rows else "nothing"
+    lacking = next((at for at, name in enumerate(names) if not name), None)
+    columns = ", ".join(map(str, rows[lacking or 0])) if rows else "nothing"
     expected = f"expected columns file, label, captions, split, and found {columns[:200]}"
     if not rows or lacking is not None:
-        where = f"row {lacking + 1} of {path}" if lacking is not None else str(path)
+        where = path if lacking is None else f"row {lacking + 1} of {path}"
         raise DataError(f"{where} names no file; {expected}")
     if not any(row.get(key) not in (None, "") for row in rows for key in ("label", "captions", "caption")):
         raise DataError(f"{path} has neither labels nor captions; {expected}")
