@@ -27,8 +27,14 @@ def result() -> Bench:
     return run_bench(find_bundle(packaged("mini")), batches=(1, 2), threads=(1,), seconds=0.2)
 
 
+def test_half_precision_in_pytorch() -> None:
+    runtimes = ("pytorch", "pytorch-fp16")
+    rows = run_bench(find_bundle(packaged("mini")), runtimes=runtimes, batches=(1,), seconds=0.1).rows
+    assert [(row.runtime, row.file_mib, row.accuracy) for row in rows] == [(name, 0.0, None) for name in runtimes]
+
+
 def test_every_runtime_at_every_batch(result: Bench) -> None:
-    names = ("pytorch", "onnx", "onnx-int8")
+    names = (*_bench.pytorch_here(), "onnx", "onnx-int8")
     assert {(row.runtime, row.batch) for row in result.rows} == {(n, b) for n in names for b in (1, 2)}
     assert result.skipped == {}
     for row in result.rows:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from cliphar.bench._flops import count_flops
-from cliphar.bench._worker import EAGER, serve
+from cliphar.bench._worker import EAGER, PYTORCH, serve
 from cliphar.bundle import Bundle
 from cliphar.errors import UsageError
 from cliphar.runtime import cpu_quota
@@ -108,12 +108,13 @@ def run_bench(
     data: Path | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Bench:
-    """Measure a bundle's runtimes, and PyTorch eager beside them.
+    """Measure a bundle's runtimes, and PyTorch eager beside them; on a GPU in half precision and compiled too.
 
     Args:
         bundle: a bundle that was read.
-        runtimes: of the bundle; none takes ``pytorch`` and all that are data: torch's programs, which run code of the
-            bundle's maker, are loaded only if named.
+        runtimes: of the bundle, or ``pytorch``, ``pytorch-fp16``, ``pytorch-fp16-compile``; none takes ``pytorch``, on
+            a GPU all three, and all of the bundle's that are data: torch's programs, which run code of the bundle's
+            maker, are loaded only if named.
         batches: batch sizes.
         threads: numbers of CPU threads; none takes what the container's quota allows.
         seconds: for each batch of each runtime, in three turns; the turns of all runtimes alternate.
@@ -124,8 +125,8 @@ def run_bench(
         UsageError: an unknown runtime, or none that runs here.
     """
     data_only = [name for name, file in bundle.runtimes.items() if Path(file).suffix not in (".pt", ".pt2")]
-    names = list(dict.fromkeys(runtimes)) or [EAGER, *data_only]
-    unknown = [name for name in names if name != EAGER and name not in bundle.runtimes]
+    names = list(dict.fromkeys(runtimes)) or [*pytorch_here(), *data_only]
+    unknown = [name for name in names if name not in PYTORCH and name not in bundle.runtimes]
     if unknown:
         raise UsageError(
             f"bundle '{bundle.info.name}' has no runtime '{unknown[0]}' (it has {', '.join(bundle.runtimes)})"
@@ -177,6 +178,13 @@ def run_bench(
     return Bench(bundle.info.name, gflop, rounded, rows, skipped)
 
 
+def pytorch_here() -> tuple[str, ...]:
+    """Which of ``PYTORCH`` are measured unless runtimes are named; ImportError without torch."""
+    import torch
+
+    return PYTORCH if torch.cuda.is_available() else (EAGER,)
+
+
 def _start(bundle: Bundle, name: str, threads: int, skipped: dict[str, str]) -> _Worker | None:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -201,7 +209,7 @@ def _start(bundle: Bundle, name: str, threads: int, skipped: dict[str, str]) -> 
 
 
 def _accuracy(bundle: Bundle, worker: _Worker, proof: Proof | None) -> float | None:
-    if proof is None or worker.name == EAGER:
+    if proof is None or worker.name in PYTORCH:
         return None
     embeddings = np.concatenate(worker.ask("embed", proof.verification, 8))
     return round(float(((embeddings @ bundle.class_vectors().T).argmax(1) == proof.truth).mean()), 4)
@@ -246,7 +254,7 @@ def _percentile(times: list[float], q: float) -> float:
 def _file_mib(bundle: Bundle, name: str) -> float:
     """Size of a runtime's files; 0 for PyTorch, whose weights are in none of them."""
     files = bundle.info.files
-    if name == EAGER:
+    if name in PYTORCH:
         return 0.0
     if name == "onnx":  # a graph may refer to a file of weights beside it
         others = {"text.onnx", "tokenizer.json"}

@@ -19,17 +19,19 @@ from cliphar.errors import ClipharError
 from cliphar.recognizer import Recognizer
 from cliphar.runtime import Runtime, load_runtime
 
-__all__ = ["EAGER", "serve"]
+__all__ = ["EAGER", "PYTORCH", "serve"]
 
 EAGER = "pytorch"
+PYTORCH = (EAGER, "pytorch-fp16", "pytorch-fp16-compile")  # the last two are for GPUs
 
 
-class _Eager:
-    """The bundle's architecture in plain PyTorch, maybe initialised at random: its weights do not change its speed."""
+class _PyTorch:
+    """The bundle's architecture in PyTorch, on the GPU that it sees or the CPU; one of ``PYTORCH``.
 
-    name = EAGER
+    Its weights may be random: they do not change its speed.
+    """
 
-    def __init__(self, bundle: Bundle, threads: int) -> None:
+    def __init__(self, bundle: Bundle, name: str, threads: int) -> None:
         import torch
 
         from cliphar.models import ImageTower, load_towers, open_clip_encoder
@@ -45,29 +47,36 @@ class _Eager:
                 self._tower = open_clip_encoder(recipe["model"]).image
             case _:  # a method of training: its towers can be trained on
                 self._tower = load_towers(bundle).image
-        self._tower.eval()
+        self.name = name
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._dtype = torch.float32 if name == EAGER else torch.float16
+        self._tower.eval().to(self._device, self._dtype)
+        if name.endswith("-compile"):
+            self._tower.compile()
 
     def encode_images(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         import torch
 
         with torch.inference_mode():
-            result: NDArray[np.float32] = self._tower(torch.from_numpy(images).permute(0, 3, 1, 2).float()).numpy()
+            pixels = torch.from_numpy(images).to(self._device).permute(0, 3, 1, 2).to(self._dtype)
+            result: NDArray[np.float32] = self._tower(pixels).float().cpu().numpy()
         return result
 
     def encode_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
         raise NotImplementedError
 
     def peak(self) -> float:
-        """Multiply-and-add operations a second, two each, of 2048 x 2048 float32 matrices; the best of ten."""
+        """Multiply-and-add operations a second, two each, of large float32 matrices; the best of ten."""
         import torch
 
-        left = torch.rand(2048, 2048)
+        side = 2048 if self._device == "cpu" else 8192
+        left = torch.rand(side, side, device=self._device)
         best = np.inf
         for _ in range(10):
             started = time.perf_counter()
-            torch.mm(left, left)
+            torch.mm(left, left)[0, 0].item()  # waits for a GPU
             best = min(best, time.perf_counter() - started)
-        return 2 * 2048**3 / best
+        return 2 * side**3 / best
 
 
 def serve(pipe: Connection, path: Path, name: str, threads: int) -> None:
@@ -81,7 +90,10 @@ def serve(pipe: Connection, path: Path, name: str, threads: int) -> None:
     try:
         bundle = read_bundle(path, verify=False)
         started = time.perf_counter()
-        runtime: Runtime = _Eager(bundle, threads) if name == EAGER else load_runtime(bundle, name, threads=threads)
+        if name in PYTORCH:
+            runtime: Runtime = _PyTorch(bundle, name, threads)
+        else:
+            runtime = load_runtime(bundle, name, threads=threads)
         side = bundle.info.image.size
         runtime.encode_images(np.zeros((1, side, side, 3), np.uint8))
         load_s = time.perf_counter() - started
@@ -99,7 +111,7 @@ def serve(pipe: Connection, path: Path, name: str, threads: int) -> None:
             case "embed", squares, batch:
                 pipe.send([runtime.encode_images(squares[at : at + batch]) for at in range(0, len(squares), batch)])
             case ("peak",):
-                pipe.send(runtime.peak() if isinstance(runtime, _Eager) else None)
+                pipe.send(runtime.peak() if isinstance(runtime, _PyTorch) else None)
             case ("memory",):
                 pipe.send(_peak_memory())
 
