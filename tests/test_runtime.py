@@ -252,6 +252,17 @@ def test_a_gpu_that_is_seen_and_does_not_start_is_said(
     ]
 
 
+@pytest.mark.skipif(
+    "cuda" not in available_providers() or not any(Path("/dev").glob("nvidia[0-9]*")),
+    reason="needs a GPU and 'pip install onnxruntime-gpu[cuda,cudnn]'",
+)
+def test_cuda_answers_as_the_cpu_does(runtime: OnnxRuntime, noise: NDArray[np.uint8]) -> None:
+    cuda = OnnxRuntime(runtime.bundle)
+    assert cuda.name == "onnx-cuda"
+    cpu = OnnxRuntime(runtime.bundle, provider="cpu")
+    assert np.allclose(cuda.encode_images(noise), cpu.encode_images(noise), atol=5e-3)  # TF32 rounds to 10 bits
+
+
 @pytest.mark.filterwarnings("ignore:Specified provider")  # this ONNX Runtime has none of them
 def test_tensorrt_is_taken_if_named_and_keeps_its_engines_by_the_weights(
     runtime: OnnxRuntime, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,6 +53,15 @@ def _without_nvidia() -> bool:
         return False
     _LOG.warning("no GPU is seen, so the CPU is used; 'cliphar doctor' says more")
     return True
+
+
+@cache
+def _load_cuda() -> None:
+    """Load CUDA's libraries out of NVIDIA's packages, which ``onnxruntime-gpu[cuda]`` brings: no linker looks there."""
+    import onnxruntime
+
+    with redirect_stdout(io.StringIO()):  # it prints what it misses; a provider that does not start is told of below
+        onnxruntime.preload_dlls()
 
 
 class OnnxRuntime:
@@ -143,6 +154,8 @@ def _session(bundle: Bundle, name: str, provider: str | None, threads: int) -> o
         wanted.append("cuda")  # for what TensorRT does not take, as a transposition of uint8
     if not _NVIDIA.isdisjoint(wanted) and _without_nvidia():
         wanted = [short for short in wanted if short not in _NVIDIA]
+    if not _NVIDIA.isdisjoint(wanted):
+        _load_cuda()
     providers = [(_PREFERENCE[short], _options(bundle, name, short)) for short in dict.fromkeys([*wanted, "cpu"])]
     try:
         return onnxruntime.InferenceSession(str(bundle.file(name)), options, providers=providers)
