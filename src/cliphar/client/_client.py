@@ -3,44 +3,50 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import random
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 from urllib.parse import quote
 
 import httpx
 
 from cliphar.errors import ClipharError, MediaError, UsageError
-from cliphar.recognizer import Prediction, Score
+from cliphar.recognizer import Prediction
 
 __all__ = ["AsyncClient", "Client"]
 
 Photo = bytes | str | PathLike[str]
 Photos = Iterable[Photo] | Photo
+Labels = Sequence[str] | str | None
 Answer = Prediction | MediaError
+H = TypeVar("H")
+_Outcome = httpx.Response | httpx.TransportError
 _LONGEST_PAUSE_S = 5.0
 # whose request may have been done when the connection broke is asked again only if twice is as good as once
 _REPEATABLE = ("/v1/predict", "/v1/embed")
 
 
-class _Calls:
+class _Calls(Generic[H]):
     """What both clients send and how they read answers."""
 
-    def __init__(self, url: str, api_key: str | None, timeout_s: float, retry_s: float) -> None:
-        if not url.startswith(("http://", "https://")):
+    _open: Callable[..., H]
+
+    def __init__(self, url: str, *, api_key: str | None = None, timeout_s: float = 60.0, retry_s: float = 15.0) -> None:
+        try:
+            address = httpx.URL(url.rstrip("/") if url.startswith(("http://", "https://")) else "")
+        except httpx.InvalidURL:
+            address = httpx.URL()
+        if not address.host:
             raise UsageError(f"{url!r} is not a service's address; one is like http://127.0.0.1:8000")
-        self._retry_s = retry_s
-        self._options: dict[str, Any] = {
-            "base_url": url.rstrip("/"),
-            "timeout": timeout_s,
-            "headers": {"Authorization": f"Bearer {api_key.strip()}"} if api_key else {},
-        }
-        self._url = url
+        self._url, self._retry_s = url, retry_s
+        # the key as bytes: it may have other letters than ASCII
+        headers = {"Authorization": f"Bearer {api_key.strip()}".encode()} if api_key else {}
+        self._http = self._open(base_url=address, timeout=timeout_s, headers=headers)
 
     @staticmethod
     def _path(kind: str, name: str) -> str:
@@ -55,18 +61,14 @@ class _Calls:
         contents = [photo if isinstance(photo, bytes) else _read(photo) for photo in photos]
         return [("images", (f"{i}", content, "application/octet-stream")) for i, content in enumerate(contents)]
 
-    def _predict(
-        self, photos: Photos, labels: Sequence[str] | str | None, top_k: int, coverage: float
-    ) -> dict[str, Any]:
+    def _predict(self, photos: Photos, labels: Labels, top_k: int, coverage: float) -> dict[str, Any]:
         data: dict[str, Any] = {"top_k": str(top_k), "coverage": str(coverage)}
         if labels is not None:
             # a list of one is a list, not a vocabulary's name, and one of none is not the model's own
             data["labels"] = labels if isinstance(labels, str) else [*labels, "", ""]
         return {"files": self._photos(photos), "data": data}
 
-    def _pause_s(
-        self, method: str, path: str, outcome: httpx.Response | httpx.TransportError, tries: int, since: float
-    ) -> float | None:
+    def _pause_s(self, method: str, path: str, outcome: _Outcome, tries: int, since: float) -> float | None:
         """How long to wait before trying again; None if there is no use."""
         # a little chance, so that many callers who were refused together do not come back together
         pause = min(_LONGEST_PAUSE_S, 0.1 * 2**tries) * random.uniform(0.5, 1)  # noqa: S311 - no secret
@@ -81,39 +83,36 @@ class _Calls:
                 return None
         return pause if time.monotonic() - since + pause <= self._retry_s else None
 
-    def _checked(self, response: httpx.Response) -> Any:
+    def _checked(self, outcome: _Outcome) -> httpx.Response:
+        if isinstance(outcome, httpx.TransportError):
+            raise self._unreachable(outcome) from outcome
+        if outcome.is_success:
+            return outcome
+        content = self._content(outcome)
+        detail = content.get("detail") if isinstance(content, dict) else None
+        kind = UsageError if outcome.status_code in (401, 403, 404, 422) else ClipharError
+        raise kind(str(detail or f"{self._url} answered {outcome.status_code}"))
+
+    def _content(self, response: httpx.Response) -> dict[str, Any]:
         if response.status_code == 204:
-            return None
+            return {}
         try:
-            content = response.json()
+            content: dict[str, Any] = response.json()
         except ValueError as error:
             raise ClipharError(f"{self._url} answered {response.status_code}, but not as cliphar does") from error
-        if response.is_success:
-            return content
-        detail = content.get("detail") if isinstance(content, dict) else None
-        kind = UsageError if response.status_code in (401, 403, 404, 422) else ClipharError
-        raise kind(str(detail or f"{self._url} answered {response.status_code}"))
+        return content
 
     def _unreachable(self, error: httpx.TransportError) -> ClipharError:
         return ClipharError(f"no answer from {self._url}: {error or type(error).__name__}; is 'cliphar serve' running?")
 
     @staticmethod
-    def _answers(content: Any) -> list[Answer]:
+    def _answers(content: dict[str, Any]) -> list[Answer]:
         return [
-            MediaError(one["error"])
-            if "error" in one
-            else Prediction(
-                label=one["label"],
-                score=one["score"],
-                set=tuple(one["set"]),
-                top=tuple(Score(top["label"], top["score"]) for top in one["top"]),
-                evidence=one["evidence"],
-            )
-            for one in content["predictions"]
+            MediaError(one["error"]) if "error" in one else Prediction.from_dict(one) for one in content["predictions"]
         ]
 
 
-class Client(_Calls):
+class Client(_Calls[httpx.Client]):
     """Plain calls; safe to share between threads.
 
     Args:
@@ -127,9 +126,7 @@ class Client(_Calls):
         UsageError: ``url`` is not an address. Every call: a ClipharError with one line when refused or nothing answers.
     """
 
-    def __init__(self, url: str, *, api_key: str | None = None, timeout_s: float = 60.0, retry_s: float = 15.0) -> None:
-        super().__init__(url, api_key, timeout_s, retry_s)
-        self._http = httpx.Client(**self._options)
+    _open = httpx.Client
 
     def __enter__(self) -> Self:
         return self
@@ -141,60 +138,43 @@ class Client(_Calls):
         """Let the connections go."""
         self._http.close()
 
-    def _call(self, method: str, path: str, **body: Any) -> Any:
-        since = time.monotonic()
-        for tries in itertools.count():
+    def _send(self, method: str, path: str, *, stream: bool = False, **body: Any) -> httpx.Response:
+        since, tries = time.monotonic(), 0
+        while True:
+            outcome: _Outcome
             try:
-                response = self._http.request(method, path, **body)
+                outcome = self._http.send(self._http.build_request(method, path, **body), stream=stream)
+                if not outcome.is_success:
+                    outcome.read()
             except httpx.TransportError as error:
-                if (pause := self._pause_s(method, path, error, tries, since)) is None:
-                    raise self._unreachable(error) from error
-            else:
-                if (pause := self._pause_s(method, path, response, tries, since)) is None:
-                    return self._checked(response)
+                outcome = error
+            if (pause := self._pause_s(method, path, outcome, tries, since)) is None:
+                return self._checked(outcome)
             time.sleep(pause)
-        raise AssertionError("unreachable")
+            tries += 1
 
-    def predict(
-        self,
-        photos: Photos,
-        labels: Sequence[str] | str | None = None,
-        *,
-        top_k: int = 5,
-        coverage: float = 0.9,
-    ) -> list[Answer]:
+    def _call(self, method: str, path: str, **body: Any) -> dict[str, Any]:
+        return self._content(self._send(method, path, **body))
+
+    def predict(self, photos: Photos, labels: Labels = None, *, top_k: int = 5, coverage: float = 0.9) -> list[Answer]:
         """One answer a photo (encoded bytes or a path; one or many), or its MediaError; ``labels`` may name a list."""
         body = self._predict(photos, labels, top_k, coverage)
         return self._answers(self._call("POST", "/v1/predict", **body)) if body["files"] else []
 
-    def video(
-        self, clip: Photo, labels: Sequence[str] | str | None = None, *, coverage: float = 0.9
-    ) -> Iterator[dict[str, Any]]:
+    def video(self, clip: Photo, labels: Labels = None, *, coverage: float = 0.9) -> Iterator[dict[str, Any]]:
         """A clip's lines while the service reads it: ``progress``, each ``segment``, at last the ``timeline``."""
         content = clip if isinstance(clip, bytes) else _read(clip)
         words = labels if isinstance(labels, str | None) else ",".join([*labels, "", ""])  # as in _predict
         query = {"coverage": coverage} | ({"labels": words} if words else {})
-        since = time.monotonic()
-        for tries in itertools.count():
+        with closing(self._send("POST", "/v1/video", stream=True, params=query, files={"video": content})) as response:
             try:
-                with self._http.stream("POST", "/v1/video", params=query, files={"video": content}) as response:
-                    if (pause := self._pause_s("POST", "/v1/video", response, tries, since)) is None:
-                        yield from self._lines(response)
-                        return
+                for line in response.iter_lines():
+                    told: dict[str, Any] = json.loads(line)
+                    if "error" in told:
+                        raise MediaError(told["error"])
+                    yield told
             except httpx.TransportError as error:
-                if (pause := self._pause_s("POST", "/v1/video", error, tries, since)) is None:
-                    raise self._unreachable(error) from error
-            time.sleep(pause)
-
-    def _lines(self, response: httpx.Response) -> Iterator[dict[str, Any]]:
-        if not response.is_success:
-            response.read()
-            self._checked(response)
-        for line in response.iter_lines():
-            told: dict[str, Any] = json.loads(line)
-            if "error" in told:
-                raise MediaError(told["error"])
-            yield told
+                raise self._unreachable(error) from error
 
     def model(self) -> dict[str, Any]:
         """The model that answers: name, labels, what was taught, metrics."""
@@ -203,13 +183,11 @@ class Client(_Calls):
 
     def model_card(self, name: str) -> dict[str, Any]:
         """The same of the model of that name, with its ``card`` in Markdown and its ``evaluation`` or None."""
-        answer: dict[str, Any] = self._call("GET", self._path("models", name))
-        return answer
+        return self._call("GET", self._path("models", name))
 
     def vocabularies(self) -> dict[str, list[str]]:
         """Named lists of labels."""
-        answer: dict[str, list[str]] = self._call("GET", "/v1/labels")
-        return answer
+        return self._call("GET", "/v1/labels")
 
     def put_vocabulary(self, name: str, labels: Sequence[str]) -> None:
         """Keep a list of labels under a name."""
@@ -217,21 +195,17 @@ class Client(_Calls):
 
     def teach(self, name: str, photos: Photos) -> dict[str, Any]:
         """Teach an action; how well it works, as ``Lesson.to_dict`` has it."""
-        path = self._path("actions", name)
-        answer: dict[str, Any] = self._call("POST", path, files=self._photos(photos))
-        return answer
+        return self._call("POST", self._path("actions", name), files=self._photos(photos))
 
     def forget(self, name: str) -> None:
         """Forget an action that was taught."""
         self._call("DELETE", self._path("actions", name))
 
 
-class AsyncClient(_Calls):
+class AsyncClient(_Calls[httpx.AsyncClient]):
     """The same for asyncio, but for ``video``; see :class:`Client`."""
 
-    def __init__(self, url: str, *, api_key: str | None = None, timeout_s: float = 60.0, retry_s: float = 15.0) -> None:
-        super().__init__(url, api_key, timeout_s, retry_s)
-        self._http = httpx.AsyncClient(**self._options)
+    _open = httpx.AsyncClient
 
     async def __aenter__(self) -> Self:
         return self
@@ -243,27 +217,21 @@ class AsyncClient(_Calls):
         """Let the connections go."""
         await self._http.aclose()
 
-    async def _call(self, method: str, path: str, **body: Any) -> Any:
-        since = time.monotonic()
-        for tries in itertools.count():
+    async def _call(self, method: str, path: str, **body: Any) -> dict[str, Any]:
+        since, tries = time.monotonic(), 0
+        while True:
+            outcome: _Outcome
             try:
-                response = await self._http.request(method, path, **body)
+                outcome = await self._http.request(method, path, **body)
             except httpx.TransportError as error:
-                if (pause := self._pause_s(method, path, error, tries, since)) is None:
-                    raise self._unreachable(error) from error
-            else:
-                if (pause := self._pause_s(method, path, response, tries, since)) is None:
-                    return self._checked(response)
+                outcome = error
+            if (pause := self._pause_s(method, path, outcome, tries, since)) is None:
+                return self._content(self._checked(outcome))
             await asyncio.sleep(pause)
-        raise AssertionError("unreachable")
+            tries += 1
 
     async def predict(
-        self,
-        photos: Photos,
-        labels: Sequence[str] | str | None = None,
-        *,
-        top_k: int = 5,
-        coverage: float = 0.9,
+        self, photos: Photos, labels: Labels = None, *, top_k: int = 5, coverage: float = 0.9
     ) -> list[Answer]:
         """One answer a photo (encoded bytes or a path; one or many), or its MediaError; ``labels`` may name a list."""
         body = self._predict(photos, labels, top_k, coverage)
@@ -276,13 +244,11 @@ class AsyncClient(_Calls):
 
     async def model_card(self, name: str) -> dict[str, Any]:
         """The same of the model of that name, with its ``card`` in Markdown and its ``evaluation`` or None."""
-        answer: dict[str, Any] = await self._call("GET", self._path("models", name))
-        return answer
+        return await self._call("GET", self._path("models", name))
 
     async def vocabularies(self) -> dict[str, list[str]]:
         """Named lists of labels."""
-        answer: dict[str, list[str]] = await self._call("GET", "/v1/labels")
-        return answer
+        return await self._call("GET", "/v1/labels")
 
     async def put_vocabulary(self, name: str, labels: Sequence[str]) -> None:
         """Keep a list of labels under a name."""
@@ -290,9 +256,7 @@ class AsyncClient(_Calls):
 
     async def teach(self, name: str, photos: Photos) -> dict[str, Any]:
         """Teach an action; how well it works, as ``Lesson.to_dict`` has it."""
-        path = self._path("actions", name)
-        answer: dict[str, Any] = await self._call("POST", path, files=self._photos(photos))
-        return answer
+        return await self._call("POST", self._path("actions", name), files=self._photos(photos))
 
     async def forget(self, name: str) -> None:
         """Forget an action that was taught."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,6 +31,12 @@ class Prediction:
     set: tuple[str, ...]
     top: tuple[Score, ...]
     evidence: float
+
+    @classmethod
+    def from_dict(cls, told: Mapping[str, Any]) -> Prediction:
+        """The answer of a JSON form that has its evidence too, as a service sends it."""
+        top = tuple(Score(one["label"], one["score"]) for one in told["top"])
+        return cls(told["label"], told["score"], tuple(told["set"]), top, told["evidence"])
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form: label, score, set and top; scores to six digits."""

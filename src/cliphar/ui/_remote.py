@@ -194,8 +194,7 @@ class _Watch:
             ) from error
         if "error" in told:
             raise ClipharError(told["error"])
-        top = tuple(Score(one["label"], one["score"]) for one in told["top"])
-        return Prediction(told["label"], told["score"], tuple(told["set"]), top, told["evidence"])
+        return Prediction.from_dict(told)
 
 
 def api_key() -> str | None:
