@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import IO
 
 import pytest
@@ -105,6 +108,22 @@ def test_if_one_ends_all_ends(running: tuple[subprocess.Popen[str], list[str], s
     os.kill(both[which], signal.SIGKILL)
     assert process.wait(60) == 1
     assert not any(alive(pid) for pid in both)
+
+
+def test_another_s_port_is_said_in_lines(clean_env: dict[str, str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:  # it speaks first, and not HTTP
+
+        def greet() -> None:
+            with suppress(OSError):
+                while True:
+                    with taken.accept()[0] as one:
+                        one.sendall(b"220 mail\r\n")
+
+        Thread(target=greet, daemon=True).start()
+        command = [sys.executable, "-m", "cliphar", "up", "--port", str(taken.getsockname()[1])]
+        done = subprocess.run(command, env=clean_env, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 2)
+    assert "choose another" in done.stderr
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGHUP])

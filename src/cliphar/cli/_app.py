@@ -6,14 +6,14 @@ from typing import Annotated
 
 import typer
 
-from cliphar.cli._options import BasePath, Model
+from cliphar.cli._options import BasePath, Model, PagePort
 
 __all__ = ["page"]
 
 
 def page(
     host: Annotated[str, typer.Option(envvar="CLIPHAR_APP_HOST", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(envvar="CLIPHAR_APP_PORT", min=1, max=65535, help="Port.")] = 8501,
+    port: PagePort = 8501,
     api: Annotated[
         str | None,
         typer.Option(

@@ -16,6 +16,7 @@ __all__ = [
     "Labels",
     "LabelsFile",
     "Model",
+    "PagePort",
     "Provider",
     "RootPath",
     "Runtime",
@@ -56,6 +57,7 @@ Threads = Annotated[
     int | None,
     typer.Option(envvar="CLIPHAR_THREADS", min=1, help="CPU threads.", show_default="what the container allows"),
 ]
+PagePort = Annotated[int, typer.Option(envvar="CLIPHAR_APP_PORT", min=1, max=65535, help="The port of the web page.")]
 RootPath = Annotated[
     str,
     typer.Option(

@@ -1,4 +1,4 @@
-"""cliphar up: the API and the web page together, for a desk and for a container."""
+"""cliphar up: the API and the web page together, for a desk or a container."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
+from contextlib import suppress
+from http.client import HTTPException
 from typing import Annotated
 
 import typer
 
-from cliphar.cli._options import BasePath, Model, RootPath
+from cliphar.cli._options import BasePath, Model, PagePort, RootPath
 from cliphar.errors import ClipharError
 
 __all__ = ["up"]
@@ -25,30 +26,31 @@ _GRACE_S = 30.0
 def up(
     model: Model = None,
     host: Annotated[str, typer.Option(envvar="CLIPHAR_HOST", help="Address that both listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(envvar="CLIPHAR_PORT", help="The API's port.")] = 8000,
-    page_port: Annotated[int, typer.Option(envvar="CLIPHAR_APP_PORT", help="The web page's port.")] = 8501,
+    port: Annotated[int, typer.Option(envvar="CLIPHAR_PORT", min=1, max=65535, help="The API's port.")] = 8000,
+    page_port: PagePort = 8501,
     root_path: RootPath = "",
     base_path: BasePath = "",
 ) -> None:
     """Start the API and the web page. If one of them ends, so does the other."""
-    near = "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104 - a comparison, nothing is bound
+    near = "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104 - nothing is bound
     # whatever proxy is there for others
     direct = ",".join(filter(None, [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), near]))
-    os.environ.update(no_proxy=direct, NO_PROXY=direct)
     near = f"[{near}]" if ":" in near else near
     api, page = f"http://{near}:{port}", f"http://{near}:{page_port}{base_path}"
-    chosen = ["--model", model] if model else []
+    os.environ.update(no_proxy=direct, NO_PROXY=direct, CLIPHAR_API_URL=api)
     stopping: list[int] = []
     # not raised, which could lose a child just started; SIGHUP is of a terminal that closes
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, lambda number, _frame: stopping.append(number))
+            signal.signal(number, lambda number, _: stopping.append(number))
     children: dict[str, subprocess.Popen[bytes]] = {}
 
-    def start(name: str, url: str, arguments: list[str]) -> None:
+    def start(name: str, url: str, command: str, port: int, *more: str) -> None:
+        if stopping:
+            return
+        arguments = [sys.executable, "-m", "cliphar", command, "--host", host, "--port", str(port), *more]
         # a session of its own: Ctrl-C reaches us alone, and each child gets one SIGTERM from us
-        command, environment = [sys.executable, "-m", "cliphar", *arguments], os.environ | {"CLIPHAR_API_URL": api}
-        children[name] = subprocess.Popen(command, env=environment, start_new_session=True)
+        children[name] = subprocess.Popen(arguments, start_new_session=True)
         end = time.monotonic() + 120
         while not (stopping or _answers(url)):
             _ended(children)
@@ -57,11 +59,9 @@ def up(
             time.sleep(0.1)
 
     try:
-        told = ["--host", host, "--port", str(port), "--root-path", root_path, *chosen]
-        start("the API", f"{api}/readyz", ["serve", *told])
-        if not stopping:
-            told = ["--host", host, "--port", str(page_port), "--base-path", base_path]
-            start("the web page", f"{page}/_stcore/health", ["app", *told])
+        chosen = ["--model", model] if model else []
+        start("the API", f"{api}/readyz", "serve", port, "--root-path", root_path, *chosen)
+        start("the web page", f"{page}/_stcore/health", "app", page_port, "--base-path", base_path)
         if not stopping:
             print(f"API       {api}  (its documentation: {api}/docs)")
             print(f"Web page  {page}")
@@ -76,8 +76,8 @@ def up(
 def _example(api: str) -> list[str]:
     from cliphar.bundle import packaged
 
-    photo, words = packaged("samples") / "portrait.jpg", "smiling for a portrait, taking a photo, cooking"
-    return ["curl", "-F", f"images=@{photo}", "-F", f"labels={words}", f"{api}/v1/predict"]
+    photo, words = packaged("samples") / "portrait.jpg", "labels=smiling for a portrait, taking a photo, cooking"
+    return ["curl", "-F", f"images=@{photo}", "-F", words, f"{api}/v1/predict"]
 
 
 def _ended(children: dict[str, subprocess.Popen[bytes]]) -> None:
@@ -87,21 +87,18 @@ def _ended(children: dict[str, subprocess.Popen[bytes]]) -> None:
 
 
 def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=1):  # noqa: S310 - our own
-            return True
-    except (urllib.error.URLError, OSError):
-        return False
+    with suppress(OSError, HTTPException), urllib.request.urlopen(url, timeout=1):  # noqa: S310 - our own
+        return True
+    return False
 
 
 def _stop(children: dict[str, subprocess.Popen[bytes]]) -> None:
     for child in children.values():
-        if child.poll() is None:
-            child.terminate()
+        child.terminate()
     end = time.monotonic() + _GRACE_S
     for child in children.values():
         try:
-            child.wait(max(0.0, end - time.monotonic()))
+            child.wait(max(0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
