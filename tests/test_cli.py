@@ -189,6 +189,7 @@ WRONG = {
     "an option without its value": ["predict", "PHOTO", "--labels"],
     "command": ["nonsense"],
     "eval without data": ["eval"],
+    "a plot's place": ["bench", "--plot", "nowhere/a.png"],
 }
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cliphar.cli._output import check_target
 from cliphar.errors import UsageError
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ def bench(
     from cliphar.bench import plot_bench, run_bench
     from cliphar.bundle import find_bundle
 
+    if plot is not None:
+        check_target(plot)
     try:
         result = run_bench(
             find_bundle(model),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cliphar.cli._options import Coverage, Labels, LabelsFile, Model, Provider, Runtime, Threads, chosen_labels
+from cliphar.cli._output import check_target, progress
 from cliphar.errors import DataError, MediaError, UsageError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def evaluate(
     from cliphar.recognizer import load
 
     for path in report or ():
-        _check_report(path)
+        check_target(path, ".html", ".json")
     listed, chosen = read_labelled(data, chosen_labels(labels, labels_file))
     recognizer = load(model, runtime=runtime, provider=provider, threads=threads)
     other = None if against is None else load(against, provider=provider, threads=threads)
@@ -97,13 +97,6 @@ def evaluate(
         raise typer.Exit(1)
 
 
-def _check_report(path: Path) -> None:
-    if path.suffix not in (".html", ".json"):
-        raise UsageError(f"cannot write {path}: its name must end in .html or .json")
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UsageError(f"cannot write {path}: {path.parent} is not a folder that can be written to")
-
-
 def read_labelled(data: Path, labels: tuple[str, ...] | None) -> tuple[_Listed, tuple[str, ...]]:
     """The photos and clips with their labels, and the labels to choose from."""
     from cliphar.data import list_labelled
@@ -127,7 +120,6 @@ def answer_all(
     """
     import numpy as np
 
-    from cliphar.cli._output import progress
     from cliphar.data import embed_clips
 
     paths = [path for path, _ in listed]

@@ -17,7 +17,7 @@ from cliphar.errors import MediaError, UsageError
 if TYPE_CHECKING:
     from cliphar.recognizer import Prediction
 
-__all__ = ["Writer", "named_error", "printable", "progress", "show"]
+__all__ = ["Writer", "check_target", "named_error", "printable", "progress", "show"]
 
 _BAR = 24
 
@@ -58,6 +58,16 @@ def show(path: str, prediction: Prediction) -> None:
         console.print(line)
 
 
+def check_target(path: Path, *kinds: str) -> None:
+    """UsageError if no file can be written there, or its name ends in none of these; asked before the work."""
+    if kinds and path.suffix not in kinds:
+        raise UsageError(f"cannot write {path}: its name must end in {', '.join(kinds)}")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UsageError(f"cannot write {path}: {path.parent} is not a folder that can be written to")
+    if path.is_dir():
+        raise UsageError(f"cannot write {path}: it is a folder; give a file's name")
+
+
 @contextmanager
 def progress(total: int, *, quiet: bool) -> Iterator[Callable[[], None]]:
     """A bar on the terminal's standard error when there is long work to wait for, unless ``quiet``."""
@@ -83,16 +93,10 @@ class Writer:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._rows: list[dict[str, Any]] = []
-        if path is None:
-            return
-        if path.suffix not in (".csv", ".jsonl", ".parquet"):
-            raise UsageError(f"cannot write {path}: its name must end in .csv, .jsonl or .parquet")
-        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-            raise UsageError(f"cannot write {path}: {path.parent} is not a folder that can be written to")
-        if path.is_dir():
-            raise UsageError(f"cannot write {path}: it is a folder; give a file's name")
-        if path.suffix == ".parquet":
-            _pyarrow()
+        if path is not None:
+            check_target(path, ".csv", ".jsonl", ".parquet")
+            if path.suffix == ".parquet":
+                _pyarrow()
 
     def __enter__(self) -> Writer:
         return self

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cliphar.cli._options import Coverage, Labels, LabelsFile, Model, Provider, Runtime, Threads, chosen_labels
+from cliphar.cli._output import check_target, named_error, printable
 from cliphar.errors import MediaError, UsageError
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["video"]
 
-_OUT = (".csv", ".jsonl", ".mp4", ".png", ".vtt")
 _WIDTH = 60
 
 
@@ -56,7 +55,6 @@ def video(
     threads: Threads = None,
 ) -> None:
     """Say what is done when in videos, or now before a camera."""
-    from cliphar.cli._output import printable
     from cliphar.cli._predict import expand
     from cliphar.media import is_camera, is_video_name
     from cliphar.recognizer import load
@@ -81,8 +79,7 @@ def video(
             timeline = _read(recognizer, path, chosen, coverage, multi_label, fps)
         except MediaError as error:
             failed = True
-            text = " ".join(printable(str(error)).split())
-            print(f"cliphar: {text if shown in text else f'{shown}: {text}'}", file=sys.stderr)
+            print(f"cliphar: {named_error(shown, error)}", file=sys.stderr)
             continue
         if timeline.warning:
             failed = True
@@ -164,10 +161,7 @@ def _check(targets: list[Path], files: list[str]) -> None:
     if targets and len(files) > 1:
         raise UsageError(f"--out is for one video, and there are {len(files)}; run them one by one, or use --json")
     for target in targets:
-        if target.suffix not in _OUT:
-            raise UsageError(f"cannot write {target}: its name must end in {', '.join(_OUT)}")
-        if target.is_dir() or not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
-            raise UsageError(f"cannot write {target}: it is a folder, or its folder cannot be written to")
+        check_target(target, ".csv", ".jsonl", ".mp4", ".png", ".vtt")
         if target.exists() and Path(files[0]).exists() and target.samefile(files[0]):
             raise UsageError(f"cannot write {target}: it is the video itself; give another name")
 
