@@ -8,8 +8,7 @@ import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -69,11 +68,16 @@ def _root(
     pass
 
 
+def _end(line: object, status: int) -> NoReturn:
+    print(f"cliphar: {line}", file=sys.stderr)
+    sys.exit(status)
+
+
 def main() -> None:
-    """Run the command line; exit status 0 done, 1 failed on some input, 2 wrong usage, 128 + a signal that ended it."""
+    """Run the command line; exit status 0 done, 1 failed on some input, 2 wrong usage, 128 + a signal."""
     stopped: list[int] = []
 
-    def stop(number: int, _frame: FrameType | None) -> None:  # the same way out as Ctrl-C: what was done is written
+    def stop(number: int, _frame: object) -> None:  # the same way out as Ctrl-C: what was done is written
         stopped.append(number)
         if number != signal.SIGTERM:  # a terminal that closes sends it, and so does its shell: one is enough
             signal.signal(number, signal.SIG_IGN)
@@ -92,24 +96,16 @@ def main() -> None:
     except _WrongUsage as error:
         if "Usage:" in error.format_message():  # no arguments: the message is the help
             error.show()
-        else:
-            what = error.format_message().rstrip(".")
-            see = f"; see '{error.ctx.command_path} --help'" if error.ctx else ""  # an option's value left out: no ctx
-            print(f"cliphar: {what}{see}", file=sys.stderr)
-        sys.exit(2)
-    except UsageError as error:
-        print(f"cliphar: {error}", file=sys.stderr)
-        sys.exit(2)
+            sys.exit(2)
+        see = f"; see '{error.ctx.command_path} --help'" if error.ctx else ""  # an option's value left out: no ctx
+        _end(error.format_message().rstrip(".") + see, 2)
     except ClipharError as error:
-        print(f"cliphar: {error}", file=sys.stderr)
-        sys.exit(1)
+        _end(error, 2 if isinstance(error, UsageError) else 1)
     except RuntimeError as error:
-        if "can't start new thread" not in str(error):  # Python has no class of its own for it
+        if "can't start new thread" not in str(error):  # Python has no class for it
             raise
-        print("cliphar: no more threads may be started; raise 'ulimit -u', or docker's --pids-limit", file=sys.stderr)
-        sys.exit(1)
+        _end("no more threads may be started; raise 'ulimit -u', or docker's --pids-limit", 1)
     except OSError as error:
-        print(f"cliphar: {error}; see that there is room and permission to write", file=sys.stderr)
         with suppress(OSError):
-            sys.stdout.close()  # else it is tried again, and complained of, at the very end
-        sys.exit(1)
+            sys.stdout.close()  # else tried again, and complained of, at the very end
+        _end(f"{error}; see that there is room and permission to write", 1)
