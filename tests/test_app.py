@@ -38,6 +38,7 @@ from cliphar.ui._launch import ice_servers, launch
 from cliphar.ui._remote import RemoteBackend
 from cliphar.ui._show import spreadsheet
 from cliphar.ui._speed import measure_round_trips
+from cliphar.ui._video import _clock
 from serving_process import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -606,6 +607,10 @@ def test_a_table_is_read_by_spreadsheets_and_runs_nothing() -> None:
         ["'=1+1.jpg", "\u0447\u0438\u0442\u0430\u0442\u044c"],
         ["'-.jpg", '"a", b'],
     ]
+
+
+def test_no_minute_has_sixty_seconds() -> None:
+    assert [_clock(seconds) for seconds in (0, 59.94, 59.96, 3661.25)] == ["0:00.0", "0:59.9", "1:00.0", "61:01.2"]
 
 
 def test_what_cannot_be_an_action_is_said(script: AppTest) -> None:

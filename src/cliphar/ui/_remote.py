@@ -45,15 +45,14 @@ class RemoteBackend:
         self._told_at = -_FRESH_S
         try:
             self._model()
-        except UsageError as error:  # the key is missing or wrong
+        except ClipharError as error:
             self.close()
-            raise UsageError(
+            if not isinstance(error, UsageError):
+                raise
+            raise UsageError(  # the key is missing or wrong
                 f"{self._url} refuses this page: {error}; who starts the page gives it a key in CLIPHAR_API_KEY, or in "
                 "the file that CLIPHAR_API_KEY_FILE names"
             ) from error
-        except ClipharError:
-            self.close()
-            raise
 
     def close(self) -> None:
         """Let the connections go."""

@@ -149,7 +149,7 @@ def mistakes_html(mistakes: Sequence[Mistake]) -> str:
         except MediaError:
             continue  # gone since
         figures.append(
-            f"<figure><img alt='{escape(one.path.name, quote=True)}' src='data:image/jpeg;base64,{picture}'>"
+            f"<figure><img alt='{escape(one.path.name)}' src='data:image/jpeg;base64,{picture}'>"
             f"<figcaption><b>{escape(one.answer)}</b> {_percent(one.score)}<br>truth: {escape(one.truth)}</figcaption>"
             "</figure>"
         )

@@ -40,15 +40,14 @@ def video_page() -> None:
             on_change=_take_upload,
         )
         labels, coverage = choose("video")
-    state = st.session_state
     with right:
-        if "clip_file" not in state:
+        if "clip_file" not in st.session_state:
             st.info("Add a clip and its timeline appears here. Or try a sample:", icon=":material/movie:")
             st.button("Try the sample clip", on_click=_take_sample)
         elif not labels:
             st.info("The list of actions is empty. Type at least one.", icon=":material/edit:")
         else:
-            name, content = state.clip_file
+            name, content = st.session_state.clip_file
             try:
                 _show(name, content, _read(content, labels, coverage))
             except (MediaError, UsageError) as error:
@@ -64,7 +63,7 @@ def _take_upload() -> None:
     state = st.session_state
     if upload := state.get(_field()):
         state.clip_file, state.clip_start = (upload.name, upload.getvalue()), 0.0
-    elif _field() in state:  # else another page is shown already
+    elif _field() in state:  # else another page is shown
         state.pop("clip_file", None)
 
 
@@ -80,10 +79,8 @@ def _take_sample() -> None:
 
 def _read(content: bytes, labels: tuple[str, ...], coverage: float) -> Timeline:
     """The clip's timeline; kept for the session, so that a click does not read it again."""
-    known: dict[str, Timeline] = st.session_state.setdefault("timelines", {})
-    key = hashlib.sha256(
-        repr((backend().where, hashlib.sha256(content).hexdigest(), labels, coverage)).encode()
-    ).hexdigest()
+    known: dict[object, Timeline] = st.session_state.setdefault("timelines", {})
+    key = (backend().where, hashlib.sha256(content).hexdigest(), labels, coverage)
     bar = st.empty()  # also where there is nothing to read: what follows keeps its place, and so the focus
     if key in known:
         return known[key]
@@ -143,14 +140,15 @@ def _jump(start_s: float) -> None:
 
 
 def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{seconds % 60:04.1f}"
+    minutes, rest = divmod(round(seconds, 1), 60)  # 59.96 is 1:00
+    return f"{minutes:.0f}:{rest:04.1f}"
 
 
 def _bar(found: Timeline) -> str:
     """The timeline as one bar under the player; those who cannot see it have the list below."""
     whole, colour = max(found.duration_s, 0.001), colours(found.segments)
     parts = "".join(
-        f"<div title='{escape(segment.label, quote=True)}' style='position:absolute;top:0;bottom:0;"
+        f"<div title='{escape(segment.label)}' style='position:absolute;top:0;bottom:0;"
         f"left:{segment.start_s / whole:.3%};width:{(segment.end_s - segment.start_s) / whole:.3%};"
         f"background:{colour[segment.label]}'></div>"
         for segment in found.segments
@@ -187,19 +185,17 @@ def _sample_clip() -> bytes:
     import av
 
     buffer = io.BytesIO()
-    width, height, rate, seconds = 640, 360, 10, 7
+    width, height, rate, count = 640, 360, 10, 70
     with av.open(buffer, "w", format="mp4") as file:
         stream = file.add_stream("libx264", rate=rate)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for _, data in sample_photos():
             photo = decode_image(data)
-            for k in range(seconds * rate):
-                zoom = 1 - 0.15 * k / (seconds * rate)
-                w = min(photo.width, photo.height * width / height) * zoom
+            for k in range(count):
+                w = min(photo.width, photo.height * width / height) * (1 - 0.15 * k / count)
                 h = w * height / width
                 x, y = (photo.width - w) / 2, (photo.height - h) / 4  # heads are in the upper half
-                box = (x, y, x + w, y + h)
-                picture = photo.resize((width, height), Image.Resampling.BILINEAR, box=box)
+                picture = photo.resize((width, height), Image.Resampling.BILINEAR, box=(x, y, x + w, y + h))
                 file.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(picture), format="rgb24")))
         file.mux(stream.encode())
     return buffer.getvalue()
