@@ -1,11 +1,10 @@
 """Make the graphs that serving runs, and prove them."""
 
-from cliphar.export._clip import export_clip_text
 from cliphar.export._export import Added, export_bundle
 from cliphar.export._float import float_graph
 from cliphar.export._image import compress_weights, export_image_tower
 from cliphar.export._layouts import LAYOUTS, write_layout
-from cliphar.export._open_clip import OPEN_CLIP_NAMES, open_clip_bundle, pull_open_clip
+from cliphar.export._open_clip import OPEN_CLIP_NAMES, export_clip_text, open_clip_bundle, pull_open_clip
 from cliphar.export._photos import Proof, read_proof
 from cliphar.export._targets import TARGETS
 from cliphar.export._teacher import export_teacher_graph

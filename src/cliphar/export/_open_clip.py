@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+import onnx
 import torch
 from safetensors.numpy import save
 
@@ -29,10 +30,10 @@ from cliphar.errors import BundleError, UsageError
 from cliphar.export._clip_tokenizer import clip_tokenizer
 from cliphar.export._image import export_image_tower
 from cliphar.export._torch_onnx import export
-from cliphar.models import OpenClipEncoder, open_clip_encoder
+from cliphar.models import OpenClipEncoder, OpenClipText, open_clip_encoder
 from cliphar.runtime import OnnxRuntime
 
-__all__ = ["OPEN_CLIP_NAMES", "open_clip_bundle", "pull_open_clip"]
+__all__ = ["OPEN_CLIP_NAMES", "export_clip_text", "open_clip_bundle", "pull_open_clip"]
 
 # our name -> open_clip's architecture and tag
 OPEN_CLIP_NAMES = {
@@ -94,8 +95,6 @@ def open_clip_bundle(
     """
     size, length = encoder.size, encoder.context_length
     words = clip_tokenizer(encoder, tokenizer)  # first, as it is what may be missing
-    example = torch.zeros(2, length, dtype=torch.long)
-    text = export(encoder.text, example, "ids", "embeddings", {0: torch.export.Dim("texts")})
     unfitted = Calibration(logit_scale=encoder.logit_scale, conformal=((0.9, 1.0),), unknown_below=-1.0, photos=1)
     info = BundleInfo(
         name=name,
@@ -120,13 +119,20 @@ def open_clip_bundle(
     )
     files: dict[str, Path | bytes] = {
         "image.onnx": export_image_tower(encoder.image, size).SerializeToString(),
-        "text.onnx": text.SerializeToString(),
+        "text.onnx": export_clip_text(encoder.text, length).SerializeToString(),
         "tokenizer.json": words,
         "head.safetensors": save({"class_vectors": np.zeros((0, encoder.embedding_dim), np.float32)}),
     }
     with tempfile.TemporaryDirectory() as work:
         _prove(encoder, write_bundle(Path(work) / "bundle", info, files))
     return write_bundle(target, info, files, overwrite=True)
+
+
+def export_clip_text(text: OpenClipText, context_length: int) -> onnx.ModelProto:
+    """``ids`` int64 [N,context_length] -> ``embeddings`` float32 [N,D], unit length."""
+    example = torch.zeros(2, context_length, dtype=torch.int64)
+    example[:, 1] = 1  # an end of text for the pooling to find
+    return export(text, example, "ids", "embeddings", {0: torch.export.Dim("texts")})
 
 
 def _prove(encoder: OpenClipEncoder, bundle: Bundle) -> None:

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 from numpy.typing import NDArray
 
 from cliphar.bundle import Bundle
 from cliphar.errors import ClipharError
-from cliphar.export._photos import Proof
 from cliphar.runtime import Runtime
 
-__all__ = ["TOLERANCES", "RefusedError", "embed", "head_of", "images_per_s", "measure", "refusal"]
-
-_BATCH = 8
+__all__ = ["TOLERANCES", "RefusedError", "embed", "head_of", "measure", "refusal"]
 
 
 class RefusedError(ClipharError):
@@ -35,7 +30,7 @@ TOLERANCES = {
 
 def embed(runtime: Runtime, images: NDArray[np.uint8]) -> NDArray[np.float32]:
     """float32 [N,D], in batches of 8."""
-    return np.concatenate([runtime.encode_images(images[at : at + _BATCH]) for at in range(0, len(images), _BATCH)])
+    return np.concatenate([runtime.encode_images(images[at : at + 8]) for at in range(0, len(images), 8)])
 
 
 def head_of(bundle: Bundle) -> NDArray[np.float32]:
@@ -92,15 +87,3 @@ def refusal(parity: dict[str, float], precision: str, max_loss: float) -> str | 
     if -parity.get("accuracy_difference", 0.0) > max(max_loss, 1.5 / photos):
         return f"accuracy falls by {-parity['accuracy_difference']:.4f}, more than {max_loss:g}"
     return None
-
-
-def images_per_s(runtimes: dict[str, Runtime], proof: Proof) -> dict[str, float]:
-    """The best of three rounds at batch 8, in turns."""
-    batch = proof.verification[:_BATCH]
-    best = dict.fromkeys(runtimes, np.inf)
-    for _ in range(3):
-        for name, runtime in runtimes.items():
-            started = time.perf_counter()
-            runtime.encode_images(batch)
-            best[name] = min(best[name], time.perf_counter() - started)
-    return {name: round(len(batch) / seconds, 1) for name, seconds in best.items()}

@@ -1,7 +1,7 @@
 """Engines that run a bundle's two encoders, behind one small protocol."""
 
 from cliphar.runtime._base import Runtime
-from cliphar.runtime._choose import RuntimeChoice, choose_runtime, load_runtime
+from cliphar.runtime._choose import RuntimeChoice, choose_runtime, images_per_s, load_runtime
 from cliphar.runtime._cpu import cpu_quota
 from cliphar.runtime._onnx import OnnxRuntime, available_providers
 from cliphar.runtime._openvino import OpenVinoRuntime, import_openvino
@@ -18,6 +18,7 @@ __all__ = [
     "available_providers",
     "choose_runtime",
     "cpu_quota",
+    "images_per_s",
     "import_openvino",
     "import_tensorrt",
     "load_runtime",

@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import import_module, metadata
 from importlib.util import find_spec
@@ -27,7 +28,7 @@ from cliphar.runtime._openvino import OpenVinoRuntime
 from cliphar.runtime._tensorrt import TensorRtRuntime
 from cliphar.runtime._torch import TorchRuntime
 
-__all__ = ["RuntimeChoice", "choose_runtime", "load_runtime"]
+__all__ = ["RuntimeChoice", "choose_runtime", "images_per_s", "load_runtime"]
 
 _LOG = logging.getLogger("cliphar.runtime")
 # those that are chosen among; torch is run for those alone who ask for it, as serving does without it
@@ -160,16 +161,21 @@ def _measure(bundle: Bundle, names: list[str], threads: int) -> RuntimeChoice:
         if wrong:
             del runtimes[name]
             failed[name] = wrong
+    if not runtimes:
+        raise UsageError(f"no runtime of bundle '{bundle.info.name}' runs here: {'; '.join(failed.values())}")
+    speeds = images_per_s(runtimes, images)
+    return RuntimeChoice(max(speeds, key=lambda name: speeds[name]), speeds, failed)
+
+
+def images_per_s(runtimes: Mapping[str, Runtime], images: NDArray[np.uint8]) -> dict[str, float]:
+    """The best of three rounds of each runtime on a batch, uint8 [N,S,S,3]."""
     best = dict.fromkeys(runtimes, np.inf)
     for _ in range(_ROUNDS):  # in turns, so that a change of the machine's speed meets all alike
         for name, runtime in runtimes.items():
             started = time.perf_counter()
             runtime.encode_images(images)
             best[name] = min(best[name], time.perf_counter() - started)
-    if not best:
-        raise UsageError(f"no runtime of bundle '{bundle.info.name}' runs here: {'; '.join(failed.values())}")
-    speeds = {name: round(_BATCH / seconds, 1) for name, seconds in best.items()}
-    return RuntimeChoice(max(speeds, key=lambda name: speeds[name]), speeds, failed)
+    return {name: round(len(images) / seconds, 1) for name, seconds in best.items()}
 
 
 def _samples(bundle: Bundle) -> NDArray[np.uint8]:
