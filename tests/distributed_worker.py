@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from cliphar.training._batches import Batch, Batches, TrainItems
 from cliphar.training._contrast import ContrastObjective, Losses
 from cliphar.training._distributed import leave_ranks, open_ranks
-from cliphar.training._gather import gather_rows
-from cliphar.training._loop import Run, StepReport, Stopped, fit
+from cliphar.training._loop import Run, StepReport, Stopped, Surroundings, fit
 from cliphar.training._method_recipe import LoopRecipe
 
 SIDE, CLASSES, PHOTOS, DIM, WORDS = 32, 3, 24, 8, 5
@@ -75,7 +74,7 @@ def gradients_agree(ranks: Any) -> float:
     whole, part = make(), make()
     whole(Batch(images, targets, texts))["contrastive"].backward()
     mine = slice(ranks.rank * 4, ranks.rank * 4 + 4)
-    part.gather = gather_rows
+    part.gather = ranks.gather
     part(Batch(images[mine], targets[mine], texts[mine]))["contrastive"].backward()
     worst = 0.0
     for one, other in zip(whole.parameters(), part.parameters(), strict=True):
@@ -105,8 +104,8 @@ def main(kind: str, folder: Path, name: str, stop_after: int) -> None:
         pixels = torch.from_numpy(items.photos.frames(0)).permute(0, 3, 1, 2)[None]
         return {"score": len(curve) + float(objective.embed(pixels).abs().mean())}
 
-    run = Run(folder / f"{name}.checkpoint", "toy", 0, 0.01, torch.device("cpu"), True, on_step=on_step, ranks=ranks)
-    run.stop = stop
+    around = Surroundings(resume=True, on_step=on_step, ranks=ranks, stop=stop)
+    run = Run(folder / f"{name}.checkpoint", "toy", 0, 0.01, torch.device("cpu"), around)
     with suppress(Stopped):
         fit(objective, Batches([items], recipe, SIDE, 0, ranks.rank, ranks.world), recipe, run, validate)
     worst = gradients_agree(ranks) if ranks.world > 1 else 0.0

@@ -21,7 +21,7 @@ from cliphar.training._augment import random_frames  # noqa: E402
 from cliphar.training._batches import Batch, Batches, TrainItems  # noqa: E402
 from cliphar.training._contrast import ContrastObjective, Losses  # noqa: E402
 from cliphar.training._gradient import freeze  # noqa: E402
-from cliphar.training._loop import Run, fit  # noqa: E402
+from cliphar.training._loop import Run, Surroundings, fit  # noqa: E402
 from cliphar.training._method_recipe import LoopRecipe, LoraSection  # noqa: E402
 from cliphar.training._methods._lora import adapt, merge  # noqa: E402
 from cliphar.training._rates import learning_rate  # noqa: E402
@@ -70,7 +70,7 @@ def objective(contrastive: float = 0.0, mixup: float = 0.0) -> ContrastObjective
 
 
 def run(tmp_path: Path, **changes: object) -> Run:
-    return Run(tmp_path / "checkpoint", "same", 0, 0.05, torch.device("cpu"), **changes)  # type: ignore[arg-type]
+    return Run(tmp_path / "checkpoint", "same", 0, 0.05, torch.device("cpu"), Surroundings(**changes))  # type: ignore[arg-type]
 
 
 def flat(module: nn.Module) -> Tensor:

@@ -28,7 +28,7 @@ from cliphar.runtime import cpu_quota
 from cliphar.training._augment import random_frames
 from cliphar.training._batches import Batches, TrainItems
 from cliphar.training._contrast import ContrastObjective, Losses
-from cliphar.training._loop import Run, fit
+from cliphar.training._loop import Run, Surroundings, fit
 from cliphar.training._method_recipe import LoopRecipe
 from cliphar.training._tracking import open_tracker
 
@@ -72,7 +72,7 @@ def ours(photos: _Photos, recipe: LoopRecipe, home: Path) -> float:
     objective = ContrastObjective(_model(), sentences, sentences, None, 30.0, Losses(1.0, 1.0, 0.1, 0.0))
     times: list[float] = []
     tracker = open_tracker(["mlflow"], "throughput", home, lambda line: print(line, file=sys.stderr))
-    run = Run(home / "checkpoint", "bench", 0, 1e-4, torch.device("cpu"), tracker=tracker)
+    run = Run(home / "checkpoint", "bench", 0, 1e-4, torch.device("cpu"), Surroundings(tracker=tracker))
     run.on_step = lambda _: times.append(time.perf_counter())
     try:
         fit(objective, Batches([items], recipe, SIZE, 0), recipe, run, lambda: {"score": 0.0})

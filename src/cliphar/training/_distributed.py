@@ -17,24 +17,35 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 
-from cliphar.training._gather import gather_rows
 from cliphar.training._ranks import OneProcess, Ranks
 
 __all__ = ["ManyProcesses", "leave_ranks", "open_ranks"]
 
-_WHOLE = StateDictOptions(full_state_dict=True, ignore_frozen_params=True)
-_LOADED = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
+
+class _Gather(torch.autograd.Function):
+    """Rows of all processes in one tensor, with gradients: what a contrastive loss takes its negatives from.
+
+    The loss of each process is over its own rows against everybody's. The gradient of a row is then the sum of what
+    every process's loss says of it, and the mean of gradients that data-parallel training takes is the whole batch's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.count = len(rows)
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].contiguous().clone()
+        dist.all_reduce(total)
+        start = dist.get_rank() * ctx.count
+        return total[start : start + ctx.count]
 
 
-class ManyProcesses:
+class ManyProcesses(OneProcess):
     """See :class:`Ranks`. The process group must be there; ``kind`` is ``ddp`` or ``fsdp``."""
 
     def __init__(self, kind: str) -> None:
@@ -63,7 +74,8 @@ class ManyProcesses:
 
     def gather(self, rows: Tensor) -> Tensor:
         """See :class:`Ranks`."""
-        return gather_rows(rows)
+        gathered: Tensor = _Gather.apply(rows)  # type: ignore[no-untyped-call]
+        return gathered
 
     def mean(self, value: float) -> float:
         """See :class:`Ranks`."""
@@ -89,23 +101,6 @@ class ManyProcesses:
     def wait(self) -> None:
         """See :class:`Ranks`."""
         dist.barrier()
-
-    def weights(self, module: nn.Module) -> dict[str, Any]:
-        """See :class:`Ranks`."""
-        found: dict[str, Any] = get_model_state_dict(module, options=_WHOLE)
-        return {name: value.detach().to("cpu", copy=True) for name, value in found.items()}
-
-    def load_weights(self, module: nn.Module, weights: dict[str, Any]) -> None:
-        """See :class:`Ranks`."""
-        set_model_state_dict(module, dict(weights), options=_LOADED)
-
-    def optimizer_state(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """See :class:`Ranks`."""
-        return get_optimizer_state_dict(module, optimizer, options=_WHOLE)
-
-    def load_optimizer(self, module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """See :class:`Ranks`."""
-        set_optimizer_state_dict(module, optimizer, state, options=_LOADED)
 
 
 def open_ranks(kind: str) -> Ranks:

@@ -79,14 +79,9 @@ def train_towers(
         seed=recipe.seed,
         lr=lr,
         device=device,
-        resume=job.around.resume,
-        log=job.around.log,
-        on_step=job.around.on_step,
-        tracker=job.around.tracker,
-        ranks=job.around.ranks,
-        stop=job.around.stop,
+        around=job.around,
     )
-    with stop_on_signals(run.stop):
+    with stop_on_signals(job.around.stop):
         measured = fit(objective, batches, recipe.train, run, validation)
     if tuple(shares) != (1.0,):
         _interpolate(objective, start, shares, measured["score"], validation, job.around.log)

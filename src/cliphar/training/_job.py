@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -13,34 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cliphar.bundle import Bundle, whole_file
-from cliphar.data import PhotoSet, assign_parts, doubtful_labels, embed_clips, load_photos, open_source
+from cliphar.data import SPLITS, PhotoSet, assign_parts, doubtful_labels, embed_clips, load_photos, open_source
 from cliphar.errors import DataError
 from cliphar.labels import clean_labels, prompts
 from cliphar.recognizer import Recognizer, mean_direction
 from cliphar.runtime import OnnxRuntime
 from cliphar.training._base import find_base
-from cliphar.training._loop import StepReport
+from cliphar.training._loop import Surroundings
 from cliphar.training._method_recipe import MethodRecipe, TemporalRecipe
-from cliphar.training._ranks import OneProcess, Ranks
-from cliphar.training._tracker import NoTracker, Tracker
 
-__all__ = ["TEST", "TRAIN", "VAL", "Job", "Outcome", "Surroundings", "embed_rows", "open_job", "text_vectors"]
+__all__ = ["TEST", "TRAIN", "VAL", "Job", "Outcome", "embed_rows", "open_job", "text_vectors"]
 
-TRAIN, VAL, TEST = 0, 1, 2
+TRAIN, VAL, TEST = range(len(SPLITS))
 R = TypeVar("R", bound=MethodRecipe)
-_PART = {"train": TRAIN, "val": VAL, "test": TEST}
-
-
-@dataclass
-class Surroundings:
-    """What a run is told besides its recipe."""
-
-    resume: bool = False
-    log: Callable[[str], None] = lambda _: None
-    on_step: Callable[[StepReport], None] = lambda _: None
-    tracker: Tracker = field(default_factory=NoTracker)
-    ranks: Ranks = field(default_factory=OneProcess)
-    stop: list[int] = field(default_factory=lambda: [0])
 
 
 @dataclass(frozen=True)
@@ -169,7 +154,7 @@ def open_job(recipe: MethodRecipe, around: Surroundings) -> Job:
         for target in range(len(labels)):
             mine = random.permutation(np.flatnonzero((part == TRAIN) & (targets == target)))
             part[mine[data.shots :]] = -1
-    for name, which in _PART.items():
+    for which, name in enumerate(SPLITS):
         if not ((part == which) & (targets >= 0)).any():
             raise DataError(f"{recipe.data.source} leaves no photo for {name}; give more photos or other fractions")
     trained = set(targets[part == TRAIN].tolist()) - {-1}
@@ -180,6 +165,6 @@ def open_job(recipe: MethodRecipe, around: Surroundings) -> Job:
         )
     if untrained := [label for number, label in enumerate(labels) if number not in trained]:
         around.log(f"no photo to train on, only words: {', '.join(untrained)}")
-    counts = ", ".join(f"{name} {int((part == which).sum()):,}" for name, which in _PART.items())
+    counts = ", ".join(f"{name} {int((part == which).sum()):,}" for which, name in enumerate(SPLITS))
     around.log(f"{len(photos):,} photos of {len(labels)} labels: {counts}")
     return Job(recipe, Recognizer(bundle, OnnxRuntime(bundle)), photos, part, labels, targets, around)

@@ -26,9 +26,19 @@ from cliphar.training._batches import Batch, Batches
 from cliphar.training._checkpoint import load_checkpoint, save_checkpoint
 from cliphar.training._method_recipe import LoopRecipe
 from cliphar.training._ranks import OneProcess, Ranks
-from cliphar.training._tracker import NoTracker, Tracker
+from cliphar.training._tracking import NoTracker, Tracker
 
-__all__ = ["Objective", "Run", "StepReport", "Stopped", "fit", "pick_device", "refuse_unasked", "stop_on_signals"]
+__all__ = [
+    "Objective",
+    "Run",
+    "StepReport",
+    "Stopped",
+    "Surroundings",
+    "fit",
+    "pick_device",
+    "refuse_unasked",
+    "stop_on_signals",
+]
 
 
 class Stopped(ClipharError):  # noqa: N818 - not an error
@@ -68,24 +78,27 @@ class StepReport:
 
 
 @dataclass
-class Run:
-    """Where and how a loop runs: what is not the recipe's.
+class Surroundings:
+    """What a run is told besides its recipe; ``stop`` holds the number of the signal that asked to stop, or 0."""
 
-    ``identity`` is a digest of everything that must be the same for a checkpoint to be taken up. ``stop`` holds the
-    number of the signal that asked to stop, or 0.
-    """
-
-    checkpoint: Path
-    identity: str
-    seed: int
-    lr: float
-    device: torch.device
     resume: bool = False
     log: Callable[[str], None] = lambda _: None
     on_step: Callable[[StepReport], None] = lambda _: None
     tracker: Tracker = field(default_factory=NoTracker)
     ranks: Ranks = field(default_factory=OneProcess)
     stop: list[int] = field(default_factory=lambda: [0])
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where and how a loop runs; ``identity`` is a digest of all that must be the same to take up a checkpoint."""
+
+    checkpoint: Path
+    identity: str
+    seed: int
+    lr: float
+    device: torch.device
+    around: Surroundings = field(default_factory=Surroundings)
 
 
 @contextmanager
@@ -200,7 +213,7 @@ def fit(
         Stopped: a signal came; the checkpoint is written.
         UsageError: a checkpoint is there and was not asked for, or is of another run.
     """
-    ranks, steps = run.ranks, recipe.epochs * len(batches)
+    around, ranks, steps = run.around, run.around.ranks, recipe.epochs * len(batches)
     if not isinstance(objective, nn.Module):
         raise TypeError("an objective is a module")
     objective.to(run.device)
@@ -255,14 +268,14 @@ def fit(
                 raise UsageError(f"the loss is {parts['loss']} at step {state.step}; lower train.lr ({run.lr:g})")
             state.loss_sum += parts["loss"]
             speed = (state.step - at_start) * recipe.batch_size / (time.monotonic() - started)
-            run.on_step(
+            around.on_step(
                 StepReport(
                     state.step, steps, state.epoch, parts["loss"], run.lr * factor, speed, recipe.batch_size / speed
                 )
             )
             rate_now = {"lr": run.lr * factor, "photos_per_s": speed}
-            run.tracker.log_metrics({f"train/{k}": v for k, v in (parts | rate_now).items()}, state.step)
-            stop = ranks.any(run.stop[0])
+            around.tracker.log_metrics({f"train/{k}": v for k, v in (parts | rate_now).items()}, state.step)
+            stop = ranks.any(around.stop[0])
             if stop or ranks.any(int(time.monotonic() - saved > 60 * recipe.checkpoint_minutes)):
                 save()
                 saved = time.monotonic()
@@ -275,11 +288,11 @@ def fit(
             state.compare(measured, recipe.patience, lambda: ranks.weights(held))
         notes = " ".join(f"{name} {value:.4f}" for name, value in measured.items())
         line = f"epoch {state.epoch}/{recipe.epochs}: loss {state.loss_sum / len(batches):.4f} {notes}"
-        run.tracker.log_metrics({f"val/{name}": value for name, value in measured.items()}, state.step)
+        around.tracker.log_metrics({f"val/{name}": value for name, value in measured.items()}, state.step)
         state.loss_sum = 0.0
         save()
         saved = time.monotonic()
-        run.log(line)  # now, for a terminal that is closed takes no line
+        around.log(line)  # now, for a terminal that is closed takes no line
     ranks.load_weights(objective, state.best)
     return state.measured
 
@@ -330,20 +343,21 @@ def _resume(
     average: _Average,
     scaler: torch.amp.GradScaler,
 ) -> None:
-    refuse_unasked(run.checkpoint, run.resume)
+    around = run.around
+    refuse_unasked(run.checkpoint, around.resume)
     kept = load_checkpoint(run.checkpoint)
     if kept is None:
-        if run.resume:
-            run.log("nothing to resume; starting from the beginning")
+        if around.resume:
+            around.log("nothing to resume; starting from the beginning")
         return
     if kept["identity"] != run.identity:
         raise UsageError(f"{run.checkpoint} is of another recipe, model or data; remove it to start anew")
     for name in vars(state):
         setattr(state, name, kept[name])
-    run.ranks.load_optimizer(objective, optimizer, kept["optimizer"])
+    around.ranks.load_optimizer(objective, optimizer, kept["optimizer"])
     scaler.load_state_dict(kept["scaler"])
     if average.keep:
-        run.ranks.load_weights(objective, kept["average"])
+        around.ranks.load_weights(objective, kept["average"])
         average.values = [parameter.detach().clone() for parameter in average.parameters]
-    run.ranks.load_weights(objective, kept["model"])
-    run.log(f"resumed after step {state.step}")
+    around.ranks.load_weights(objective, kept["model"])
+    around.log(f"resumed after step {state.step}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -20,7 +19,7 @@ __all__ = ["OneProcess", "Ranks"]
 
 
 class Ranks(Protocol):
-    """``rank`` of ``world`` processes. Weights and optimiser states are whole, on the CPU, and keyed by name, so a
+    """``rank`` of ``world`` processes. Weights (on the CPU) and optimiser states are whole and keyed by name, so a
     checkpoint of one kind of run is taken up by any other."""
 
     rank: int
@@ -67,7 +66,7 @@ class Ranks(Protocol):
         ...
 
 
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+_WHOLE = StateDictOptions(full_state_dict=True, ignore_frozen_params=True)
 _LOADED = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
 
 
@@ -102,12 +101,13 @@ class OneProcess:
 
     def weights(self, module: nn.Module) -> dict[str, Any]:
         """See :class:`Ranks`."""
+        found: dict[str, Any] = get_model_state_dict(module, options=_WHOLE)
         # a copy: what is returned must not change when training goes on
-        return copy.deepcopy(get_model_state_dict(module, options=_WHOLE))
+        return {name: value.detach().to("cpu", copy=True) for name, value in found.items()}
 
     def load_weights(self, module: nn.Module, weights: dict[str, Any]) -> None:
         """See :class:`Ranks`."""
-        set_model_state_dict(module, weights, options=_LOADED)
+        set_model_state_dict(module, dict(weights), options=_LOADED)
 
     def optimizer_state(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """See :class:`Ranks`."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from cliphar.bundle import Bundle, read_bundle
 from cliphar.errors import ClipharError, UsageError
-from cliphar.training._job import Surroundings
+from cliphar.training._loop import Surroundings
 from cliphar.training._method_recipe import GradientRecipe, MethodRecipe
 from cliphar.training._recipe import Recipe
 from cliphar.training._train import train

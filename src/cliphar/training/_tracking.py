@@ -1,4 +1,5 @@
-"""MLflow and Weights & Biases behind one tracker, which never makes the training wait or fail."""
+"""What a run tells whoever keeps a record of it: MLflow and Weights & Biases behind one tracker, which never makes the
+training wait or fail."""
 
 from __future__ import annotations
 
@@ -19,13 +20,49 @@ from cliphar.errors import UsageError
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-__all__ = ["BackgroundTracker", "MlflowSink", "Sink", "WandbSink", "open_tracker"]
+__all__ = ["BackgroundTracker", "MlflowSink", "NoTracker", "Sink", "Tracker", "WandbSink", "open_tracker"]
 
 _SYSTEM_EVERY_S = 10.0
 _CLOSE_S = 120.0
 _FORGOTTEN = "{} no longer has the run {} that was stopped; what follows is a new one"
 Log = Callable[[str], None]
 Point = tuple[str, float, int, float]  # name, value, step, seconds since 1970
+
+
+class Tracker(Protocol):
+    """Keeps parameters, metrics and files of a run. None of its methods may fail the run."""
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """The recipe and what it ran on; nested mappings are allowed."""
+        ...
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Values after so many steps of the optimiser; names such as ``train/loss`` and ``val/score``."""
+        ...
+
+    def log_artifact(self, path: Path) -> None:
+        """A file, or a folder such as the bundle."""
+        ...
+
+    def close(self, *, stopped: bool = False) -> None:
+        """The run is over, or was ``stopped`` by a signal."""
+        ...
+
+
+class NoTracker:
+    """Keeps nothing."""
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """See :class:`Tracker`."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """See :class:`Tracker`."""
+
+    def log_artifact(self, path: Path) -> None:
+        """See :class:`Tracker`."""
+
+    def close(self, *, stopped: bool = False) -> None:
+        """See :class:`Tracker`."""
 
 
 class Sink(Protocol):

@@ -11,15 +11,14 @@ from cliphar.errors import UsageError
 from cliphar.evaluation import write_report
 from cliphar.training._distributed import open_ranks
 from cliphar.training._gradient import checkpoint_of
-from cliphar.training._job import Job, Outcome, Surroundings, open_job
-from cliphar.training._loop import Stopped, refuse_unasked
+from cliphar.training._job import Job, Outcome, open_job
+from cliphar.training._loop import Stopped, Surroundings, refuse_unasked
 from cliphar.training._method_recipe import GradientRecipe, MethodRecipe
 from cliphar.training._methods import METHODS
 from cliphar.training._package import package
 from cliphar.training._recipe import Recipe
 from cliphar.training._run import run
-from cliphar.training._tracker import NoTracker
-from cliphar.training._tracking import open_tracker
+from cliphar.training._tracking import NoTracker, open_tracker
 
 __all__ = ["train"]
 
