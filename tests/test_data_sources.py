@@ -320,6 +320,19 @@ def test_a_readme_does_not_make_a_tar_a_shard(folder: Path) -> None:
     assert len({photo.label for photo in found.read()}) == 2
 
 
+@pytest.mark.parametrize("make", [as_tar, as_shards], ids=["tar", "shards"])
+def test_half_of_a_tar_is_not_taken_for_the_whole(folder: Path, make: Callable[[Path], str]) -> None:
+    source = make(folder)
+    file = min(folder.parent.glob("*.tar"))
+    with tarfile.open(file) as tar:
+        second = tar.getmembers()[1].offset
+    content = bytearray(file.read_bytes())
+    content[second : second + 64] = bytes(64)
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=r"\.tar is damaged or cut short: .*; copy it again"):
+        list(open_source(source).read())
+
+
 def test_a_file_named_twice_goes_under_both_labels(folder: Path, tmp_path: Path) -> None:
     rows = [f"sleeping/{i}.jpg,{label}" for i in range(3) for label in ("sleeping", "resting")]
     manifest = folder / "rows.csv"

@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from cliphar.data._sources import Photo, read_captioned
+from cliphar.data._sources import Photo, open_tar, read_captioned, tar_files
 from cliphar.errors import DataError, UsageError
 from cliphar.media import files_in, is_hidden, is_image_name, is_video_name
 
@@ -84,10 +84,7 @@ def open_source(source: str) -> PhotoSource:  # noqa: PLR0911 - one for each kin
     if path.suffix in (".csv", ".jsonl", ".parquet"):
         return _manifest(path, source)
     if tarfile.is_tarfile(path):
-        try:
-            return _shards([path], source) if _has_samples(path) else _tar(path, source)
-        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-            raise DataError(f"{path} is damaged or cut short: {error}; copy it again") from error
+        return _shards([path], source) if _has_samples(path) else _tar(path, source)
     if zipfile.is_zipfile(path):
         return _zip(path, source)
     raise DataError(f"{source} is no data set: give a folder, a tar, a zip, or a .csv, .jsonl or .parquet manifest")
@@ -140,40 +137,32 @@ def _folder(path: Path, source: str) -> PhotoSource:
 
 
 def _members(path: Path) -> Iterator[tuple[str, bytes]]:
-    try:
-        with tarfile.open(path, "r|*") as tar:
-            for member in tar:
-                handle = tar.extractfile(member) if member.isfile() else None
-                if handle is not None:
-                    yield member.name, handle.read()
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise DataError(f"{path} is damaged or cut short: {error}; copy it again") from error
+    with open_tar(path) as tar:
+        for member in tar:
+            handle = tar.extractfile(member) if member.isfile() else None
+            if handle is not None:
+                yield member.name, handle.read()
 
 
 def _has_samples(path: Path) -> bool:
     """Whether a tar holds KEY.cls, KEY.txt or KEY.json beside KEY.jpg among its first files."""
-    with tarfile.open(path, "r|*") as tar:
+    with open_tar(path) as tar:
         names = [member.name for _, member in zip(range(16), tar, strict=False) if member.isfile()]
     texts = {name.rpartition(".")[0] for name in names if PurePosixPath(name).suffix.removeprefix(".") in _TEXTS}
     return any(_is_media(name) and name.rpartition(".")[0] in texts for name in names)
 
 
 def _tar(path: Path, source: str) -> PhotoSource:
-    with tarfile.open(path) as tar:
-        members = sorted({m.name for m in tar if m.isfile()}, key=lambda name: PurePosixPath(name).parts)
-    if any(PurePosixPath(name).name == "captions.jsonl" for name in members):
+    with open_tar(path) as tar:
+        captioned = any(PurePosixPath(name).name == "captions.jsonl" for name in tar.getnames())
+    if captioned:
         return PhotoSource(source, "captioned", _fingerprint([path]), lambda: iter(read_captioned(path)))
 
     def read() -> Iterator[Photo]:
-        try:
-            with tarfile.open(path) as tar:
-                for name in members:
-                    handle = tar.extractfile(name) if _is_media(name) else None
-                    photo = _labelled(name, handle.read()) if handle is not None else None
-                    if photo is not None:
-                        yield photo
-        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-            raise DataError(f"{path} is damaged or cut short: {error}; copy it again") from error
+        for name, content in tar_files(path, _is_media):
+            photo = _labelled(name, content)
+            if photo is not None:
+                yield photo
 
     return PhotoSource(source, "tar", _fingerprint([path]), read)
 

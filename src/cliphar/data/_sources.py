@@ -6,14 +6,15 @@ import json
 import lzma
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from cliphar.errors import DataError
 from cliphar.media import is_hidden, is_image_name, is_video_name
 
-__all__ = ["Photo", "list_labelled", "read_captioned", "read_labelled"]
+__all__ = ["Photo", "list_labelled", "open_tar", "read_captioned", "read_labelled", "tar_files"]
 
 
 @dataclass(frozen=True)
@@ -28,20 +29,39 @@ class Photo:
     split: str | None = None
 
 
+@contextmanager
+def open_tar(path: Path) -> Iterator[tarfile.TarFile]:
+    """A tar file; DataError, from the block or at its end, if it is damaged or cut short."""
+    try:
+        with tarfile.open(path) as tar:
+            yield tar
+            for _ in tar:
+                pass
+            assert tar.fileobj is not None  # noqa: S101 - open
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a bad header for the end
+                raise tarfile.ReadError("bad header")
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        raise DataError(f"{path} is damaged or cut short: {error}; copy it again") from error
+
+
+def tar_files(path: Path, wanted: Callable[[str], bool] = lambda _: True) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of a tar's files, in the order of sorted paths; DataError as from :func:`open_tar`."""
+    with open_tar(path) as tar:
+        members = {member.name: member for member in tar if member.isfile() and wanted(member.name)}
+        for name in sorted(members, key=lambda name: PurePosixPath(name).parts):
+            handle = tar.extractfile(members[name])
+            if handle is not None:
+                yield name, handle.read()
+
+
 def _files(path: Path) -> Iterator[tuple[str, bytes]]:
     if path.is_dir():
         for file in sorted(path.rglob("*")):
             if file.is_file():
                 yield file.relative_to(path.parent).as_posix(), file.read_bytes()
     elif path.is_file() and tarfile.is_tarfile(path):
-        try:
-            with tarfile.open(path) as tar:
-                for member in sorted(tar, key=lambda m: PurePosixPath(m.name).parts):  # the order of sorted paths
-                    handle = tar.extractfile(member) if member.isfile() else None
-                    if handle is not None:
-                        yield member.name, handle.read()
-        except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-            raise DataError(f"{path} is damaged or cut short: {error}; copy it again") from error
+        yield from tar_files(path)
     else:
         raise DataError(f"no photos at {path}: it is neither a folder nor a tar file; check the path")
 
