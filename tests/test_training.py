@@ -18,7 +18,6 @@ from cliphar.training._checkpoint import load_checkpoint, save_checkpoint  # noq
 from cliphar.training._corpus import TRAIN, VAL, Corpus  # noqa: E402
 from cliphar.training._distill import DistillData, distill  # noqa: E402
 from cliphar.training._head import train_head  # noqa: E402
-from cliphar.training._job import text_vectors  # noqa: E402
 from cliphar.training._method_recipe import FullRecipe  # noqa: E402
 from cliphar.training._recipe import DistillRecipe, HeadRecipe  # noqa: E402
 from cliphar.training._run import _finish_mini  # noqa: E402
@@ -205,7 +204,7 @@ def test_mini_ends_with_class_vectors_from_what_its_own_tower_sees(photos: list[
     train = corpus.select(source="actions", part=TRAIN)
     seen = np.stack([z for z in towers.embed_images(corpus.photo(i) for i in train) if isinstance(z, np.ndarray)])
     targets = np.array([corpus.actions.index(str(corpus.labels[i])) for i in train])
-    expected = train_head(seen, targets, text_vectors(towers, corpus.actions), recipe.head, recipe.seed)
+    expected = train_head(seen, targets, towers.embed_words(corpus.actions), recipe.head, recipe.seed)
     assert np.allclose(made.class_vectors(), expected, atol=1e-4)
 
 

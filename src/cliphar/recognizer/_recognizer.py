@@ -98,13 +98,15 @@ class Recognizer:
     def embed_labels(self, labels: Sequence[str]) -> NDArray[np.float32]:
         """Label vectors, float32 [C,D], unit length.
 
-        Where every label was trained or taught, their class vectors. Otherwise all of them come from the text tower,
-        so that trained labels have no advantage over new ones: each is the mean of its prompts' embeddings and, if
-        the glossary describes it, of its descriptions' in equal parts. These are cached. A taught label keeps what
-        its photos taught, in the form that is compared with text.
+        Where every label was trained or taught, their class vectors. Otherwise all of them are those of
+        :meth:`embed_words`, so that trained labels have no advantage over new ones. A taught label keeps what its
+        photos taught, in the form that is compared with text.
         """
-        taught = self._taught
-        return self._vectors(self._as_learnt(labels, taught), taught)
+        return self._look_up(labels, self._taught)[0]
+
+    def calibration(self, labels: Sequence[str]) -> Calibration:
+        """The calibration that holds for these labels: ``known`` if all were trained or taught, else ``open``."""
+        return self._look_up(labels, self._taught)[1]
 
     def _as_learnt(self, labels: Sequence[str], taught: dict[str, Taught]) -> list[str]:
         """Labels that differ in capitals only from what was trained or taught, as they were then."""
@@ -112,23 +114,29 @@ class Recognizer:
         learnt = {name.casefold(): name for name in names}
         return [label if label in names else learnt.get(label.casefold(), label) for label in labels]
 
-    def _vectors(self, labels: Sequence[str], taught: dict[str, Taught]) -> NDArray[np.float32]:
-        if self._are_known(labels, taught):
-            return np.stack([taught[label].known if label in taught else self._known[label] for label in labels])
-        texts = self._text_vectors([label for label in labels if label not in taught])
-        return np.stack([taught[label].open if label in taught else texts[label] for label in labels])
+    def _look_up(self, labels: Sequence[str], taught: dict[str, Taught]) -> tuple[NDArray[np.float32], Calibration]:
+        labels = self._as_learnt(labels, taught)
+        if self._known and all(label in self._known or label in taught for label in labels):
+            known = [taught[label].known if label in taught else self._known[label] for label in labels]
+            return np.stack(known), self.bundle.info.known
+        words = [label for label in labels if label not in taught]
+        texts = dict(zip(words, self.embed_words(words), strict=True)) if words else {}
+        mixed = [taught[label].open if label in taught else texts[label] for label in labels]
+        return np.stack(mixed), self.bundle.info.open
 
-    def _are_known(self, labels: Sequence[str], taught: dict[str, Taught]) -> bool:
-        return bool(self._known) and all(label in self._known or label in taught for label in labels)
+    def embed_words(self, labels: Sequence[str]) -> NDArray[np.float32]:
+        """Label vectors, float32 [C,D], unit length, by their words alone, whatever was trained or taught; cached.
 
-    def _text_vectors(self, labels: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+        Each is the mean of its prompts' embeddings and, if the glossary describes it, of its descriptions' in equal
+        parts.
+        """
         found = self._cached(labels)
         if len(found) < len(set(labels)):
             with self._embedding:  # whose words are known does not wait for the many new ones of another
                 found |= self._cached(labels)
                 if missing := [label for label in dict.fromkeys(labels) if label not in found]:
                     found |= self._embed_text(missing)
-        return found
+        return np.stack([found[label] for label in labels])
 
     def _cached(self, labels: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         with self._lock:
@@ -161,14 +169,6 @@ class Recognizer:
             while len(self._cache) > _CACHED_LABELS:
                 self._cache.popitem(last=False)
         return made
-
-    def calibration(self, labels: Sequence[str]) -> Calibration:
-        """The calibration that holds for these labels: ``known`` if all were trained or taught, else ``open``."""
-        taught = self._taught
-        return self._calibration(self._as_learnt(labels, taught), taught)
-
-    def _calibration(self, labels: Sequence[str], taught: dict[str, Taught]) -> Calibration:
-        return self.bundle.info.known if self._are_known(labels, taught) else self.bundle.info.open
 
     def teach(self, name: str, photos: Iterable[ImageLike | MediaError]) -> Lesson:
         """Learn an action from a few photos of it, in closed form; taught anew, in any capitals, the old are replaced.
@@ -226,7 +226,7 @@ class Recognizer:
 
     def _learn(self, label: str, embeddings: NDArray[np.float32], background: Background) -> Taught:
         mean, count = embeddings.mean(0)[None], np.array([len(embeddings)])
-        text = self._text_vectors([label])[label][None]
+        text = self.embed_words([label])
         open_ = gda_vectors(mean, count, text, background)[0]
         if not self._known:
             return Taught(open_, open_, len(embeddings))
@@ -242,8 +242,7 @@ class Recognizer:
         count = len(embeddings)
         if count < 2 or not rivals:
             return None, ()
-        rival_vectors = self._vectors(rivals, taught)
-        best = embeddings @ rival_vectors.T
+        best = embeddings @ self._look_up(rivals, taught)[0].T
         answers: list[str] = []
         for i, embedding in enumerate(embeddings):
             one = self._learn(label, np.delete(embeddings, i, 0), background)
@@ -272,7 +271,7 @@ class Recognizer:
         Raises:
             UsageError: at the call, for bad labels, ``top_k`` or ``coverage``.
         """
-        return self._run(images, self._choice(labels, top_k, coverage), top_k, coverage)
+        return self._run(images, self.choose(labels, top_k=top_k, coverage=coverage), top_k, coverage)
 
     def score(
         self,
@@ -287,10 +286,15 @@ class Recognizer:
         Raises:
             UsageError: bad labels, ``top_k`` or ``coverage``.
         """
-        chosen, vectors, calibration = self._choice(labels, top_k, coverage)
+        chosen, vectors, calibration = self.choose(labels, top_k=top_k, coverage=coverage)
         return to_predictions(embeddings @ vectors.T, chosen, calibration, top_k, coverage)
 
-    def _choice(self, labels: Iterable[str] | None, top_k: int, coverage: float) -> _Choice:
+    def choose(self, labels: Iterable[str] | None, *, top_k: int = 5, coverage: float = 0.9) -> _Choice:
+        """Labels, their vectors float32 [C,D], and the calibration that holds for them, all of one moment.
+
+        Raises:
+            UsageError: bad labels, ``top_k`` or ``coverage``.
+        """
         taught = self._taught
         chosen = tuple(dict.fromkeys((*self._known, *taught))) if labels is None else clean_labels(labels)
         if not chosen:
@@ -299,15 +303,10 @@ class Recognizer:
             raise UsageError(f"top-k {top_k} is below 1")
         if not 0 < coverage < 1:
             raise UsageError(f"coverage {coverage} is not between 0 and 1; 0.9 is usual")
-        learnt = self._as_learnt(chosen, taught)
-        return chosen, self._vectors(learnt, taught), self._calibration(learnt, taught)
+        return chosen, *self._look_up(chosen, taught)
 
     def _run(
-        self,
-        images: Iterable[ImageLike],
-        choice: _Choice,
-        top_k: int,
-        coverage: float,
+        self, images: Iterable[ImageLike], choice: _Choice, top_k: int, coverage: float
     ) -> Generator[Prediction | MediaError, None, None]:
         labels, vectors, calibration = choice
         for embeddings in self._batches(images):

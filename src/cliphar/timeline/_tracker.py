@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from cliphar.bundle import Calibration
 from cliphar.errors import UsageError
-from cliphar.labels import UNKNOWN, clean_labels
+from cliphar.labels import UNKNOWN
 from cliphar.recognizer import Recognizer, mean_direction, to_predictions
 from cliphar.timeline._types import Segment
 from cliphar.timeline._viterbi import Viterbi
@@ -46,17 +46,12 @@ def choose(
     recognizer: Recognizer, labels: Iterable[str] | None, coverage: float, multi_label: bool, fps: float | None
 ) -> Choice:
     """Check what was asked for; UsageError if it cannot be done."""
-    chosen = recognizer.labels if labels is None else clean_labels(labels)
+    chosen, vectors, calibration = recognizer.choose(labels, coverage=coverage)
     spec = recognizer.bundle.info.video
     rate = spec.fps if fps is None else fps
-    if not chosen:
-        raise UsageError(f"bundle '{recognizer.bundle.info.name}' has no labels of its own; give some")
-    if not 0 < coverage < 1:
-        raise UsageError(f"coverage {coverage} is not between 0 and 1; 0.9 is usual")
     if not 0.01 <= rate <= 60:
         raise UsageError(f"{rate:g} frames a second cannot be looked at; give 0.01 to 60, {spec.fps:g} is usual")
-    calibration = recognizer.calibration(chosen)
-    return Choice(chosen, recognizer.embed_labels(chosen), calibration, coverage, multi_label, rate, spec.window_s)
+    return Choice(chosen, vectors, calibration, coverage, multi_label, rate, spec.window_s)
 
 
 class _Chain:

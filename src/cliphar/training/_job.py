@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -15,14 +14,14 @@ from numpy.typing import NDArray
 from cliphar.bundle import Bundle, whole_file
 from cliphar.data import SPLITS, PhotoSet, assign_parts, doubtful_labels, embed_clips, load_photos, open_source
 from cliphar.errors import DataError
-from cliphar.labels import clean_labels, prompts
-from cliphar.recognizer import Recognizer, mean_direction
+from cliphar.labels import clean_labels
+from cliphar.recognizer import Recognizer
 from cliphar.runtime import OnnxRuntime
 from cliphar.training._base import find_base
 from cliphar.training._loop import Surroundings
 from cliphar.training._method_recipe import MethodRecipe, TemporalRecipe
 
-__all__ = ["TEST", "TRAIN", "VAL", "Job", "Outcome", "embed_rows", "open_job", "text_vectors"]
+__all__ = ["TEST", "TRAIN", "VAL", "Job", "Outcome", "embed_rows", "open_job"]
 
 TRAIN, VAL, TEST = range(len(SPLITS))
 R = TypeVar("R", bound=MethodRecipe)
@@ -67,7 +66,7 @@ class Job:
 
     def text_vectors(self) -> NDArray[np.float32]:
         """The labels' vectors by their words alone, float32 [C,D]."""
-        return text_vectors(self.base, self.labels)
+        return self.base.embed_words(self.labels)
 
     def start_vectors(self) -> NDArray[np.float32]:
         """The labels' vectors as the starting model has them: trained ones where it has, else by their words."""
@@ -100,18 +99,6 @@ class Outcome:
 
     vectors: NDArray[np.float32]
     files: dict[str, Path | bytes] = field(default_factory=dict)
-
-
-def text_vectors(recognizer: Recognizer, labels: Sequence[str]) -> NDArray[np.float32]:
-    """Vectors of labels by their words alone, float32 [C,D], whatever the bundle was trained on."""
-    info = recognizer.bundle.info
-    vectors = []
-    for label in labels:
-        parts = [texts for texts in prompts(label, info.text.templates) if texts]
-        vectors.append(
-            mean_direction(np.stack([mean_direction(recognizer.runtime.encode_text(texts)) for texts in parts]))
-        )
-    return np.stack(vectors)
 
 
 def embed_rows(recognizer: Recognizer, photos: PhotoSet, rows: NDArray[np.int64]) -> NDArray[np.float32]:

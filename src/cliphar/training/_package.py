@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import platform
 import tempfile
 from dataclasses import replace
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +15,11 @@ from safetensors.numpy import save
 
 from cliphar.bundle import (
     Bundle,
-    BundleInfo,
     Calibration,
     Metrics,
     Provenance,
     Source,
     VideoSpec,
-    read_bundle,
     write_bundle,
 )
 from cliphar.evaluation import (
@@ -39,11 +34,11 @@ from cliphar.evaluation import (
 )
 from cliphar.recognizer import BACKGROUND_FILE, TAUGHT_FILE, Prediction, Recognizer, fit_background, to_predictions
 from cliphar.runtime import OnnxRuntime
-from cliphar.training._job import TEST, TRAIN, VAL, Job, Outcome, embed_rows, text_vectors
+from cliphar.training._job import TEST, TRAIN, VAL, Job, Outcome, embed_rows
 from cliphar.training._method_recipe import TemporalRecipe
-from cliphar.training._revision import code_revision
+from cliphar.training._provenance import provenance
 
-__all__ = ["package", "versions"]
+__all__ = ["package"]
 
 _BACKGROUND_PHOTOS = 1200
 
@@ -85,7 +80,7 @@ def package(job: Job, outcome: Outcome) -> tuple[Bundle, Evaluation]:
         bundle = write_bundle(Path(work) / "bundle", draft, files)
         trained = Recognizer(bundle, OnnxRuntime(bundle))
         val, test = (_features(job, trained, part, same_towers) for part in (VAL, TEST))
-        words = text_vectors(trained, job.labels)
+        words = trained.embed_words(job.labels)
         if not same_towers or BACKGROUND_FILE not in info.files:
             some = np.random.default_rng(0).permutation(job.rows(TRAIN))[:_BACKGROUND_PHOTOS]
             files[BACKGROUND_FILE] = fit_background(embed_rows(trained, job.photos, some)).to_bytes()
@@ -118,8 +113,7 @@ def package(job: Job, outcome: Outcome) -> tuple[Bundle, Evaluation]:
     for name, measured in metrics.items():
         job.around.log(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in measured.values.items()))
     finished = draft.model_copy(update={"known": known, "open": unseen, "metrics": metrics})
-    write_bundle(job.recipe.output, BundleInfo.model_validate(finished.model_dump()), files, overwrite=True)
-    return read_bundle(job.recipe.output), evaluation
+    return write_bundle(job.recipe.output, finished, files, overwrite=True), evaluation
 
 
 def _video(job: Job) -> VideoSpec:
@@ -161,11 +155,6 @@ def _mistakes(job: Job, answers: list[Prediction], truth: list[str]) -> list[Mis
     ]
 
 
-def versions(*names: str) -> dict[str, str]:
-    """Installed versions of packages."""
-    return {name: metadata.version(name) for name in names}
-
-
 def _provenance(job: Job) -> Provenance:
     settings: dict[str, Any] = job.recipe.model_dump(mode="json", exclude={"output": True, "data": {"cache"}})
     settings["base"] = job.bundle.info.name  # where it lay on the machine that trained is nobody's business
@@ -173,15 +162,5 @@ def _provenance(job: Job) -> Provenance:
     for section, key in ((settings["data"], "source"), (settings, "captions")):
         if section.get(key):
             section[key] = Path(section[key]).name
-    hardware = f"{platform.machine()}, {torch.get_num_threads()} CPU cores"
-    if torch.cuda.is_available():
-        hardware += f", {job.around.ranks.world} x {torch.cuda.get_device_name()}"
-    return Provenance(
-        recipe=settings,
-        data_sha256=job.photos.sha256,
-        git_revision=code_revision(),
-        seed=job.recipe.seed,
-        versions=versions("torch", "onnx", "onnxruntime", "numpy", "tokenizers", "pillow"),
-        hardware=hardware,
-        created=datetime.now(UTC).strftime("%Y-%m-%d"),
-    )
+    gpus = f", {job.around.ranks.world} x {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return provenance(settings, job.photos.sha256, job.recipe.seed, gpus)

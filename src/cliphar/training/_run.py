@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import tempfile
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +24,6 @@ from cliphar.bundle import (
     Provenance,
     TextSpec,
     find_bundle,
-    read_bundle,
     write_bundle,
 )
 from cliphar.evaluation import evaluate, fit_calibration
@@ -41,9 +37,8 @@ from cliphar.training._corpus import TEST, TRAIN, VAL, Corpus, build_corpus
 from cliphar.training._distill import DistillData, distill, embed
 from cliphar.training._fetch import fetch_imagenet, fetch_sentence_encoder
 from cliphar.training._head import train_head
-from cliphar.training._job import text_vectors
+from cliphar.training._provenance import provenance
 from cliphar.training._recipe import MiniRecipe, SpaceRecipe
-from cliphar.training._revision import code_revision
 from cliphar.training._sources import LIMITS, MINI_SOURCES, SPACE_SOURCES
 from cliphar.training._teacher import TEACHER_SIZE, teacher_embeddings, teacher_weights
 from cliphar.training._text import Sentences, build_sentences, train_projection
@@ -191,7 +186,7 @@ def _head(
     """Class vectors, float32 [C,D], from words and TRAIN photos."""
     rows = corpus.select(source="actions", part=TRAIN)
     features = _embed(towers, corpus, rows) if embedded is None else embedded[rows]
-    text = text_vectors(towers, corpus.actions)
+    text = towers.embed_words(corpus.actions)
     return train_head(features, _targets(corpus, rows, corpus.actions), text, recipe.head, recipe.seed)
 
 
@@ -243,8 +238,7 @@ def _finish(
     )
     log(f"retrieval: {metrics['retrieval'].values}")
     info = info.model_copy(update={"known": known, "open": unseen, "metrics": metrics})
-    write_bundle(recipe.output, info, files, overwrite=True)
-    return read_bundle(recipe.output)
+    return write_bundle(recipe.output, info, files, overwrite=True)
 
 
 def _provenance(recipe: SpaceRecipe | MiniRecipe, corpus: Corpus) -> Provenance:
@@ -253,12 +247,4 @@ def _provenance(recipe: SpaceRecipe | MiniRecipe, corpus: Corpus) -> Provenance:
         settings[section].pop(key)  # where things lay on the machine that trained is nobody's business
     for key in ("output", "space"):
         settings.pop(key, None)
-    return Provenance(
-        recipe=settings,
-        data_sha256=corpus.sha256,
-        git_revision=code_revision(),
-        seed=recipe.seed,
-        versions={name: metadata.version(name) for name in ("torch", "onnx", "onnxruntime", "numpy", "tokenizers")},
-        hardware=f"{platform.machine()}, {torch.get_num_threads()} CPU cores",
-        created=datetime.now(UTC).strftime("%Y-%m-%d"),
-    )
+    return provenance(settings, corpus.sha256, recipe.seed)
