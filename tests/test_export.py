@@ -554,12 +554,12 @@ def test_the_command(tmp_path: Path, clean_env: dict[str, str]) -> None:
 
 
 def test_a_trained_bundle_has_a_model_in_plain_torch_to_be_compared_with() -> None:
-    from cliphar.bench._worker import _Eager
+    from cliphar.bench._worker import EAGER, _PyTorch
 
     mini = find_bundle(packaged("mini"))
     origin = mini.info.provenance.model_copy(update={"recipe": {"method": "gda"}})
     trained = Bundle(mini.path, mini.info.model_copy(update={"provenance": origin}))
-    assert _Eager(trained, 1).encode_images(np.zeros((2, 192, 192, 3), np.uint8)).shape == (2, 512)
+    assert _PyTorch(trained, EAGER, 1).encode_images(np.zeros((2, 192, 192, 3), np.uint8)).shape == (2, 512)
 
 
 def test_photos_of_other_labels_say_that_accuracy_is_not_compared(tmp_path: Path) -> None:
