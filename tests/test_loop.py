@@ -261,6 +261,7 @@ def test_every_ready_recipe_loads(file: Path) -> None:
         ("train.learning_rate=1", "unknown key train.learning_rate"),
         ("train.epoch=1", "did you mean epochs?"),
         ("method=ful", "did you mean full?"),
+        ("method=[full]", "unknown method"),
         ("train.accumulate=3", "not a multiple"),
         ("data.val=0.9", "data.val"),
         ("track=[mlflow", "is not YAML"),

@@ -18,8 +18,8 @@ from cliphar.training._checkpoint import load_checkpoint, save_checkpoint  # noq
 from cliphar.training._corpus import TRAIN, VAL, Corpus  # noqa: E402
 from cliphar.training._distill import DistillData, distill  # noqa: E402
 from cliphar.training._head import train_head  # noqa: E402
-from cliphar.training._method_recipe import FullRecipe  # noqa: E402
-from cliphar.training._recipe import DistillRecipe, HeadRecipe  # noqa: E402
+from cliphar.training._method_recipe import FullRecipe, HeadRecipe  # noqa: E402
+from cliphar.training._recipe import DistillRecipe  # noqa: E402
 from cliphar.training._run import _finish_mini  # noqa: E402
 from cliphar.training._text import prune_tokenizer  # noqa: E402
 

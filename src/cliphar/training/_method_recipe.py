@@ -16,17 +16,21 @@ __all__ = [
     "LoraRecipe",
     "MethodRecipe",
     "ProbeRecipe",
+    "Section",
     "SetRecipe",
     "TemporalRecipe",
+    "WiseRecipe",
     "ZeroShotRecipe",
 ]
 
 
-class _Model(BaseModel):
+class Section(BaseModel):
+    """Settings, frozen; unknown keys are refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class HeadRecipe(_Model):
+class HeadRecipe(Section):
     """Class vectors: a linear probe that starts from the text and is pulled back to it."""
 
     steps: int = Field(default=600, ge=1)
@@ -37,7 +41,7 @@ class HeadRecipe(_Model):
     logit_scale: float = Field(default=30.0, gt=0)
 
 
-class SetRecipe(_Model):
+class SetRecipe(Section):
     """The photos: ``source`` is any that ``cliphar data check`` takes.
 
     Where the source names parts (train, val, test), they hold. Else ``val`` and ``test`` are the fractions of every
@@ -53,7 +57,7 @@ class SetRecipe(_Model):
     cache: Path = Path("runs/cache")
 
 
-class LoopRecipe(_Model):
+class LoopRecipe(Section):
     """The training loop. A batch of ``batch_size`` is one step of the optimiser, taken in ``accumulate`` parts.
 
     ``lr`` None takes what is safe for the method and the model; above a bound it is warned of. ``size`` None trains
@@ -98,7 +102,7 @@ class LoopRecipe(_Model):
         return self
 
 
-class MethodRecipe(_Model):
+class MethodRecipe(Section):
     """What all methods share: ``base`` is the bundle to start from, by name or path, ``track`` who records the run."""
 
     method: str
@@ -117,7 +121,7 @@ class ZeroShotRecipe(MethodRecipe):
     method: Literal["zero-shot"]
 
 
-class GdaSection(_Model):
+class GdaSection(Section):
     """``text_photos``: how many photos the label's words count as."""
 
     text_photos: float = Field(default=4.0, ge=0)
@@ -156,7 +160,7 @@ class GradientRecipe(MethodRecipe):
         return self
 
 
-class LoraSection(_Model):
+class LoraSection(Section):
     """``targets`` are patterns of the names of the adapted weights; none takes what the method's paper adapts."""
 
     rank: int = Field(default=2, ge=1)
@@ -171,22 +175,26 @@ class LoraRecipe(GradientRecipe):
     lora: LoraSection = LoraSection()
 
 
-class WiseSection(_Model):
+class WiseSection(Section):
     """``shares`` of the trained weights that are tried on the validation part; (1.0,) keeps them as trained."""
 
     shares: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(default=(0.0, 0.25, 0.5, 0.75, 1.0), min_length=1)
 
 
-class FullRecipe(GradientRecipe):
-    """``method: full``: all weights, then interpolation with those it started from."""
+class WiseRecipe(GradientRecipe):
+    """All weights, then interpolation with those that training started from."""
 
-    method: Literal["full"]
     wise: WiseSection = WiseSection()
 
 
-class TemporalRecipe(GradientRecipe):
+class FullRecipe(WiseRecipe):
+    """``method: full``: photos."""
+
+    method: Literal["full"]
+
+
+class TemporalRecipe(WiseRecipe):
     """``method: temporal``: clips of ``frames`` frames, whose embeddings are averaged."""
 
     method: Literal["temporal"]
     frames: int = Field(default=8, ge=1, le=64)
-    wise: WiseSection = WiseSection()

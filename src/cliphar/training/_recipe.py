@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from cliphar.errors import UsageError
 from cliphar.training._method_recipe import (
@@ -18,6 +18,7 @@ from cliphar.training._method_recipe import (
     LoraRecipe,
     MethodRecipe,
     ProbeRecipe,
+    Section,
     TemporalRecipe,
     ZeroShotRecipe,
 )
@@ -25,7 +26,6 @@ from cliphar.training._method_recipe import (
 __all__ = [
     "DataRecipe",
     "DistillRecipe",
-    "HeadRecipe",
     "MiniRecipe",
     "Recipe",
     "SpaceRecipe",
@@ -34,11 +34,7 @@ __all__ = [
 ]
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DataRecipe(_Model):
+class DataRecipe(Section):
     """Where the photos are, and which are kept from training.
 
     Of each action, ``val`` and ``test`` are the fractions kept for calibration and for the reported figures.
@@ -58,14 +54,14 @@ class DataRecipe(_Model):
     cache: Path = Path("runs/cache")
 
 
-class TeacherRecipe(_Model):
+class TeacherRecipe(Section):
     """The real CLIP image tower: an ONNX file, found as 'cliphar model pull' finds it, and its view of a photo."""
 
     weights: Path | None = None
     max_aspect: float = Field(default=1.25, ge=1)
 
 
-class TextRecipe(_Model):
+class TextRecipe(Section):
     """The text tower: the sentence encoder's source and size, and how its projection learns CLIP's space.
 
     ``average`` projections of ``hidden`` units, from different seeds, are merged into one.
@@ -86,7 +82,7 @@ class TextRecipe(_Model):
     average: int = Field(default=3, ge=1)
 
 
-class DistillRecipe(_Model):
+class DistillRecipe(Section):
     """mini's image tower.
 
     ``schedule`` is pairs of pixels and epochs; the finished tower takes photos of ``size`` pixels, a little more than
@@ -121,37 +117,34 @@ class DistillRecipe(_Model):
         return self
 
 
-class SpaceRecipe(_Model):
+class _TowerRecipe(Section):
+    name: str
+    description: str
+    seed: int = 0
+    output: Path
+    data: DataRecipe
+    teacher: TeacherRecipe = TeacherRecipe()
+    head: HeadRecipe = HeadRecipe()
+
+
+class SpaceRecipe(_TowerRecipe):
     """``kind: space``: a text tower and class vectors for the real CLIP image tower."""
 
     kind: Literal["space"]
-    name: str
-    description: str
-    seed: int = 0
-    output: Path
-    data: DataRecipe
-    teacher: TeacherRecipe = TeacherRecipe()
     text: TextRecipe = TextRecipe()
-    head: HeadRecipe = HeadRecipe()
 
 
-class MiniRecipe(_Model):
+class MiniRecipe(_TowerRecipe):
     """``kind: mini``: a small image tower taught by the teacher, in the space of ``space`` (a bundle's path)."""
 
     kind: Literal["mini"]
-    name: str
-    description: str
-    seed: int = 0
-    output: Path
     space: Path
-    data: DataRecipe
-    teacher: TeacherRecipe = TeacherRecipe()
     distill: DistillRecipe = DistillRecipe()
-    head: HeadRecipe = HeadRecipe()
 
 
-_KINDS: dict[str, type[SpaceRecipe | MiniRecipe]] = {"space": SpaceRecipe, "mini": MiniRecipe}
-_METHODS: dict[str, type[MethodRecipe]] = {
+Recipe: TypeAlias = SpaceRecipe | MiniRecipe | MethodRecipe
+_KINDS: dict[str, type[Recipe]] = {"space": SpaceRecipe, "mini": MiniRecipe}
+_METHODS: dict[str, type[Recipe]] = {
     "zero-shot": ZeroShotRecipe,
     "gda": GdaRecipe,
     "probe": ProbeRecipe,
@@ -159,7 +152,6 @@ _METHODS: dict[str, type[MethodRecipe]] = {
     "full": FullRecipe,
     "temporal": TemporalRecipe,
 }
-Recipe: TypeAlias = SpaceRecipe | MiniRecipe | MethodRecipe
 
 
 def _set(tree: dict[str, Any], assignment: str) -> None:
@@ -183,29 +175,27 @@ def _set(tree: dict[str, Any], assignment: str) -> None:
         raise UsageError(f"{assignment!r} is not YAML; quote the value") from error
 
 
-def _known_keys(model: type[BaseModel]) -> list[str]:
-    keys: list[str] = []
-    for name, field in model.model_fields.items():
-        keys.append(name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+def _known_keys(model: type[Section]) -> list[str]:
+    keys = [*model.model_fields]
+    for field in model.model_fields.values():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             keys += _known_keys(field.annotation)
     return keys
 
 
 def _schema(tree: dict[str, Any], path: Path) -> type[Recipe]:
-    known: dict[str, type[Recipe]] = {**_KINDS} if "kind" in tree else {**_METHODS}
-    key = "kind" if "kind" in tree else "method"
-    chosen = tree.get(key)
+    key, known = ("kind", _KINDS) if "kind" in tree else ("method", _METHODS)
+    chosen = str(tree.get(key) or "")
     if chosen in known:
         return known[chosen]
-    close = difflib.get_close_matches(str(chosen), known, 1)
+    close = difflib.get_close_matches(chosen, known, 1)
     hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
-    what = f"unknown {key} {chosen}" if chosen is not None else "it says no method"
+    what = f"unknown {key} {chosen}" if chosen else "it says no method"
     raise UsageError(f"recipe {path}: {what}; {hint}")
 
 
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
-    """Read a recipe; apply ``key=value`` overrides (dots reach into sections, values are YAML).
+    """Read a recipe; apply ``key=value`` overrides: dots reach into sections, brackets and quotes are YAML.
 
     Raises:
         UsageError: unreadable, an unknown key, or a value out of its range; the message names the key.
@@ -224,7 +214,7 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
         return schema.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or str(path)
+        where = ".".join(map(str, first["loc"])) or str(path)
         if first["type"] == "extra_forbidden":
             close = difflib.get_close_matches(str(first["loc"][-1]), _known_keys(schema), 1)
             hint = f"; did you mean {close[0]}?" if close else ""

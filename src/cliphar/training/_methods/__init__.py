@@ -9,7 +9,6 @@ from cliphar.training._methods._full import full
 from cliphar.training._methods._gda import gda
 from cliphar.training._methods._lora import lora
 from cliphar.training._methods._probe import probe
-from cliphar.training._methods._temporal import temporal
 from cliphar.training._methods._zero_shot import zero_shot
 
 __all__ = ["METHODS"]
@@ -20,5 +19,5 @@ METHODS: dict[str, Callable[[Job], Outcome]] = {
     "probe": probe,
     "lora": lora,
     "full": full,
-    "temporal": temporal,
+    "temporal": full,
 }
