@@ -79,7 +79,7 @@ def test_what_is_refused(site: str) -> None:
     ):
         with pytest.raises(ProblemError) as refused:
             fetch(url)
-        assert refused.value.status == status, url
+        assert refused.value.status_code == status, url
     with pytest.raises(ProblemError, match="switched off"):
         fetch(f"http://{site}/photo", image_urls=False)
 

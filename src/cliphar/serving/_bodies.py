@@ -15,7 +15,7 @@ from starlette.datastructures import FormData, UploadFile
 
 from cliphar.errors import MediaError
 from cliphar.recognizer import Prediction
-from cliphar.serving._problems import ProblemError
+from cliphar.serving._problems import ProblemError, said
 from cliphar.serving._settings import Settings
 from cliphar.serving._urls import Budget, fetch_image
 
@@ -137,7 +137,7 @@ async def _image(text: str, settings: Settings, budget: Budget) -> bytes | Media
     try:
         return await fetch_image(text, settings, budget)
     except ProblemError as problem:
-        if problem.status == 403:
+        if problem.status_code == 403:
             raise
         return MediaError(problem.detail)  # the other photos are answered
 
@@ -181,9 +181,7 @@ def _checked(content: Any) -> Asked:
     try:
         return Asked.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the body"
-        raise ProblemError(422, f"{where}: {first['msg']}; see /docs") from error
+        raise ProblemError(422, said(error)) from error
 
 
 def answers(model: str, found: list[Prediction | MediaError]) -> dict[str, Any]:

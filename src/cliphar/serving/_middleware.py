@@ -154,8 +154,8 @@ class Around:
             await self._app(scope, receive, answer)
         except ProblemError as problem:
             response = refusal(problem)
-            start = {"type": "websocket.http.response.start", "status": problem.status, "headers": response.raw_headers}
-            await answer(start)
+            start = {"status": response.status_code, "headers": response.raw_headers}
+            await answer({"type": "websocket.http.response.start"} | start)
             await answer({"type": "websocket.http.response.body", "body": bytes(response.body)})
         finally:
             self._record(service, scope, status, time.perf_counter() - started)

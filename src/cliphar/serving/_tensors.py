@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 from pydantic.json_schema import SkipJsonSchema
 
-from cliphar.serving._problems import ProblemError
+from cliphar.serving._problems import ProblemError, said
 
 __all__ = ["Infer", "Wanted", "images_of", "pack", "read_infer", "texts_of"]
 
@@ -91,9 +91,7 @@ def read_infer(body: bytes, header_length: str | None) -> Infer:
     except ValidationError as error:
         if (count := error.error_count()) > 1000:  # names that there are not; to list millions takes minutes
             raise ProblemError(400, f"{count:,} things are wrong; see docs/serving.md") from error
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ProblemError(400, f"{where}: {first['msg']}; see docs/serving.md") from error
+        raise ProblemError(400, said(error, "docs/serving.md")) from error
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ProblemError(400, f"the request is not JSON of the open inference protocol: {error}") from error
     at = cut
