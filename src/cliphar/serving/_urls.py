@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import socket
 from urllib.parse import urlsplit
 
 import httpx
@@ -38,7 +37,7 @@ class Budget:
         self.turns = asyncio.Semaphore(_AT_ONCE)
 
     def take(self, size: int) -> None:
-        """ProblemError 413 if so many more are too many."""
+        """ProblemError 413 if they are too many."""
         self.left -= size
         if self.left < 0:
             raise ProblemError(413, f"the images by address have over {self.limit_mb} MB in all")
@@ -56,11 +55,11 @@ async def fetch_image(url: str, settings: Settings, budget: Budget) -> bytes:
     if not settings.image_urls:
         raise ProblemError(403, "images by address are switched off here; send the image itself")
     try:
-        parts, target = urlsplit(url), httpx.URL(url)  # the first is the stricter of the two
+        user, target = urlsplit(url).username, httpx.URL(url)  # the first is the stricter
     except (ValueError, httpx.InvalidURL) as error:
         raise ProblemError(422, f"{url[:100]!r} is not an address") from error
     host = target.raw_host.decode()  # a name in other letters than ASCII is written as DNS knows it
-    if target.scheme not in ("http", "https") or not host or parts.username is not None:
+    if target.scheme not in ("http", "https") or not host or user is not None:
         raise ProblemError(422, f"{url[:100]!r} is not a plain http or https address")
     try:
         async with asyncio.timeout(_TIMEOUT_S), budget.turns:
@@ -74,20 +73,16 @@ async def fetch_image(url: str, settings: Settings, budget: Budget) -> bytes:
 async def _get(url: httpx.URL, host: str, budget: Budget) -> bytes:
     port = url.port or (443 if url.scheme == "https" else 80)
     try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        found = await asyncio.get_running_loop().getaddrinfo(host, port)
     except (OSError, ValueError) as error:
         raise ProblemError(422, f"cannot find {host}") from error
     if not all(is_public(str(one[4][0])) for one in found):
         raise ProblemError(403, f"{host} is not a public address")
     target = url.copy_with(host=str(found[0][4][0]))
+    headers = {"Host": url.netloc.decode(), "Accept-Encoding": "identity"}
     async with (
-        httpx.AsyncClient(timeout=_TIMEOUT_S, trust_env=False, follow_redirects=False) as client,
-        client.stream(
-            "GET",
-            target,
-            headers={"Host": url.netloc.decode(), "Accept-Encoding": "identity"},
-            extensions={"sni_hostname": host},
-        ) as response,
+        httpx.AsyncClient(timeout=_TIMEOUT_S, trust_env=False) as client,
+        client.stream("GET", target, headers=headers, extensions={"sni_hostname": host}) as response,
     ):
         if response.status_code != 200:
             raise ProblemError(422, f"{host} answered {response.status_code}, not an image")
