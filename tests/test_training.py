@@ -1,3 +1,7 @@
+import os
+import pty
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +12,13 @@ from PIL import Image
 torch = pytest.importorskip("torch", reason="training needs the [train] extra")
 
 from cliphar.bundle import Bundle, packaged, read_bundle  # noqa: E402
+from cliphar.cli import _train  # noqa: E402
 from cliphar.errors import UsageError  # noqa: E402
 from cliphar.export import compress_weights, export_image_tower  # noqa: E402
 from cliphar.models import ImageTower, SentenceEncoder, TextProjection  # noqa: E402
 from cliphar.recognizer import Recognizer  # noqa: E402
 from cliphar.runtime import OnnxRuntime  # noqa: E402
-from cliphar.training import MiniRecipe, SpaceRecipe, load_recipe  # noqa: E402
+from cliphar.training import MiniRecipe, SpaceRecipe, StepReport, load_recipe  # noqa: E402
 from cliphar.training._checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from cliphar.training._corpus import TRAIN, VAL, Corpus  # noqa: E402
 from cliphar.training._distill import DistillData, distill  # noqa: E402
@@ -22,6 +27,7 @@ from cliphar.training._method_recipe import FullRecipe, HeadRecipe  # noqa: E402
 from cliphar.training._recipe import DistillRecipe  # noqa: E402
 from cliphar.training._run import _finish_mini  # noqa: E402
 from cliphar.training._text import prune_tokenizer  # noqa: E402
+from serving_process import read_terminal  # noqa: E402
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 TOKENIZER = Path(__file__).parent.parent / "src/cliphar/assets/mini/tokenizer.json"
@@ -283,3 +289,43 @@ def test_merged_projections_average_their_members() -> None:
         outputs = [m.linear(sentences) + m.outer(torch.nn.functional.gelu(m.inner(sentences))) for m in members]
         expected = torch.nn.functional.normalize(sum(outputs) / 3, dim=-1)
         assert torch.allclose(TextProjection.merged(members)(sentences), expected, atol=1e-5)
+
+
+FOLLOWED = """
+from cliphar.cli._train import _following
+from cliphar.training import StepReport
+with _following() as (log, on_step):
+    log("begun [bold]")
+    for step in range(1, 41):
+        on_step(StepReport(step, 40, 0, 1.5, 1e-4, 320.0, 0.1))
+    log("ended")
+"""
+
+
+def test_lines_in_a_log(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(_train.time, "monotonic", lambda: now[0])
+    with _train._following() as (log, on_step):
+        log("begun")
+        for step in range(1, 41):
+            now[0] += 1.0
+            on_step(StepReport(step, 100, 0, 1.5, 1e-4, 32.0, 1.0))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(" ")[2] for line in lines] == [
+        "begun",
+        "step 15/100: loss 1.5000, 32.0 photos/s, 0:01:25 left",
+        "step 30/100: loss 1.5000, 32.0 photos/s, 0:01:10 left",
+    ]
+
+
+def test_a_bar_on_a_terminal() -> None:
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
+    process = subprocess.Popen([sys.executable, "-c", FOLLOWED], stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    text = read_terminal(ours)
+    assert process.wait(60) == 0
+    assert "begun [bold]" in text
+    assert "40/40" in text
+    assert "320.0 photos/s" in text
+    assert "ended" in text

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cliphar.errors import UsageError
 
+if TYPE_CHECKING:
+    from cliphar.training import StepReport
+
 __all__ = ["train"]
+
+_LINE_EVERY_S = 15.0
+_Following = tuple[Callable[[str], None], "Callable[[StepReport], None]"]
 
 
 def train(
@@ -28,7 +38,6 @@ def train(
         import torch  # noqa: F401
     except ImportError as error:
         raise UsageError("training needs torch; run: pip install 'cliphar[train]'") from error
-    from cliphar.cli._follow import following
     from cliphar.training import Stopped, Surroundings, leave_ranks, load_recipe
     from cliphar.training import train as run
 
@@ -36,16 +45,15 @@ def train(
     if show:
         print(loaded.model_dump_json(indent=1))
         return
-
     if ray is not None:
         from cliphar.training import train_on_ray
 
         bundle = train_on_ray(loaded, ray, resume=resume)
         print(f"{bundle.info.name} is ready at {bundle.path}")
         return
-    speaks = os.environ.get("RANK", "0") == "0"  # the first of those that torchrun started
+    speaks = os.environ.get("RANK", "0") == "0"  # the first that torchrun started
     try:
-        with following() as (log, on_step):
+        with _following() as (log, on_step):
             bundle = run(loaded, Surroundings(resume=resume, log=log, on_step=on_step))
     except Stopped as stopped:
         if speaks:
@@ -55,3 +63,45 @@ def train(
     if speaks:
         print(f"{bundle.info.name} is ready at {bundle.path}")
     leave_ranks(0)
+
+
+@contextmanager
+def _following() -> Iterator[_Following]:
+    """Functions for lines and for steps, on standard error: a bar on a terminal, a line now and then in a log."""
+    if sys.stderr.isatty():
+        with _bar() as functions:
+            yield functions
+        return
+    told = time.monotonic()
+
+    def log(line: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
+
+    def on_step(report: StepReport) -> None:
+        nonlocal told
+        if time.monotonic() - told >= _LINE_EVERY_S:
+            told = time.monotonic()
+            left = timedelta(seconds=round((report.steps - report.step) * report.seconds_per_step))
+            rate = f"{report.photos_per_s:.1f} photos/s"
+            log(f"step {report.step}/{report.steps}: loss {report.loss:.4f}, {rate}, {left} left")
+
+    yield log, on_step
+
+
+@contextmanager
+def _bar() -> Iterator[_Following]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", visible=False, total=1)
+
+        def on_step(report: StepReport) -> None:
+            text = f"loss {report.loss:.4f}  {report.photos_per_s:.1f} photos/s"
+            bar.update(task, visible=True, total=report.steps, completed=report.step, description=text)
+
+        def log(line: str) -> None:
+            bar.console.print(f"{time.strftime('%H:%M:%S')} {line}", markup=False, highlight=False)
+
+        yield log, on_step
