@@ -178,7 +178,7 @@ def test_vocabularies_and_actions_are_kept(api: str, photos: list[Path], samples
         client.forget("being a cat")
         assert "being a cat" not in client.model()["labels"]
     assert httpx.delete(f"{api}/v1/labels/mine").status_code == 204
-    assert problem(httpx.delete(f"{api}/v1/labels/mine"), 422)
+    assert problem(httpx.delete(f"{api}/v1/labels/mine"), 404)
 
 
 def test_a_name_that_no_path_leads_to_is_refused_by_the_client(api: str, photos: list[Path]) -> None:
@@ -262,6 +262,10 @@ def test_keys_and_rates(clean_env: dict[str, str], tmp_path: Path) -> None:
         asked = httpx.options(f"{url}/v1/models", headers=page | {"access-control-request-headers": "x-api-key"})
         assert (asked.status_code, asked.headers["access-control-allow-headers"]) == (200, "x-api-key")
         assert "key" in problem(httpx.get(f"{url}/v1/models"), 401)
+        assert "swagger" in httpx.get(f"{url}/docs").text  # a browser has no key before it sees where to give one
+        document = httpx.get(f"{url}/openapi.json").json()
+        assert document["security"] == [{"key": []}]
+        assert document["paths"]["/livez"]["get"]["security"] == []
         assert problem(httpx.get(f"{url}/v1/models", headers={"x-api-key": "wrong"}), 401)
         for key in ("secret\n", "schlüssel"):  # the first as it is read from a file
             with Client(url, api_key=key) as client:

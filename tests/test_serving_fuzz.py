@@ -15,8 +15,16 @@ from hypothesis import HealthCheck, given, settings
 
 def test_what_the_openapi_document_refers_to_is_in_it(api: str) -> None:
     text = httpx.get(f"{api}/openapi.json").text
-    known = {f"#/components/schemas/{name}" for name in json.loads(text)["components"]["schemas"]}
+    document = json.loads(text)
+    known = {f"#/components/schemas/{name}" for name in document["components"]["schemas"]}
     assert set(re.findall(r'"\$ref":"([^"]*)"', text)) <= known  # else generators of clients fail
+    operations = [operation for path in document["paths"].values() for operation in path.values()]
+    names = [operation["operationId"] for operation in operations]  # what the functions of a made client are called
+    assert len({*names}) == len(names)
+    assert {"predict", "embed", "video", "put_vocabulary", "teach", "v2_infer"} <= {*names}
+    tags = {tag["name"] for tag in document["tags"]}
+    assert all({*operation["tags"]} <= tags for operation in operations)
+    assert {*operations[-1]["responses"]} >= {"200", "4XX", "5XX"}
 
 
 def test_the_openapi_document_under_schemathesis(api: str) -> None:

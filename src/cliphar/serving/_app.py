@@ -13,10 +13,13 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from cliphar._version import __version__
 from cliphar.errors import UsageError
 from cliphar.serving import _legacy, _routes, _stream, _v2, _video
+from cliphar.serving._bodies import Asked
+from cliphar.serving._document import OPENAPI, PROBLEM_RESPONSES, complete_document
 from cliphar.serving._keys import Keys
-from cliphar.serving._middleware import Around
-from cliphar.serving._problems import PROBLEM_RESPONSES, ProblemError, add_problem_handlers
+from cliphar.serving._middleware import OPEN, Around
+from cliphar.serving._problems import ProblemError, add_problem_handlers
 from cliphar.serving._service import Service, TheService
+from cliphar.serving._tensors import Infer
 
 __all__ = ["create_app"]
 
@@ -25,9 +28,8 @@ def create_app(service: Service) -> FastAPI:
     """The ASGI application of a started service."""
     app = FastAPIOffline(  # /docs works with no network, and tells nobody who reads it
         redoc_url=None,  # it would: its logo comes from elsewhere
-        title="cliphar",
         version=__version__,
-        description="What are the people in this picture doing? Actions in plain words, without retraining.",
+        **OPENAPI,
     )
     app.state.service = service
     add_problem_handlers(app)
@@ -47,7 +49,7 @@ def create_app(service: Service) -> FastAPI:
         """The process answers."""
         return {"status": "alive"}
 
-    @app.get("/readyz", tags=["operations"], responses={503: PROBLEM_RESPONSES[503]})
+    @app.get("/readyz", tags=["operations"], responses={503: PROBLEM_RESPONSES["5XX"]})
     async def readyz(service: TheService) -> dict[str, str]:
         """The model is loaded and has run once; 503 while the service stops."""
         if not service.ready:
@@ -64,6 +66,7 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(_stream.router)
     app.include_router(_v2.router)
     app.include_router(_legacy.router)
+    complete_document(app, [Asked, Infer], keys=settings.api_keys is not None, free=OPEN)
     _trace(app)
     return app
 

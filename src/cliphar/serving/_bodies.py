@@ -15,6 +15,7 @@ from starlette.datastructures import FormData, UploadFile
 
 from cliphar.errors import MediaError
 from cliphar.recognizer import Prediction
+from cliphar.serving._document import reference
 from cliphar.serving._problems import ProblemError, said
 from cliphar.serving._settings import Settings
 from cliphar.serving._urls import Budget, fetch_image
@@ -24,6 +25,9 @@ __all__ = [
     "PHOTOS",
     "PREDICT_BODY",
     "Answers",
+    "Asked",
+    "Scored",
+    "Unread",
     "answers",
     "decode_base64",
     "form_body",
@@ -52,33 +56,41 @@ class Asked(BaseModel):
     coverage: Annotated[float, Field(gt=0, lt=1)] = 0.9
 
 
-class _Scored(BaseModel):
+class Scored(BaseModel):
+    """A label and its share."""
+
     label: str
     score: float
 
 
 class Answer(BaseModel):
-    """The answer for one photo, or its ``error``."""
+    """The answer for one photo."""
 
-    label: str | None = None
-    score: float | None = None
-    set: list[str] | None = None
-    top: list[_Scored] | None = None
-    evidence: Annotated[float | None, Field(description="The best label's cosine, -1..1.")] = None
-    error: str | None = None
+    label: str
+    score: float
+    set: list[str]
+    top: list[Scored]
+    evidence: Annotated[float, Field(description="The best label's cosine, -1..1.")]
+
+
+class Unread(BaseModel):
+    """Why a photo could not be read."""
+
+    error: str
 
 
 class Answers(BaseModel):
     """One answer a photo, in order."""
 
     model: str
-    predictions: list[Answer]
+    predictions: list[Answer | Unread]
 
 
 FILE: dict[str, Any] = {"type": "string", "format": "binary"}
 PHOTOS: dict[str, Any] = {"type": "array", "items": FILE, "minItems": 1}
 _QUESTION: dict[str, dict[str, Any]] = {
-    "labels": {"type": "string", "description": "Words with commas between them, or a vocabulary's name."},
+    # else /docs asks "string"
+    "labels": {"type": "string", "description": "Words with commas between, or a vocabulary's name.", "default": ""},
     "top_k": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 5},
     "coverage": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1, "default": 0.9},
 }
@@ -93,7 +105,8 @@ def form_body(fields: dict[str, Any], others: dict[str, Any] | None = None) -> d
 
 
 PREDICT_BODY: dict[str, Any] = form_body(
-    {"images": PHOTOS} | _QUESTION, {"application/json": Asked.model_json_schema(), "image/*": FILE}
+    {"images": PHOTOS} | _QUESTION,
+    {"application/json": reference(Asked), "image/*": FILE, "application/octet-stream": FILE},
 ) | {"parameters": [{"name": name, "in": "query", "schema": one} for name, one in _QUESTION.items()]}
 
 

@@ -12,7 +12,8 @@ from starlette.datastructures import UploadFile
 from cliphar._version import __version__
 from cliphar.errors import MediaError
 from cliphar.serving._bodies import FILE, decode_base64, form_body
-from cliphar.serving._problems import PROBLEM_RESPONSES, ProblemError
+from cliphar.serving._document import PROBLEM_RESPONSES
+from cliphar.serving._problems import ProblemError
 from cliphar.serving._service import Service, TheService
 from cliphar.serving._urls import Budget, fetch_image
 
@@ -22,21 +23,21 @@ router = APIRouter(tags=["earlier clients"], responses=PROBLEM_RESPONSES)
 _TopK = Annotated[int, Field(ge=1, le=1000)]
 
 
-class _Asked(BaseModel):
+class EarlierPhoto(BaseModel):
     image_data: str | None = None
     image_url: str | None = None
     top_k: _TopK = 5
 
 
-class _Ranked(BaseModel):
+class Ranked(BaseModel):
     rank: int
     class_id: int
     class_name: str
     score: float
 
 
-class _Answered(BaseModel):
-    predictions: list[_Ranked]
+class EarlierAnswer(BaseModel):
+    predictions: list[Ranked]
     inference_time: float
     model_name: str
 
@@ -54,8 +55,8 @@ async def health(service: TheService) -> dict[str, Any]:
     return {"status": "healthy" if service.ready else "starting", "model_loaded": service.ready}
 
 
-@router.post("/predict", response_model=_Answered)
-async def predict(asked: _Asked, service: TheService) -> dict[str, Any]:
+@router.post("/predict", name="earlier_predict", response_model=EarlierAnswer)
+async def predict(asked: EarlierPhoto, service: TheService) -> dict[str, Any]:
     """One photo, in base64 or by its address."""
     if (asked.image_data is None) == (asked.image_url is None):
         raise ProblemError(422, "give image_data or image_url, one of the two")
@@ -66,7 +67,12 @@ async def predict(asked: _Asked, service: TheService) -> dict[str, Any]:
     return await _answer(service, content, asked.top_k)
 
 
-@router.post("/predict/image", response_model=_Answered, openapi_extra=form_body({"file": FILE}))
+@router.post(
+    "/predict/image",
+    name="earlier_predict_image",
+    response_model=EarlierAnswer,
+    openapi_extra=form_body({"file": FILE}),
+)
 async def predict_image(
     request: Request, service: TheService, top_k: Annotated[int, Query(ge=1, le=1000)] = 5
 ) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from cliphar.serving._keys import Keys
 from cliphar.serving._problems import ProblemError, problem_response, refusal
 from cliphar.serving._service import Service
 
-__all__ = ["Around", "below"]
+__all__ = ["OPEN", "Around", "below"]
 
 _SECURITY = {
     "X-Content-Type-Options": "nosniff",
@@ -26,7 +26,9 @@ _SECURITY = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-_OPEN = frozenset({"/livez", "/readyz", "/health", "/metrics", "/v2/health/live", "/v2/health/ready"})
+OPEN = frozenset({"/livez", "/readyz", "/health", "/metrics", "/v2/health/live", "/v2/health/ready"})
+# a browser has no key before the page that asks for it is there
+_DOCUMENTATION = ("/docs", "/openapi.json", "/static-offline-docs/")
 _ID = re.compile(r"[\w.:/+=-]{1,64}", re.ASCII)
 # bodies are held in memory: in all, no more than so many of the largest allowed
 _BODIES_AT_ONCE = 4
@@ -89,7 +91,7 @@ class Around:
         scope.setdefault("state", {})["service"] = service
         service.users += 1
         try:
-            if _own_path(scope) not in _OPEN:
+            if (path := _own_path(scope)) not in OPEN and not path.startswith(_DOCUMENTATION):
                 self._check_caller(headers, scope)
             if scope["method"] == "POST":  # before its body is read
                 service.engine.check_room(1, service.settings.deadline_s)
@@ -122,7 +124,7 @@ class Around:
         service.metrics.requests.labels(method, route, str(status)).inc()
         if scope["type"] == "http":  # how long a camera watches is no latency
             service.metrics.latency.labels(route).observe(took)
-        if (path := _own_path(scope)) not in _OPEN:
+        if (path := _own_path(scope)) not in OPEN:
             _log.info("request", method=method, path=path, status=status, seconds=round(took, 4))
 
     def _check_caller(self, headers: Headers, scope: Scope) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from http import HTTPStatus
-from typing import Any
 
 import structlog
 from fastapi import FastAPI, Request, WebSocket
@@ -14,22 +13,9 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from cliphar.errors import ClipharError, MediaError, UsageError
+from cliphar.serving._document import PROBLEM
 
-__all__ = ["PROBLEM_RESPONSES", "ProblemError", "add_problem_handlers", "problem_response", "refusal", "said"]
-
-_TYPE = "application/problem+json"
-_SCHEMA = {
-    "type": "object",
-    "required": ["type", "title", "status", "detail"],
-    "properties": {
-        name: {"type": "integer" if name == "status" else "string"}
-        for name in ("type", "title", "status", "detail", "error", "request_id")
-    },
-}
-PROBLEM_RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"description": HTTPStatus(status).phrase, "content": {_TYPE: {"schema": _SCHEMA}}}
-    for status in (400, 401, 403, 404, 405, 408, 413, 415, 422, 429, 500, 503)
-}
+__all__ = ["ProblemError", "add_problem_handlers", "problem_response", "refusal", "said"]
 
 
 class ProblemError(HTTPException):
@@ -51,7 +37,7 @@ def problem_response(status: int, detail: str, headers: dict[str, str] | None = 
     body |= {"detail": detail, "error": detail}
     if request_id := structlog.contextvars.get_contextvars().get("request_id"):
         body["request_id"] = request_id
-    return JSONResponse(body, status, headers=headers, media_type=_TYPE)
+    return JSONResponse(body, status, headers=headers, media_type=PROBLEM)
 
 
 def refusal(error: HTTPException) -> JSONResponse:
@@ -70,7 +56,9 @@ def add_problem_handlers(app: FastAPI) -> None:
     """Turn what is raised in a route into a problem document; what nobody foresaw is :class:`Around`'s."""
 
     @app.exception_handler(HTTPException)
-    async def refused(_request: Request, error: HTTPException) -> JSONResponse:
+    async def refused(request: Request, error: HTTPException) -> JSONResponse:
+        if error.status_code == 404 and not isinstance(error, ProblemError):
+            return problem_response(404, f"there is no path {request.url.path[:200]}; see /docs")
         return refusal(error)
 
     @app.exception_handler(ClipharError)

@@ -2,25 +2,75 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Path, Request, Response
-from pydantic import FailFast
+from pydantic import BaseModel, FailFast, Field
 
-from cliphar.errors import MediaError
+from cliphar.bundle import Metrics
+from cliphar.errors import MediaError, UsageError
 from cliphar.evaluation import bundled_evaluation, model_card
 from cliphar.recognizer import Recognizer
-from cliphar.serving._bodies import PHOTOS, PREDICT_BODY, Answers, answers, form_body, photos_of, read_asked
-from cliphar.serving._problems import PROBLEM_RESPONSES, ProblemError
-from cliphar.serving._service import TheService
+from cliphar.serving._bodies import (
+    PHOTOS,
+    PREDICT_BODY,
+    Answers,
+    Scored,
+    Unread,
+    answers,
+    form_body,
+    photos_of,
+    read_asked,
+)
+from cliphar.serving._document import PROBLEM_RESPONSES
+from cliphar.serving._problems import ProblemError
+from cliphar.serving._service import Service, TheService
 
 __all__ = ["router"]
 
-router = APIRouter(prefix="/v1", responses=PROBLEM_RESPONSES)
+router = APIRouter(prefix="/v1", tags=["recognition"], responses=PROBLEM_RESPONSES)
 _Name = Annotated[str, Path(min_length=1, max_length=200, pattern=r"^[^/\x00-\x1f]+$")]
 
 
-@router.post("/predict", response_model=Answers, response_model_exclude_none=True, openapi_extra=PREDICT_BODY)
+class Embedding(BaseModel):
+    embedding: list[float]
+
+
+class Embeddings(BaseModel):
+    model: str
+    embeddings: list[Embedding | Unread]
+
+
+class ModelSummary(BaseModel):
+    name: str
+    description: str
+    runtime: str
+    labels: list[str]
+    taught: Annotated[dict[str, int], Field(description="From how many photos each action was taught.")]
+    image_size: int
+    embedding_dim: int
+    metrics: dict[str, Metrics]
+
+
+class Models(BaseModel):
+    models: list[ModelSummary]
+
+
+class Model(ModelSummary):
+    card: Annotated[str, Field(description="Markdown.")]
+    evaluation: dict[str, Any] | None
+
+
+class Lesson(BaseModel):
+    name: str
+    photos: int
+    refused: Annotated[list[str], Field(description="Why photos could not be read, which were left out.")]
+    recall: Annotated[float | None, Field(description="The share of photos that the others teach, 0..1.")]
+    confused_with: list[Scored]
+
+
+@router.post("/predict", response_model=Answers, openapi_extra=PREDICT_BODY)
 async def predict(request: Request, service: TheService) -> dict[str, Any]:
     """What the people in the photos are doing: multipart ``images``, one raw image, or JSON with base64."""
     contents, asked = await read_asked(request, service.settings)
@@ -28,7 +78,7 @@ async def predict(request: Request, service: TheService) -> dict[str, Any]:
     return answers(service.recognizer.bundle.info.name, found)
 
 
-@router.post("/embed", openapi_extra=PREDICT_BODY)
+@router.post("/embed", response_model=Embeddings, openapi_extra=PREDICT_BODY)
 async def embed(request: Request, service: TheService) -> dict[str, Any]:
     """The photos' embeddings, unit length; one that cannot be read has its error instead."""
     contents, _ = await read_asked(request, service.settings)
@@ -39,14 +89,14 @@ async def embed(request: Request, service: TheService) -> dict[str, Any]:
     return {"model": service.recognizer.bundle.info.name, "embeddings": rows}
 
 
-@router.get("/models")
+@router.get("/models", response_model=Models)
 async def models(service: TheService) -> dict[str, Any]:
     """The model that answers: what it knows, how good it was measured to be, what from."""
     await service.refresh()
     return {"models": [_about(service.recognizer)]}
 
 
-@router.get("/models/{name}")
+@router.get("/models/{name}", response_model=Model)
 async def model(name: _Name, service: TheService) -> dict[str, Any]:
     """The same of one model, with its ``card`` in Markdown and its ``evaluation``: what its training measured, as
     ``cliphar eval --report`` writes it, or null."""
@@ -101,8 +151,7 @@ async def put_vocabulary(
 @router.delete("/labels/{name}", status_code=204)
 async def delete_vocabulary(name: _Name, service: TheService) -> Response:
     """Drop a list that was put here."""
-    await service.change(service.state.delete_vocabulary, name)
-    return Response(status_code=204)
+    return await _drop(service, service.state.delete_vocabulary, name)
 
 
 @router.get("/actions")
@@ -112,7 +161,7 @@ async def actions(service: TheService) -> dict[str, int]:
     return service.recognizer.taught
 
 
-@router.post("/actions/{name}", openapi_extra=form_body({"images": PHOTOS}))
+@router.post("/actions/{name}", response_model=Lesson, openapi_extra=form_body({"images": PHOTOS}))
 async def teach(name: _Name, request: Request, service: TheService) -> dict[str, Any]:
     """Teach a new action from example photos, multipart ``images``: kept, and known from the next request on."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
@@ -127,5 +176,12 @@ async def teach(name: _Name, request: Request, service: TheService) -> dict[str,
 @router.delete("/actions/{name}", status_code=204)
 async def forget(name: _Name, service: TheService) -> Response:
     """Forget an action that was taught."""
-    await service.change(service.state.forget, name)
+    return await _drop(service, service.state.forget, name)
+
+
+async def _drop(service: Service, drop: Callable[[str], None], name: str) -> Response:
+    try:
+        await service.change(drop, name)
+    except UsageError as error:
+        raise ProblemError(404, str(error)) from error
     return Response(status_code=204)

@@ -25,7 +25,7 @@ _MOST = 8  # tensors of a request or an answer; ours have five names
 _Size = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
-class _Tensor(BaseModel):
+class Tensor(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     name: str
@@ -56,20 +56,10 @@ class Infer(BaseModel):
 
     id: str | None = None
     parameters: dict[str, Any] = {}
-    inputs: Annotated[list[_Tensor], FailFast(), Field(min_length=1, max_length=_MOST)]
+    inputs: Annotated[list[Tensor], FailFast(), Field(min_length=1, max_length=_MOST)]
     outputs: Annotated[list[Wanted], FailFast(), Field(max_length=_MOST)] = []
 
-    @classmethod
-    def document(cls) -> dict[str, Any]:
-        """The JSON schema with nothing but itself to refer to: inside OpenAPI's document ``#/$defs`` leads nowhere."""
-        schema = cls.model_json_schema()
-        parts, text = schema.pop("$defs"), json.dumps(schema)
-        for name, part in parts.items():
-            text = text.replace(json.dumps({"$ref": f"#/$defs/{name}"}), json.dumps(part))
-        document: dict[str, Any] = json.loads(text)
-        return document
-
-    def input(self, name: str) -> _Tensor | None:
+    def input(self, name: str) -> Tensor | None:
         """The input of that name, if it was sent."""
         return next((tensor for tensor in self.inputs if tensor.name == name), None)
 
@@ -106,7 +96,7 @@ def read_infer(body: bytes, header_length: str | None) -> Infer:
     return infer
 
 
-def _strings(tensor: _Tensor) -> list[bytes | str]:
+def _strings(tensor: Tensor) -> list[bytes | str]:
     if tensor.datatype != "BYTES" or len(tensor.shape) > 2:
         raise ProblemError(400, f"input {tensor.name} must be BYTES [N]")
     found: list[bytes | str] = []
@@ -127,7 +117,7 @@ def _strings(tensor: _Tensor) -> list[bytes | str]:
     return found
 
 
-def texts_of(tensor: _Tensor) -> list[str]:
+def texts_of(tensor: Tensor) -> list[str]:
     """The texts of a BYTES tensor; ProblemError 400 if it is none."""
     try:
         return [item.decode() if isinstance(item, bytes) else item for item in _strings(tensor)]
@@ -135,7 +125,7 @@ def texts_of(tensor: _Tensor) -> list[str]:
         raise ProblemError(400, f"input {tensor.name} is not UTF-8 text") from error
 
 
-def images_of(tensor: _Tensor) -> list[bytes]:
+def images_of(tensor: Tensor) -> list[bytes]:
     """Encoded photos of a BYTES [N] tensor (base64 in JSON), or of pixels, UINT8 [N,H,W,3], as PPM."""
     if tensor.datatype == "BYTES":
         try:

@@ -11,7 +11,8 @@ from fastapi import APIRouter, Header, Request, Response
 from cliphar._version import __version__
 from cliphar.errors import MediaError
 from cliphar.labels import MAX_LABELS
-from cliphar.serving._problems import PROBLEM_RESPONSES, ProblemError
+from cliphar.serving._document import PROBLEM_RESPONSES, reference
+from cliphar.serving._problems import ProblemError
 from cliphar.serving._service import Service, TheService
 from cliphar.serving._tensors import Infer, Wanted, images_of, pack, read_infer, texts_of
 
@@ -24,26 +25,26 @@ _DOCUMENTED: dict[str, Any] = {
     "openapi_extra": {
         "requestBody": {
             "required": True,
-            "content": {"application/json": {"schema": Infer.document()}} | _BINARY,
+            "content": {"application/json": {"schema": reference(Infer)}} | _BINARY,
         },
     },
     "responses": {200: {"content": _BINARY}},
 }
 
 
-@router.get("")
+@router.get("", name="v2_server")
 async def server() -> dict[str, Any]:
     """What this server is."""
     return {"name": "cliphar", "version": __version__, "extensions": ["binary_tensor_data"]}
 
 
-@router.get("/health/live")
+@router.get("/health/live", name="v2_live")
 async def live() -> dict[str, bool]:
     """The process answers."""
     return {"live": True}
 
 
-@router.get("/health/ready")
+@router.get("/health/ready", name="v2_ready")
 async def ready(service: TheService) -> dict[str, bool]:
     """See /readyz."""
     if not service.ready:
@@ -57,8 +58,8 @@ def _check(service: Service, model: str, version: str = _VERSION) -> None:
         raise ProblemError(404, f"no such model; here is '{name}', version {_VERSION}")
 
 
-@router.get("/models/{model}")
-@router.get("/models/{model}/versions/{version}")
+@router.get("/models/{model}", name="v2_model")
+@router.get("/models/{model}/versions/{version}", name="v2_model_version")
 async def metadata(model: str, service: TheService, version: str = _VERSION) -> dict[str, Any]:
     """The model's inputs and outputs."""
     _check(service, model, version)
@@ -81,16 +82,16 @@ async def metadata(model: str, service: TheService, version: str = _VERSION) -> 
     }
 
 
-@router.get("/models/{model}/ready")
-@router.get("/models/{model}/versions/{version}/ready")
+@router.get("/models/{model}/ready", name="v2_model_ready")
+@router.get("/models/{model}/versions/{version}/ready", name="v2_model_version_ready")
 async def model_ready(model: str, service: TheService, version: str = _VERSION) -> dict[str, Any]:
-    """Whether the model answers."""
+    """Whether the model answers: 200, or 503, for many clients look at no more."""
     _check(service, model, version)
-    return {"name": model, "ready": service.ready}
+    return {"name": model} | await ready(service)
 
 
-@router.post("/models/{model}/infer", **_DOCUMENTED)
-@router.post("/models/{model}/versions/{version}/infer", **_DOCUMENTED)
+@router.post("/models/{model}/infer", name="v2_infer", **_DOCUMENTED)
+@router.post("/models/{model}/versions/{version}/infer", name="v2_infer_version", **_DOCUMENTED)
 async def infer(
     model: str,
     request: Request,

@@ -16,13 +16,14 @@ from starlette.datastructures import UploadFile
 
 from cliphar.errors import MediaError
 from cliphar.serving._bodies import FILE, form_body
-from cliphar.serving._problems import PROBLEM_RESPONSES, ProblemError
+from cliphar.serving._document import PROBLEM_RESPONSES
+from cliphar.serving._problems import ProblemError
 from cliphar.serving._service import TheService
 from cliphar.timeline import Progress, Segment, Timeline, stream_video
 
 __all__ = ["router"]
 
-router = APIRouter(prefix="/v1", responses=PROBLEM_RESPONSES)
+router = APIRouter(prefix="/v1", tags=["recognition"], responses=PROBLEM_RESPONSES)
 _AT_ONCE = 2  # a clip keeps a core busy for long; more would make all late, and photos too
 _places = asyncio.Semaphore(_AT_ONCE)
 _Items = Generator[Progress | Segment | Timeline, None, None]
@@ -36,9 +37,9 @@ async def _held() -> AsyncIterator[AsyncExitStack]:
 
 @router.post(
     "/video",
-    openapi_extra=form_body({"video": FILE}, {"video/*": FILE}),
+    openapi_extra=form_body({"video": FILE}, {"video/*": FILE, "application/octet-stream": FILE}),
     response_class=StreamingResponse,
-    responses={200: {"content": {"application/x-ndjson": {}}}},
+    responses={200: {"content": {"application/x-ndjson": {"schema": {"type": "string"}}}}},
 )
 async def video(
     request: Request,
