@@ -10,7 +10,6 @@ import socket
 import sys
 from collections.abc import Callable
 from functools import partial
-from types import FrameType
 from typing import cast
 
 import structlog
@@ -29,6 +28,7 @@ from cliphar.serving._workers import supervise, terminal_closed
 __all__ = ["run"]
 
 _LAST_CALL_S = 0.5
+_log = structlog.get_logger()
 
 
 def run(settings: Settings, host: str, port: int, drain_s: int, workers: int = 1) -> None:
@@ -73,7 +73,6 @@ def _serve(settings: Settings, listener: socket.socket, drain_s: int, closed: Ca
     early: list[int] = []
     signal.signal(signal.SIGHUP, lambda number, _frame: early.append(number))  # until the loop listens to it
     app = create_app(Service.start(settings))
-    log = structlog.get_logger()
     config = uvicorn.Config(
         below(settings.root_path, app),
         # called, not made a subclass of; a body that comes late is answered 408 by then
@@ -91,13 +90,13 @@ def _serve(settings: Settings, listener: socket.socket, drain_s: int, closed: Ca
     del recognizer  # else the first model would stay in memory when another has taken its place
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
-    log.info("ready", address=f"http://{host}:{port}", model=name, runtime=runtime, pid=os.getpid())
+    _log.info("ready", address=f"http://{host}:{port}", model=name, runtime=runtime, pid=os.getpid())
     for number in (signal.SIGTERM, signal.SIGINT):
         # one that comes before uvicorn listens to it; and uvicorn raises it again when all is answered: no failure
         signal.signal(number, server.stop)
     server.run(sockets=[listener])
     app.state.service.engine.close()
-    log.info("stopped")
+    _log.info("stopped")
 
 
 class _Server(uvicorn.Server):
@@ -108,7 +107,7 @@ class _Server(uvicorn.Server):
         self._app, self._terminal_closed, self._early = app, closed, early
         self._asked = asyncio.Event()
 
-    def stop(self, _number: int, _frame: FrameType | None) -> None:
+    def stop(self, *_: object) -> None:
         """Stop as soon as may be."""
         self.should_exit = True
 
@@ -135,17 +134,16 @@ class _Server(uvicorn.Server):
     async def _change_model(self, leaving: asyncio.TaskGroup) -> None:
         """Load the model anew beside the old one, which answers until then and finishes what it began."""
         old: Service = self._app.state.service
-        log = structlog.get_logger()
         try:
             new = await asyncio.to_thread(Service.start, old.settings, old.metrics)
         except Exception as error:
             unforeseen = None if isinstance(error, ClipharError) else error
-            log.error("not reloaded, the old model goes on", reason=str(error), exc_info=unforeseen)
+            _log.error("not reloaded, the old model goes on", reason=str(error), exc_info=unforeseen)
             return
         if not old.ready:  # it was told to stop meanwhile
             return
         self._app.state.service = new
-        log.info("reloaded", model=new.recognizer.bundle.info.name)
+        _log.info("reloaded", model=new.recognizer.bundle.info.name)
         leaving.create_task(_let_go(old))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -164,17 +162,15 @@ async def _let_go(old: Service) -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
         listener.listen(2048)
     except OSError as error:
         listener.close()
-        raise UsageError(
-            f"cannot listen on {host} port {port}: {error.strerror}; choose another --host or --port"
-        ) from error
+        why = f"{error.strerror}; choose another --host or --port"
+        raise UsageError(f"cannot listen on {host} port {port}: {why}") from error
     return listener
 
 
@@ -186,19 +182,12 @@ def _set_up_logs() -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
     ]
+    lines = structlog.processors.JSONRenderer()
     structlog.configure(
-        processors=[*shared, structlog.processors.JSONRenderer()],
+        processors=[*shared, lines],
         logger_factory=structlog.WriteLoggerFactory(sys.stderr),  # a line in one write: workers share the stream
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler()
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=shared,
-            processors=[
-                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                structlog.processors.JSONRenderer(),
-            ],
-        )
-    )
+    handler.setFormatter(structlog.stdlib.ProcessorFormatter(lines, foreign_pre_chain=shared))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
