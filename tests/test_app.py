@@ -212,7 +212,7 @@ def test_an_action_is_taught_kept_and_used(page: Page, photos: list[Path]) -> No
     expect(page.get_by_text("standing for the camera, from 3 photos")).to_be_visible()
     visit(page, "Photo", "What are they doing?")
     page.locator("input[type=file]").set_input_files(str(photos[-1]))
-    expect(page.locator(".cl-answer h3")).to_have_text("standing for the camera")
+    expect(page.locator(".cl-answer h2")).to_have_text("standing for the camera")
 
 
 def test_a_photo_is_taken_with_the_camera(page: Page) -> None:

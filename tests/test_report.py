@@ -170,6 +170,8 @@ def test_the_page_needs_nothing_else_and_takes_any_name(photos: list[Path], tmp_
     sources = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
     assert [str(source)[:22] for source in sources] == ["data:image/jpeg;base64"]  # the photo that is gone is left out
     assert "http" not in raw
+    regions = [attrs for tag, attrs in page.tags if attrs.get("role") == "region"]
+    assert [one["tabindex"] for one in regions] == ["0", "0"]  # what scrolls on a phone is reached by keys
     assert "b & c" in page.text
     write_report(tmp_path / "report.json", done)
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))

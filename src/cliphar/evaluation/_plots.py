@@ -16,7 +16,7 @@ __all__ = ["confusion_svg", "reliability_svg"]
 def _svg(width: float, height: float, title: str, parts: Sequence[str]) -> str:
     return (
         f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(title)}" '
-        f'style="max-width:{width:g}px">{"".join(parts)}</svg>'
+        f'style="--wide:{width:g}px;max-width:var(--wide)">{"".join(parts)}</svg>'
     )
 
 

@@ -52,7 +52,7 @@ svg{width:100%;height:auto;font:12px system-ui,sans-serif;fill:var(--ink)}
 .wall{display:grid;grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr));gap:1rem}
 figure{margin:0;min-width:0}.wall img{width:100%;aspect-ratio:1;object-fit:cover;border-radius:6px}
 figcaption{font-size:.85rem;overflow-wrap:anywhere}figcaption b{color:var(--ink)}
-.scroll{overflow-x:auto}
+.scroll{overflow-x:auto}.scroll svg{min-width:min(30rem,var(--wide))}
 """
 
 
@@ -128,7 +128,7 @@ def _html(evaluation: Evaluation) -> str:
         "" if evaluation.novel is None else _novel(analysis.report.top1, evaluation.novel),
         "<h2>Which labels are mistaken for which</h2>",
         "<p>Rows are the true labels, columns the answers, numbers are photos. Blue is right, red is wrong.</p>",
-        f'<div class="scroll">{confusion_svg(analysis.labels, analysis.confusion)}</div>',
+        _scrolling("Which labels are mistaken for which", confusion_svg(analysis.labels, analysis.confusion)),
         "<h2>Each label</h2>",
         _classes(analysis),
         "<h2>How honest the scores are</h2>",
@@ -140,7 +140,7 @@ def _html(evaluation: Evaluation) -> str:
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{_STYLE}</style></head>'
-        f"<body>{''.join(body)}</body></html>\n"
+        f"<body><main>{''.join(body)}</main></body></html>\n"
     )
 
 
@@ -177,7 +177,12 @@ def _classes(analysis: Analysis) -> str:
         f"<td>{c.f1:.3f}</td></tr>"
         for c in sorted(analysis.classes, key=lambda c: c.f1)
     )
-    return f'<div class="scroll"><table><tr>{head}</tr>{rows}</table></div>'
+    return _scrolling("Each label", f"<table><tr>{head}</tr>{rows}</table>")
+
+
+def _scrolling(name: str, inside: str) -> str:
+    # on a phone it is wider than the page, and without a tab stop keys cannot move it
+    return f'<div class="scroll" role="region" tabindex="0" aria-label="{name}">{inside}</div>'
 
 
 def _wall(mistakes: Sequence[Mistake]) -> str:

@@ -33,7 +33,7 @@ def models_page() -> None:
                 "cliphar serve --model NAME, or MODEL_PATH.",
                 icon=":material/dns:",
             )
-        st.subheader("How good is it on yours?", anchor=False)
+        st.header("How good is it on yours?", anchor=False)
         evaluate_photos(answering, about.name, own)
     with right:
         good, fast, card = st.tabs(["How good", "How fast", "Model card"])
@@ -77,12 +77,12 @@ def _switch_runtime() -> None:
 
 def _good(about: About, own: Evaluation | None) -> None:
     if own is not None:
-        st.subheader(f"Your photos, {plain(own.data)}", anchor=False)
+        st.header(f"Your photos, {plain(own.data)}", anchor=False)
         _analysis("own", own.analysis)
         if own.mistakes:
             st.subheader("The most confident mistakes", anchor=False)
             st.html(mistakes_html(own.mistakes))
-    st.subheader("Measured when it was made", anchor=False)
+    st.header("Measured when it was made", anchor=False)
     st.caption(
         "Right: the best answer is the true one. Macro F1 counts each action alike, however many photos it has. "
         "Calibration error: how far scores are from how often they are right. A set: the filled bars of an answer."

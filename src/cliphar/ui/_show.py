@@ -43,7 +43,7 @@ STYLE = """<style>
 .stApp [data-testid="stCaptionContainer"] { opacity: .8; }
 [class*="st-key-answer_"] img { max-height: 24rem; object-fit: contain; }
 .cl-answer { line-height: 1.35; overflow-wrap: anywhere; }
-.cl-answer h3 { font-size: 1.45rem; font-weight: 650; margin: 0; padding: 0; }
+.cl-answer h2 { font-size: 1.45rem; font-weight: 650; margin: 0; padding: 0; }
 .cl-answer p { margin: .15rem 0 .7rem; opacity: .8; font-size: .92rem; }
 .cl-answer .cl-bars { list-style: none; margin: 0; padding: 0; }
 .cl-answer .cl-bars li { margin: 0 0 .5rem; padding: 0; }
@@ -54,7 +54,7 @@ STYLE = """<style>
   background: color-mix(in srgb, currentColor 35%, transparent); }
 .cl-in .cl-fill { background: #12948c; }
 .cl-in bdi { font-weight: 600; }
-.cl-unknown h3 { font-style: italic; }
+.cl-unknown h2 { font-style: italic; }
 .cl-figures p { margin: 0 0 .5rem; opacity: .8; font-size: .92rem; }
 .cl-figures ul { list-style: none; display: flex; flex-wrap: wrap; gap: .7rem 1.6rem; margin: 0 0 1rem; padding: 0; }
 .cl-figures li { margin: 0; padding: 0; font-size: .85rem; }
@@ -81,6 +81,7 @@ STYLE = """<style>
 @media (max-width: 30rem) { .st-key-pages a :has(> [data-testid="stIconMaterial"]) { display: none; } }
 .st-key-card [data-testid="stHeaderActionElements"] { display: none; }
 .st-key-card table { font-size: .85rem; display: block; overflow-x: auto; }
+.st-key-card :is(th, td) { padding: .3rem .45rem; }
 </style>"""
 
 
@@ -118,7 +119,7 @@ def answer_html(prediction: Prediction, coverage: float, bars: int) -> str:
     left = len(prediction.top) - bars
     more = f"<p>and {left} more, the next {_percent(prediction.top[bars].score)}</p>" if left > 0 else ""
     return (
-        f"<div class='cl-answer{kind}' role='group' aria-label='answer'><h3>{headline}</h3><p>{told}</p>"
+        f"<div class='cl-answer{kind}' role='group' aria-label='answer'><h2>{headline}</h2><p>{told}</p>"
         f"<ul class='cl-bars'>{''.join(rows)}</ul>{more}</div>"
     )
 

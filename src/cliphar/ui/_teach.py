@@ -42,7 +42,7 @@ def teach_page() -> None:
         if lesson:
             _report(lesson)
         if shown:
-            st.subheader(f"Photos: {len(shown)}", anchor=False)
+            st.header(f"Photos: {len(shown)}", anchor=False)
             with st.container(horizontal=True, key="examples"):
                 for photo in shown.values():
                     st.image(photo.thumbnail, alt=f"example: {photo.name}", width=108)
@@ -65,7 +65,7 @@ def _teach(name: str) -> None:
 
 def _report(lesson: Lesson) -> None:
     with st.container(border=True, key="lesson"):
-        st.subheader(plain(lesson.name), anchor=False)
+        st.header(plain(lesson.name), anchor=False)
         if lesson.recall is not None:
             right = round(lesson.recall * lesson.photos)
             st.metric("Recognised when held back", f"{right} of {lesson.photos}")
@@ -109,7 +109,7 @@ def _taught() -> None:
     taught = backend().taught
     if not taught:
         return
-    st.subheader("Taught so far", anchor=False)
+    st.header("Taught so far", anchor=False)
     for name, count in taught.items():
         with st.container(horizontal=True, vertical_alignment="center"):
             st.write(f"**{plain(name)}**, from {count} {'photo' if count == 1 else 'photos'}")
