@@ -145,7 +145,9 @@ def page(browser: Browser, host: str) -> Iterator[Page]:
 
 
 def test_the_page_is_below_its_path(page: Page, host: str, photos: list[Path]) -> None:
-    page.goto(f"{host}/cliphar")
+    with page.expect_response(re.compile(r"\.js$")) as script:
+        page.goto(f"{host}/cliphar")
+    assert script.value.headers["content-encoding"] == "gzip"
     expect(page.get_by_text("Answers by mini")).to_be_visible()
     page.locator("input[type=file]").set_input_files(str(photos[0]))
     expect(page.locator(".cl-answer")).to_have_count(1)
