@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import json
 import os
@@ -14,9 +15,11 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import MutableMapping
 from contextlib import ExitStack, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -314,6 +317,32 @@ def test_callers_that_hang_up_harm_nobody(api: str, photos: list[Path]) -> None:
         time.sleep(0.05)
     with Client(api) as client:
         assert isinstance(client.predict(photos[:1])[0], Prediction)
+
+
+def test_what_a_caller_that_hangs_up_sent_leaves_memory_at_once(tmp_path: Path) -> None:
+    told: list[str] = []
+
+    class Part(bytes):
+        def __del__(self) -> None:
+            told.append("freed")
+
+    async def receive() -> dict[str, Any]:
+        if told:
+            return {"type": "http.disconnect"}
+        told.append("sent")
+        return {"type": "http.request", "body": Part(b"x"), "more_body": True}
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        raise AssertionError(message)
+
+    app = create_app(Service.start(Settings(state=tmp_path)))
+    scope = {"type": "http", "method": "POST", "path": "/v1/predict", "query_string": b""}
+    gc.disable()  # it looks seldom
+    try:
+        asyncio.run(app(scope | {"headers": [(b"content-type", b"image/jpeg")]}, receive, send))
+        assert told == ["sent", "freed"]
+    finally:
+        gc.enable()
 
 
 class _Collector(BaseHTTPRequestHandler):

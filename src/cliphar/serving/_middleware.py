@@ -178,6 +178,7 @@ class Around:
         finally:
             gone.cancel()
             body.close()
+            del work  # its error holds this frame, and both would hold the body until garbage is collected
 
 
 def _request_id(headers: Headers) -> str:
