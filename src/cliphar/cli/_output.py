@@ -61,7 +61,7 @@ def show(path: str, prediction: Prediction) -> None:
 def check_target(path: Path, *kinds: str) -> None:
     """UsageError if no file can be written there, or its name ends in none of these; asked before the work."""
     if kinds and path.suffix not in kinds:
-        raise UsageError(f"cannot write {path}: its name must end in {', '.join(kinds)}")
+        raise UsageError(f"cannot write {path}: its name must end in {' or '.join(kinds)}")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UsageError(f"cannot write {path}: {path.parent} is not a folder that can be written to")
     if path.is_dir():
