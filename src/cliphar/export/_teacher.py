@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+from onnx.external_data_helper import set_external_data
 
 __all__ = ["export_teacher_graph"]
 
@@ -76,12 +77,10 @@ def _refer(tensor: onnx.TensorProto, content: bytes, location: str) -> None:
     offset = content.find(raw)
     if offset < 0:
         raise ValueError(f"{tensor.name} is not stored as plain bytes in {location}")
+    tensor.raw_data = raw
+    set_external_data(tensor, location, offset=offset, length=len(raw))
     tensor.ClearField("raw_data")
     tensor.ClearField("float_data")
-    tensor.data_location = TensorProto.EXTERNAL
-    for key, value in (("location", location), ("offset", offset), ("length", len(raw))):
-        entry = tensor.external_data.add()
-        entry.key, entry.value = key, str(value)
 
 
 def _shorten(model: onnx.ModelProto) -> None:

@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from cliphar.bundle import Bundle, read_bundle
+from cliphar.bundle import BUNDLE_JSON, Bundle, read_bundle
 from cliphar.errors import UsageError
 from cliphar.evaluation import write_report
 from cliphar.training._distributed import open_ranks
@@ -33,21 +33,21 @@ def train(recipe: Recipe, around: Surroundings | None = None) -> Bundle:
     around = around or Surroundings()
     _check_place(recipe.output)
     checkpoint = checkpoint_of(recipe.output)
-    if isinstance(recipe, GradientRecipe):  # before photos are read and a tracker has a run that fails
+    gradient = recipe if isinstance(recipe, GradientRecipe) else None
+    if gradient:  # before photos are read and a tracker has a run that fails
         refuse_unasked(checkpoint, around.resume)
-    ranks = open_ranks(recipe.train.distributed if isinstance(recipe, GradientRecipe) else "ddp")
+    ranks = open_ranks(gradient.train.distributed if gradient else "ddp")
+    if ranks.world > 1 and not gradient:
+        what = recipe.method if isinstance(recipe, MethodRecipe) else recipe.kind
+        raise UsageError(f"'{what}' runs in one process, without torchrun")
     if not isinstance(recipe, MethodRecipe):
-        if ranks.world > 1:
-            raise UsageError(f"recipes of kind {recipe.kind} run in one process, without torchrun")
         return run(recipe, around.log)
-    if ranks.world > 1 and not isinstance(recipe, GradientRecipe):
-        raise UsageError(f"method {recipe.method} runs in one process, without torchrun")
     around = replace(around, ranks=ranks)
     runs = checkpoint.with_name(f"{checkpoint.name}.runs")  # where it is recorded, to go on there
     if ranks.rank:  # the first process speaks for all
         around = replace(around, log=lambda _: None, on_step=lambda _: None, tracker=NoTracker())
     else:
-        if not (isinstance(recipe, GradientRecipe) and checkpoint.exists()):
+        if not (gradient and checkpoint.exists()):
             runs.unlink(missing_ok=True)
         if recipe.track:
             tracker = open_tracker(recipe.track, recipe.name, recipe.output.parent, around.log, runs)
@@ -76,7 +76,7 @@ def _check_place(output: Path) -> None:
     there = next(place for place in output.absolute().parents if place.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
         raise UsageError(f"cannot write {output}: {there} is not a folder that can be written to")
-    if output.is_file() or (output.is_dir() and any(output.iterdir()) and not (output / "bundle.json").is_file()):
+    if output.is_file() or (output.is_dir() and any(output.iterdir()) and not (output / BUNDLE_JSON).is_file()):
         raise UsageError(f"cannot write {output}: it exists and is not a bundle; choose another output")
 
 
