@@ -11,7 +11,6 @@ import functools
 import json
 import re
 from collections.abc import Iterable, Sequence
-from importlib import resources
 from pathlib import Path
 
 from cliphar.errors import UsageError
@@ -75,8 +74,7 @@ def read_labels_file(path: Path) -> tuple[str, ...]:
 @functools.cache
 def glossary() -> dict[str, tuple[str, ...]]:
     """Well-known actions and, for each, what a photo of it shows."""
-    text = resources.files(__package__).joinpath("glossary.json").read_text(encoding="utf-8")
-    return {name: tuple(descriptions) for name, descriptions in json.loads(text).items()}
+    return _lists("glossary.json")
 
 
 def describe(label: str) -> tuple[str, ...]:
@@ -96,8 +94,12 @@ def _index() -> dict[str, tuple[str, ...]]:
 @functools.cache
 def vocabularies() -> dict[str, tuple[str, ...]]:
     """Ready lists of actions by name, for a home, a kitchen and other places; the first is what mini was trained on."""
-    text = resources.files(__package__).joinpath("vocabularies.json").read_text(encoding="utf-8")
-    return {name: tuple(labels) for name, labels in json.loads(text).items()}
+    return _lists("vocabularies.json")
+
+
+def _lists(file: str) -> dict[str, tuple[str, ...]]:
+    content = json.loads(Path(__file__).with_name(file).read_text(encoding="utf-8"))
+    return {name: tuple(items) for name, items in content.items()}
 
 
 def prompts(label: str, templates: Sequence[str]) -> tuple[list[str], list[str]]:
