@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cliphar.errors import MediaError
-from cliphar.media import IMAGE_SUFFIXES, MAX_PIXELS, decode_image, files_in, is_image_name, to_square
+from cliphar.media import MAX_PIXELS, decode_image, files_in, is_image_name, to_square
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 PROPERTY = settings(max_examples=150)
@@ -130,10 +130,6 @@ def test_other_names(name: str) -> None:
     assert not is_image_name(name)
 
 
-def test_suffixes_are_lower_case_with_a_dot() -> None:
-    assert all(suffix.startswith(".") and suffix == suffix.lower() for suffix in IMAGE_SUFFIXES)
-
-
 @pytest.mark.skipif(not Path("/dev/fd").is_dir(), reason="a pipe has no path here")
 def test_a_pipe_is_read_too() -> None:
     reader, writer = os.pipe()
@@ -150,13 +146,6 @@ def test_an_empty_file_is_called_empty(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"")
     assert refusal(tmp_path / "a.jpg") == f"{tmp_path / 'a.jpg'} is empty (0 bytes)"
     assert "empty" in refusal(b"")
-
-
-def test_a_text_file_named_jpg_is_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "a.jpg").write_text("not a photo\n" * 100, encoding="utf-8")
-    message = refusal(tmp_path / "a.jpg")
-    assert str(tmp_path / "a.jpg") in message
-    assert "not an image" in message
 
 
 def test_a_missing_file_does_not_exist(tmp_path: Path) -> None:
@@ -320,11 +309,6 @@ def test_grey_of_16_bits_keeps_its_greys() -> None:
     content = encode(Image.fromarray(values * 257), "PNG")
     assert Image.open(io.BytesIO(content)).mode == "I;16"
     np.testing.assert_array_equal(np.asarray(decode_image(content))[:, :, 1], values)
-
-
-def test_mid_grey_of_16_bits_stays_mid_grey_even_alone() -> None:
-    decoded = np.asarray(decode_image(encode(Image.new("I;16", (8, 8), 32768), "PNG")))
-    assert set(decoded.ravel().tolist()) <= {127, 128}
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I;16L", "I"])
@@ -533,11 +517,8 @@ def test_uint16_arrays_are_scaled_from_their_full_range() -> None:
 )
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 def test_arrays_of_other_shapes_are_refused(shape: tuple[int, ...], dtype: type[np.generic]) -> None:
-    refusal(np.zeros(shape, dtype))
-
-
-def test_the_refusal_names_the_shape() -> None:
-    assert "(3, 8, 8)" in refusal(np.zeros((3, 8, 8), np.uint8))
+    message = refusal(np.zeros(shape, dtype))
+    assert f"shape {shape}" in message or "no pixels" in message
 
 
 @pytest.mark.parametrize("hole", [np.nan, np.inf, -np.inf])
