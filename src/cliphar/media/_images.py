@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,8 +97,8 @@ def decode_image(image: ImageLike, *, min_side: int = 0, max_pixels: int = MAX_P
         raise MediaError(f"{str(path)!r} cannot be read: {error}") from error
 
 
-def _open(file: io.IOBase | object, name: str, min_side: int, max_pixels: int) -> Image.Image:
-    with _media_errors(name, max_pixels), Image.open(file, formats=_FORMATS) as opened:  # type: ignore[arg-type]
+def _open(file: BinaryIO, name: str, min_side: int, max_pixels: int) -> Image.Image:
+    with _media_errors(name, max_pixels), Image.open(file, formats=_FORMATS) as opened:
         _check_size(opened.size, name, max_pixels)
         if min_side and opened.format in ("JPEG", "MPO"):
             opened.draft("RGB", (min_side, min_side))

@@ -47,9 +47,9 @@ class Corpus:
         """Photo i as it was decoded: uint8 RGB [H,W,3]."""
         return self._pixels[self._offsets[i] : self._offsets[i + 1]].reshape(self._shapes[i])
 
-    def select(self, *, source: str | None = None, part: int | None = None, labels: list[str] | None = None) -> NDArray[
-        np.int64
-    ]:  # fmt: skip
+    def select(
+        self, *, source: str | None = None, part: int | None = None, labels: list[str] | None = None
+    ) -> NDArray[np.int64]:
         """Numbers of the photos that fit every condition given."""
         wanted = None if labels is None else set(labels)
         return np.array(

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -280,20 +281,10 @@ def _follow(average: nn.Module, trained: nn.Module, keep: float) -> None:
 
 
 @torch.inference_mode()
-def embed(model: ImageTower, squares: Iterator[NDArray[np.uint8]], batch_size: int = 64) -> NDArray[np.float32]:
-    """Embeddings, float32 [N,D] of unit length, of uint8 [S,S,3] squares."""
+def embed(model: ImageTower, squares: Iterator[NDArray[np.uint8]]) -> NDArray[np.float32]:
+    """Embeddings, float32 [N,D] of unit length, of uint8 [S,S,3] squares, of which there is one at least."""
     model.eval()
-    out: list[Tensor] = []
-    batch: list[NDArray[np.uint8]] = []
-
-    def flush() -> None:
-        if batch:
-            out.append(model(torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).float()))
-            batch.clear()
-
-    for square in squares:
-        batch.append(square)
-        if len(batch) == batch_size:
-            flush()
-    flush()
-    return torch.cat(out).numpy() if out else np.zeros((0, model.out_features), np.float32)
+    batches = iter(lambda: list(islice(squares, 64)), [])
+    return torch.cat(
+        [model(torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).float()) for batch in batches]
+    ).numpy()

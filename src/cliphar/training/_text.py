@@ -24,12 +24,13 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from cliphar.export import quantize_sentence_encoder
 from cliphar.labels import glossary, prompts
 from cliphar.models import SentenceEncoder, TextProjection
 from cliphar.training._corpus import TRAIN, Corpus
 from cliphar.training._recipe import TextRecipe
 
-__all__ = ["TRAIN_TEMPLATES", "Sentences", "prune_tokenizer", "train_projection"]
+__all__ = ["TRAIN_TEMPLATES", "Sentences", "build_sentences", "prune_tokenizer", "train_projection"]
 
 TRAIN_TEMPLATES = (
     "{}",
@@ -86,11 +87,11 @@ class Sentences:
         tokenizer.enable_truncation(context_length)
         tokenizer.enable_padding()
 
-    def __call__(self, texts: Sequence[str], batch_size: int = 128) -> Tensor:
+    def __call__(self, texts: Sequence[str]) -> Tensor:
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # equal lengths together: less padding
         out = np.zeros((len(texts), SentenceEncoder.out_features), np.float32)
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
+        for start in range(0, len(order), 128):
+            rows = order[start : start + 128]
             ids = np.array([e.ids for e in self._tokenizer.encode_batch([texts[i] for i in rows])], np.int64)
             out[rows] = self._session.run(["sentences"], {"ids": ids})[0]
         return torch.from_numpy(out)
@@ -98,8 +99,6 @@ class Sentences:
 
 def build_sentences(recipe: TextRecipe, encoder: Path, corpus: Corpus) -> tuple[onnx.ModelProto, Tokenizer]:
     """Prune and quantise the sentence encoder found in ``encoder`` (its folder of weights and tokenizer)."""
-    from cliphar.export import quantize_sentence_encoder
-
     captions = [text for i in corpus.select(source="captioned", part=TRAIN) for text in corpus.captions[i]]
     known = [text for name, described in glossary().items() for text in (name, *described)]
     tokenizer, kept = prune_tokenizer(encoder / "tokenizer.json", recipe.vocabulary, known * 3 + captions)
