@@ -263,6 +263,7 @@ def test_every_ready_recipe_loads(file: Path) -> None:
         ("method=ful", "did you mean full?"),
         ("method=[full]", "unknown method"),
         ("train.accumulate=3", "not a multiple"),
+        ("train.lr=inf", "finite"),
         ("data.val=0.9", "data.val"),
         ("track=[mlflow", "is not YAML"),
         ("contrastive=0 classes=0", "no loss"),

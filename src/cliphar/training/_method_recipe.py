@@ -25,9 +25,9 @@ __all__ = [
 
 
 class Section(BaseModel):
-    """Settings, frozen; unknown keys are refused."""
+    """Settings, frozen; unknown keys and numbers without end are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class HeadRecipe(Section):
