@@ -32,6 +32,7 @@ from websockets.sync.client import connect
 
 from cliphar.bundle import packaged, read_bundle, write_bundle
 from cliphar.client import AsyncClient, Client
+from cliphar.errors import ClipharError
 from cliphar.recognizer import Prediction
 from cliphar.serving import Service, Settings, create_app
 from serving_process import free_port, problem, serving
@@ -395,8 +396,10 @@ def test_a_clip_is_sent_again_to_a_service_that_reads_others() -> None:
         threading.Thread(target=service.serve_forever, daemon=True).start()
         with Client(f"http://127.0.0.1:{service.server_address[1]}") as client:
             assert list(client.video(b"clip")) == [{"timeline": {}}]
+            assert _Busy.asked == 2
+            with pytest.raises(ClipharError, match="not as cliphar does"):
+                client.predict(b"photo")
         service.shutdown()
-    assert _Busy.asked == 2
 
 
 def test_keys_are_changed_while_all_workers_run(env: dict[str, str], tmp_path: Path) -> None:

@@ -105,11 +105,14 @@ class _Calls(Generic[H]):
     def _unreachable(self, error: httpx.TransportError) -> ClipharError:
         return ClipharError(f"no answer from {self._url}: {error or type(error).__name__}; is 'cliphar serve' running?")
 
-    @staticmethod
-    def _answers(content: dict[str, Any]) -> list[Answer]:
-        return [
-            MediaError(one["error"]) if "error" in one else Prediction.from_dict(one) for one in content["predictions"]
-        ]
+    def _part(self, content: dict[str, Any], name: str) -> Any:
+        if name not in content:
+            raise ClipharError(f"{self._url} answers, but not as cliphar does; is the address right?")
+        return content[name]
+
+    def _answers(self, content: dict[str, Any]) -> list[Answer]:
+        found = self._part(content, "predictions")
+        return [MediaError(one["error"]) if "error" in one else Prediction.from_dict(one) for one in found]
 
 
 class Client(_Calls[httpx.Client]):
@@ -178,7 +181,7 @@ class Client(_Calls[httpx.Client]):
 
     def model(self) -> dict[str, Any]:
         """The model that answers: name, labels, what was taught, metrics."""
-        answer: dict[str, Any] = self._call("GET", "/v1/models")["models"][0]
+        answer: dict[str, Any] = self._part(self._call("GET", "/v1/models"), "models")[0]
         return answer
 
     def model_card(self, name: str) -> dict[str, Any]:
@@ -233,17 +236,17 @@ class AsyncClient(_Calls[httpx.AsyncClient]):
     async def predict(
         self, photos: Photos, labels: Labels = None, *, top_k: int = 5, coverage: float = 0.9
     ) -> list[Answer]:
-        """One answer a photo (encoded bytes or a path; one or many), or its MediaError; ``labels`` may name a list."""
+        """See :meth:`Client.predict`."""
         body = self._predict(photos, labels, top_k, coverage)
         return self._answers(await self._call("POST", "/v1/predict", **body)) if body["files"] else []
 
     async def model(self) -> dict[str, Any]:
-        """The model that answers: name, labels, what was taught, metrics."""
-        answer: dict[str, Any] = (await self._call("GET", "/v1/models"))["models"][0]
+        """See :meth:`Client.model`."""
+        answer: dict[str, Any] = self._part(await self._call("GET", "/v1/models"), "models")[0]
         return answer
 
     async def model_card(self, name: str) -> dict[str, Any]:
-        """The same of the model of that name, with its ``card`` in Markdown and its ``evaluation`` or None."""
+        """See :meth:`Client.model_card`."""
         return await self._call("GET", self._path("models", name))
 
     async def vocabularies(self) -> dict[str, list[str]]:
@@ -255,7 +258,7 @@ class AsyncClient(_Calls[httpx.AsyncClient]):
         await self._call("PUT", self._path("labels", name), json=list(labels))
 
     async def teach(self, name: str, photos: Photos) -> dict[str, Any]:
-        """Teach an action; how well it works, as ``Lesson.to_dict`` has it."""
+        """See :meth:`Client.teach`."""
         return await self._call("POST", self._path("actions", name), files=self._photos(photos))
 
     async def forget(self, name: str) -> None:
