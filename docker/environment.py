@@ -7,13 +7,13 @@ PYTHON leaves out what training does not need.
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 HERE = Path(__file__).parent
+LICENCE = re.compile(r"(?i)licen[cs]e|copying|copyright|notice|third.?party")
 
 # Every function returns the same table of functions that return nothing: to x265's caller an interface that cannot
 # allocate, to SVT-AV1's an error. ffmpeg says of both that the encoder does not open.
@@ -56,10 +56,12 @@ def packages(python: str) -> Path:
 
 
 def leave_out(place: Path, patterns: list[str]) -> None:
-    """Remove the files and folders that the patterns name."""
+    """Remove the files that the patterns name, and those in folders; licences stay, as they ask for it."""
     for pattern in patterns:
         for path in sorted(place.glob(pattern)):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+                if not file.is_dir() and not LICENCE.match(file.name):
+                    file.unlink(missing_ok=True)
 
 
 def main() -> None:

@@ -74,6 +74,16 @@ cached 'dependencies-api .*RUN --mount=type=cache' || fail "a change of code ins
 if cached 'package .*COPY src'; then fail "a change of code did not reach the image"; fi
 ok "a change of code keeps the dependency layer; built again in $((SECONDS - started)) s"
 
+for target in "$image" "$id:app"; do
+  gone=$(docker run --rm --network none --entrypoint python3 "$target" -c '
+import re
+from importlib.metadata import distributions
+licence = re.compile(r"(?i)(^|/)(licen[cs]e|copying|copyright|notice|third.?party)[^/]*$")
+print(*(f"{d.name}: {f}" for d in distributions() for f in d.files or () if licence.search(str(f)) and not f.locate().exists()), sep="\n")') || fail "licences: $gone"
+  [[ -z $gone ]] || fail "licences left out: $gone"
+done
+ok "the images hold the licences of what is in them"
+
 size=$(($(docker image inspect -f '{{.Size}}' "$image") / 1000000))
 ((size <= 420)) || fail "the image has $size MB"
 same=$(comm -12 <(docker image inspect -f '{{join .RootFS.Layers "\n"}}' "$image" | sort) <(docker image inspect -f '{{join .RootFS.Layers "\n"}}' "$id:changed" | sort) | wc -l)
