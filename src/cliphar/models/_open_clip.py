@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -156,8 +157,9 @@ def open_clip_encoder(name: str, pretrained: str | Path | None = None, seed: int
     if ":" not in name and name not in open_clip.list_models():
         close = difflib.get_close_matches(name, open_clip.list_models(), 3, 0.4)
         raise UsageError(f"open_clip has no model '{name}'; near it are {', '.join(close) or 'none'}")
+    there = pretrained is not None and os.path.isfile(pretrained)  # noqa: PTH113 - Path's raises where it may not look
+    asks = name.startswith("hf-hub:") or (pretrained is not None and not there)
     try:
-        asks = name.startswith("hf-hub:") or (pretrained is not None and not Path(pretrained).is_file())
         with _quiet(), hub_if_reachable() if asks else nullcontext(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             config = open_clip.get_model_config(name)
