@@ -266,7 +266,7 @@ def test_eval_of_clips_among_photos(cli: Cli, labelled: Path, photos: list[Path]
 
 def test_wrong_calls_of_eval(cli: Cli, labelled: Path) -> None:
     for arguments, said in (
-        (("--report", "out.pdf"), ".html, .json"),
+        (("--report", "out.pdf"), ".html or .json"),
         (("--report", "nowhere/out.html"), "nowhere"),
         (("--novel", labelled), "was trained on: calling"),
     ):
