@@ -59,9 +59,12 @@ def leave_out(place: Path, patterns: list[str]) -> None:
     """Remove the files that the patterns name, and those in folders; licences stay, as they ask for it."""
     for pattern in patterns:
         for path in sorted(place.glob(pattern)):
-            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-                if not file.is_dir() and not LICENCE.match(file.name):
-                    file.unlink(missing_ok=True)
+            for inner in [*sorted(path.rglob("*"), reverse=True), path]:
+                if inner.is_dir() and not inner.is_symlink():
+                    if not any(inner.iterdir()):
+                        inner.rmdir()
+                elif not LICENCE.match(inner.name):
+                    inner.unlink(missing_ok=True)
 
 
 def main() -> None:
