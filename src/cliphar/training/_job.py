@@ -57,6 +57,8 @@ class Job:
         recipe = self.recipe.model_dump(mode="json", exclude={"output", "description", "base", "track"})
         recipe.get("train", {}).pop("distributed", None)  # a checkpoint of either kind is taken up by the other
         recipe["data"] = {key: value for key, value in recipe["data"].items() if key not in ("source", "cache")}
+        if "wise" in recipe:
+            recipe["wise"] = recipe.pop("wise")  # last, as in the checkpoints that are there
         image = self.bundle.info.files["image.onnx"].sha256
         return hashlib.sha256(json.dumps([recipe, self.photos.sha256, image]).encode()).hexdigest()
 

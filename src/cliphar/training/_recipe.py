@@ -118,6 +118,7 @@ class DistillRecipe(Section):
 
 
 class _TowerRecipe(Section):
+    kind: str  # first, as a checkpoint's identity depends on the order
     name: str
     description: str
     seed: int = 0
