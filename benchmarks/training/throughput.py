@@ -72,8 +72,8 @@ def ours(photos: _Photos, recipe: LoopRecipe, home: Path) -> float:
     objective = ContrastObjective(_model(), sentences, sentences, None, 30.0, Losses(1.0, 1.0, 0.1, 0.0))
     times: list[float] = []
     tracker = open_tracker(["mlflow"], "throughput", home, lambda line: print(line, file=sys.stderr))
-    run = Run(home / "checkpoint", "bench", 0, 1e-4, torch.device("cpu"), Surroundings(tracker=tracker))
-    run.on_step = lambda _: times.append(time.perf_counter())
+    around = Surroundings(tracker=tracker, on_step=lambda _: times.append(time.perf_counter()))
+    run = Run(home / "checkpoint", "bench", 0, 1e-4, torch.device("cpu"), around)
     try:
         fit(objective, Batches([items], recipe, SIZE, 0), recipe, run, lambda: {"score": 0.0})
     finally:
