@@ -146,7 +146,7 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
 
 def _has_samples(path: Path) -> bool:
     """Whether a tar holds KEY.cls, KEY.txt or KEY.json beside KEY.jpg among its first files."""
-    with open_tar(path) as tar:
+    with open_tar(path, whole=False) as tar:
         names = [member.name for _, member in zip(range(16), tar, strict=False) if member.isfile()]
     texts = {name.rpartition(".")[0] for name in names if PurePosixPath(name).suffix.removeprefix(".") in _TEXTS}
     return any(_is_media(name) and name.rpartition(".")[0] in texts for name in names)

@@ -30,11 +30,13 @@ class Photo:
 
 
 @contextmanager
-def open_tar(path: Path) -> Iterator[tarfile.TarFile]:
-    """A tar file; DataError, from the block or at its end, if it is damaged or cut short."""
+def open_tar(path: Path, *, whole: bool = True) -> Iterator[tarfile.TarFile]:
+    """A tar file; DataError, from the block or, if ``whole``, at its end, if it is damaged or cut short."""
     try:
         with tarfile.open(path) as tar:
             yield tar
+            if not whole:
+                return
             for _ in tar:
                 pass
             assert tar.fileobj is not None  # noqa: S101 - open
