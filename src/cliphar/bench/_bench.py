@@ -33,7 +33,7 @@ _Key: TypeAlias = tuple[str, int, int]  # runtime, threads, batch
 class Row:
     """One runtime at one batch size and number of threads.
 
-    ``speedup`` is over PyTorch eager at the same batch and threads, ``peak_share`` the part of the machine's measured
+    ``speedup`` is over PyTorch eager at the same batch and threads, ``peak_share`` the part of the processor's measured
     float32 matrix-product peak that is reached (an 8-bit or bfloat16 runtime may exceed 1), ``bytes_images_per_s``
     from JPEG files of 640x480 in memory. ``accuracy`` is top-1, 0..1. None where there is nothing to compare with.
     """
@@ -155,7 +155,7 @@ def run_bench(
                 workers += [worker] if worker else []
         if not workers:
             raise UsageError(f"no runtime runs here: {'; '.join(skipped.values())}")
-        peaks = {worker.threads: worker.ask("peak") / 1e9 for worker in workers if worker.name == EAGER}
+        peaks = {worker.threads: peak / 1e9 for worker in workers if (peak := worker.ask("peak"))}
         times: dict[_Key, list[float]] = {}
         rates: dict[_Key, list[float]] = {}
         for turn in range(_ROUNDS):

@@ -65,18 +65,22 @@ class _PyTorch:
     def encode_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
         raise NotImplementedError
 
-    def peak(self) -> float:
-        """Multiply-and-add operations a second, two each, of large float32 matrices; the best of ten."""
+    def peak(self) -> float | None:
+        """Multiply-and-add operations a second, two each, of 2048 x 2048 float32 matrices; the best of ten.
+
+        None on a GPU: what runs on the processor beside it has another peak.
+        """
         import torch
 
-        side = 2048 if self._device == "cpu" else 8192
-        left = torch.rand(side, side, device=self._device)
+        if self._device != "cpu":
+            return None
+        left = torch.rand(2048, 2048)
         best = np.inf
         for _ in range(10):
             started = time.perf_counter()
-            torch.mm(left, left)[0, 0].item()  # waits for a GPU
+            torch.mm(left, left)
             best = min(best, time.perf_counter() - started)
-        return 2 * side**3 / best
+        return 2 * 2048**3 / best
 
 
 def serve(pipe: Connection, path: Path, name: str, threads: int) -> None:
