@@ -155,7 +155,9 @@ def run_bench(
                 workers += [worker] if worker else []
         if not workers:
             raise UsageError(f"no runtime runs here: {'; '.join(skipped.values())}")
-        peaks = {worker.threads: peak / 1e9 for worker in workers if (peak := worker.ask("peak"))}
+        peaks = {
+            worker.threads: peak / 1e9 for worker in workers if worker.name == EAGER and (peak := worker.ask("peak"))
+        }
         times: dict[_Key, list[float]] = {}
         rates: dict[_Key, list[float]] = {}
         for turn in range(_ROUNDS):
