@@ -94,8 +94,8 @@ def test_a_taught_action_joins_trained_ones_and_any_words(pupil: Recognizer) -> 
     assert pupil.labels == ("red", "green", "blue", "yellow")
     assert pupil.taught == {"yellow": 8}
     assert pupil.predict(tints((235, 235, 20), 1)[0]).label == "yellow"
-    assert pupil.calibration(["red", "yellow"]) == pupil.bundle.info.known
-    assert pupil.calibration(["yellow", "a word"]) == pupil.bundle.info.open
+    assert pupil.choose(["red", "yellow"])[2] == pupil.bundle.info.known
+    assert pupil.choose(["yellow", "a word"])[2] == pupil.bundle.info.open
     known, mixed = pupil.embed_labels(["yellow", "red"]), pupil.embed_labels(["yellow", "a word"])
     assert np.allclose(np.linalg.norm(np.r_[known, mixed], axis=1), 1, atol=1e-5)
     assert not np.allclose(known[0], mixed[0])

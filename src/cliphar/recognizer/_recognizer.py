@@ -104,10 +104,6 @@ class Recognizer:
         """
         return self._look_up(labels, self._taught)[0]
 
-    def calibration(self, labels: Sequence[str]) -> Calibration:
-        """The calibration that holds for these labels: ``known`` if all were trained or taught, else ``open``."""
-        return self._look_up(labels, self._taught)[1]
-
     def _as_learnt(self, labels: Sequence[str], taught: dict[str, Taught]) -> list[str]:
         """Labels that differ in capitals only from what was trained or taught, as they were then."""
         names = dict.fromkeys((*self._known, *taught))
@@ -291,6 +287,8 @@ class Recognizer:
 
     def choose(self, labels: Iterable[str] | None, *, top_k: int = 5, coverage: float = 0.9) -> _Choice:
         """Labels, their vectors float32 [C,D], and the calibration that holds for them, all of one moment.
+
+        It is the bundle's ``known`` if all were trained or taught, else its ``open``.
 
         Raises:
             UsageError: bad labels, ``top_k`` or ``coverage``.
