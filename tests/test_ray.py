@@ -47,13 +47,17 @@ def test_photos_and_shards_are_answered_in_parts_that_are_kept(cli: Cli, photos:
     with tarfile.open(tmp_path / "shard.tar", "w") as shard:
         shard.add(photos[0], "inside.jpg")
         shard.add(__file__, "notes.txt")
-    ask = ("predict", "photos", "shard.tar", "--labels", "smiling,riding a bike", "--ray", "--out", "out")
+    whole = (tmp_path / "shard.tar").read_bytes()
+    second = whole.index(b"notes.txt")
+    (tmp_path / "bad.tar").write_bytes(whole[:second] + b"?" + whole[second + 1 :])
+    ask = ("predict", "photos", "shard.tar", "bad.tar", "--labels", "smiling,riding a bike", "--ray", "--out", "out")
     first = cli(*ask)
     assert first.returncode == 1, first.stderr
     said = [line for line in first.stderr.splitlines() if line.startswith("cliphar: ")]  # among Ray's own
-    assert len(said) == 1, first.stderr
+    assert len(said) == 2, first.stderr
     assert "bad.jpg" in said[0]
-    assert first.stdout.startswith("4 photos answered in 2 parts")
+    assert "bad.tar is damaged or cut short" in said[1]
+    assert first.stdout.startswith("4 photos answered in 3 parts")
     tables = [parquet.read_table(part).to_pylist() for part in sorted((tmp_path / "out").iterdir())]
     rows = {row["path"]: row for table in tables for row in table}
     assert len(rows) == 4
@@ -67,7 +71,7 @@ def test_photos_and_shards_are_answered_in_parts_that_are_kept(cli: Cli, photos:
     lost = sorted(kept)[0]
     (tmp_path / "out" / lost).unlink()
     again = cli(*ask)
-    assert "in 1 parts in out, 1 parts were there" in again.stdout
+    assert "in 2 parts in out, 1 parts were there" in again.stdout
     assert {part.name for part in (tmp_path / "out").iterdir()} == set(kept)
     assert all((tmp_path / "out" / name).stat().st_mtime_ns == kept[name] for name in kept if name != lost)
 

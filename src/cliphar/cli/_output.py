@@ -109,7 +109,12 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._path is None or (kind is not None and not self._rows):
+        if kind is None or self._rows:
+            self.write()
+
+    def write(self) -> None:
+        """Write the file."""
+        if self._path is None:
             return
         from cliphar.bundle import whole_file
 

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import sys
-import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import typer
 
 from cliphar.cli._output import Writer, named_error, printable
-from cliphar.errors import ClipharError, MediaError, UsageError
+from cliphar.errors import ClipharError, DataError, MediaError, UsageError
 
 __all__ = ["predict_on_ray"]
 
@@ -57,29 +56,30 @@ class _Worker:
                 yield photo
 
         answers = self._recognizer.stream(photos(), task.labels, top_k=task.top_k, coverage=task.coverage)
+        writer = Writer(task.out / part["name"])
         try:
-            with Writer(task.out / part["name"]) as writer:
-                for place, answer in enumerate(answers):
-                    if isinstance(answer, MediaError):
-                        errors.append(named_error(printable(names[place]), answer))
-                    else:
-                        writer.add(printable(names[place]), answer)
-                        done += 1
-        except (tarfile.TarError, OSError) as error:
-            (task.out / part["name"]).unlink(missing_ok=True)  # not whole: it is to be done again
-            errors.append(f"{part['name']}: {error}")
+            for place, answer in enumerate(answers):
+                if isinstance(answer, MediaError):
+                    errors.append(named_error(printable(names[place]), answer))
+                else:
+                    writer.add(printable(names[place]), answer)
+                    done += 1
+            writer.write()  # whatever breaks it off: a part that is there is not done again
+        except (DataError, OSError) as error:
+            return {"done": 0, "errors": json.dumps([*errors, str(error)])}
         return {"done": done, "errors": json.dumps(errors)}
 
 
 def _photos(paths: list[str]) -> Iterator[tuple[str, str | bytes]]:
     """Names and photos: files, and what shards (tar files) hold."""
+    from cliphar.data import open_tar
     from cliphar.media import is_image_name
 
     for path in paths:
         if not path.endswith(".tar"):
             yield path, path
             continue
-        with tarfile.open(path) as shard:
+        with open_tar(Path(path)) as shard:
             for member in shard:
                 content = shard.extractfile(member) if is_image_name(member.name) else None
                 if content is not None:

@@ -6,7 +6,7 @@ from cliphar.data._clips import clip_frames, embed_clips
 from cliphar.data._copy import copy_parts
 from cliphar.data._duplicates import difference_hash, group_duplicates
 from cliphar.data._readers import SPLITS, PhotoSource, is_clip_name, open_source
-from cliphar.data._sources import Photo, list_labelled, read_captioned, read_labelled
+from cliphar.data._sources import Photo, list_labelled, open_tar, read_captioned, read_labelled
 from cliphar.data._split import assign_parts, split_grouped
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "list_labelled",
     "load_photos",
     "open_source",
+    "open_tar",
     "photo_stats",
     "read_captioned",
     "read_labelled",
