@@ -50,6 +50,12 @@ def test_no_labels_is_an_error_with_an_example(nothing: list[str] | str) -> None
         clean_labels(nothing)
 
 
+@pytest.mark.parametrize("labels", [["a", None], [1, 2], b"abc"])
+def test_labels_that_are_no_text(labels: list[str]) -> None:
+    with pytest.raises(UsageError, match=r"is no text; labels are actions"):
+        clean_labels(labels)
+
+
 def test_too_many_labels() -> None:
     assert len(clean_labels(f"action {i}" for i in range(MAX_LABELS))) == MAX_LABELS
     assert len(clean_labels(["a", "b"] * MAX_LABELS)) == 2

@@ -58,6 +58,11 @@ def test_one_photo_alone_is_a_list_of_one(fake: Recognizer, tmp_path: Path) -> N
     path = tmp_path / "red.png"
     for alone in (path, str(path), path.read_bytes(), Image.fromarray(RED), RED):
         assert [answer.label for answer in fake.stream(alone)] == ["red"]  # type: ignore[arg-type,union-attr]
+    with path.open("rb") as opened:  # no list of lines or of numbers, but no photo either
+        for neither in (opened, io.BytesIO(b"x"), bytearray(b"x"), memoryview(b"x"), None, 1):
+            with pytest.raises(MediaError, match="cannot take"):
+                fake.predict(neither)  # type: ignore[call-overload]
+            assert [type(answer) for answer in fake.stream(neither)] == [MediaError]  # type: ignore[arg-type]
     for many in (np.stack([RED, BLUE]), np.array([str(path)] * 2), {path: 1, str(path): 2}):
         assert len(list(fake.stream(many))) == 2
 

@@ -40,8 +40,10 @@ def clean_labels(labels: Iterable[str]) -> tuple[str, ...]:
         UsageError: nothing is left, too many, or one is too long, is no Unicode text (half of a surrogate pair) or is
             the reserved word ``unknown``.
     """
-    if isinstance(labels, str):
-        labels = labels.split(",")
+    labels = labels.split(",") if isinstance(labels, str) else list(labels)
+    for label in labels:
+        if not isinstance(label, str):
+            raise UsageError(f"label {label!r} is no text; labels are actions in plain words")
     cleaned = dict.fromkeys(" ".join(label.replace("_", " ").split()) for label in labels)
     cleaned.pop("", None)
     if not cleaned:
@@ -66,8 +68,10 @@ def read_labels_file(path: Path) -> tuple[str, ...]:
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise UsageError(f"cannot read labels from {path}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"cannot read labels from {path}: it is not UTF-8 text; save it as UTF-8") from error
     return clean_labels(line for line in lines if not line.lstrip().startswith("#"))
 
 

@@ -45,10 +45,17 @@ def is_image_name(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122 - names inside archives too
 
 
-def several(images: Any) -> Iterable[ImageLike]:
-    """The images; one alone is a list of one, not the letters of its path or the rows of its array."""
-    alone = isinstance(images, str | bytes | os.PathLike | Image.Image)
-    return [images] if alone or (isinstance(images, np.ndarray) and images.ndim in (2, 3)) else images
+def several(images: Any) -> Iterable[Any]:
+    """The images; one alone is a list of one, not the letters of its path, the rows of its array, a file's lines.
+
+    So is what can be neither, as None, what OpenCV makes of a file that is not there: who decodes it says so.
+    """
+    if isinstance(images, np.ndarray):
+        alone = images.ndim in (2, 3)
+    else:
+        alone = isinstance(images, str | bytes | bytearray | memoryview | os.PathLike | Image.Image)
+        alone = alone or hasattr(images, "read") or not isinstance(images, Iterable)
+    return [images] if alone else images
 
 
 def decode_image(image: ImageLike, *, min_side: int = 0, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -192,7 +199,7 @@ def _check_array(array: NDArray[np.generic]) -> None:
 
 def _from_array(array: NDArray[np.generic], max_pixels: int, name: str = "the array") -> Image.Image:
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
-        raise MediaError(f"{name} has shape {array.shape}; give [H,W], [H,W,1], [H,W,3] or [H,W,4]")
+        raise MediaError(f"{name} has shape {array.shape}; give [H,W], [H,W,1], [H,W,3] or [H,W,4], and many as a list")
     _check_size((array.shape[1], array.shape[0]), name, max_pixels)
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]

@@ -15,7 +15,6 @@ from typing import TypeAlias, overload
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from cliphar.bundle import Bundle, Calibration, find_bundle
 from cliphar.errors import MediaError, UsageError
@@ -381,10 +380,10 @@ class Recognizer:
             MediaError: a photo cannot be read (``stream`` goes on instead).
             UsageError: bad labels, ``top_k`` or ``coverage``.
         """
-        # None, what OpenCV makes of a file that is not there, is one photo that cannot be read
-        if isinstance(images, str | os.PathLike | bytes | Image.Image | np.ndarray) or not isinstance(images, Iterable):
-            return next(_raising(self.stream([images], labels, top_k=top_k, coverage=coverage)))
-        answers = _raising(self.stream(images, labels, top_k=top_k, coverage=coverage))
+        given: Iterable[ImageLike] = [images] if isinstance(images, np.ndarray) else several(images)
+        answers = _raising(self.stream(given, labels, top_k=top_k, coverage=coverage))
+        if given is not images:
+            return next(answers)
         return list(answers) if isinstance(images, Sequence) else answers
 
 
