@@ -90,8 +90,30 @@ def test_a_bad_photo_does_not_spoil_the_others(api: str, photos: list[Path]) -> 
         assert isinstance(good, Prediction)
         assert isinstance(bad, MediaError)
         assert client.predict(str(photos[0])) == [good]  # one alone
-        with pytest.raises(UsageError, match="not an image"):
-            client.predict([b"no photo"])
+        (alone,) = client.predict([b"no photo"])
+        assert isinstance(alone, MediaError) and str(alone) == str(bad)
+        with pytest.raises(UsageError, match="cannot be a label"):
+            client.predict([b"no photo"], "unknown")
+
+
+def test_a_client_takes_any_number_of_photos(api: str, photos: list[Path]) -> None:
+    """More than one request may bring; those that cannot be read where the client is are answered in their place."""
+    with Client(api) as client, photos[0].open("rb") as opened:
+        few: list[Any] = [photos[0], "nowhere.jpg", opened, b"no photo", photos[1]]
+        answers = client.predict(few[i % 5] for i in range(200))
+        assert len(answers) == 200
+        said = [getattr(one, "label", str(one)) for one in answers]
+        assert said == said[:5] * 40
+        assert [isinstance(one, MediaError) for one in answers[:5]] == [False, True, True, True, False]
+        assert "give encoded bytes or a path" in str(client.predict(opened)[0])  # type: ignore[arg-type]
+        assert "No such file" in str(client.predict(["nowhere.jpg"])[0])
+
+    async def many() -> list[Any]:
+        async with AsyncClient(api) as client:
+            return [*await client.predict(few[i % 5] for i in range(200)), *await client.predict(["nowhere.jpg"])]
+
+    again = asyncio.run(many())
+    assert [getattr(one, "label", str(one)) for one in again] == [*said, said[1]]
 
 
 BAD = {

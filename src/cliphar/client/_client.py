@@ -16,6 +16,7 @@ from urllib.parse import quote
 import httpx
 
 from cliphar.errors import ClipharError, MediaError, UsageError
+from cliphar.media import several
 from cliphar.recognizer import Prediction
 
 __all__ = ["AsyncClient", "Client"]
@@ -29,6 +30,7 @@ _Outcome = httpx.Response | httpx.TransportError
 _LONGEST_PAUSE_S = 5.0
 # whose request may have been done when the connection broke is asked again only if twice is as good as once
 _REPEATABLE = ("/v1/predict", "/v1/embed")
+_CALL_PHOTOS, _CALL_BYTES = 16, 48 * 2**20  # of a request; a service takes 64 photos and 64 MB unless told otherwise
 
 
 class _Calls(Generic[H]):
@@ -55,18 +57,19 @@ class _Calls(Generic[H]):
         return f"/v1/{kind}/{quote(name, safe='')}"
 
     @staticmethod
-    def _photos(photos: Photos) -> list[tuple[str, tuple[str, bytes, str]]]:
-        if isinstance(photos, str | bytes | PathLike):  # one alone: no letters for paths
-            photos = [photos]
-        contents = [photo if isinstance(photo, bytes) else _read(photo) for photo in photos]
+    def _photos(contents: Iterable[bytes]) -> list[tuple[str, tuple[str, bytes, str]]]:
         return [("images", (f"{i}", content, "application/octet-stream")) for i, content in enumerate(contents)]
 
-    def _predict(self, photos: Photos, labels: Labels, top_k: int, coverage: float) -> dict[str, Any]:
+    def _requests(
+        self, photos: Photos, labels: Labels, top_k: int, coverage: float
+    ) -> Iterator[tuple[list[bytes | MediaError], dict[str, Any]]]:
+        """Photos in parts that a service takes, and the request for those of each that could be read here."""
         data: dict[str, Any] = {"top_k": str(top_k), "coverage": str(coverage)}
         if labels is not None:
             # a list of one is a list, not a vocabulary's name, and one of none is not the model's own
             data["labels"] = labels if isinstance(labels, str) else [*labels, "", ""]
-        return {"files": self._photos(photos), "data": data}
+        for part in _parts(photos):
+            yield part, {"files": self._photos(one for one in part if isinstance(one, bytes)), "data": data}
 
     def _pause_s(self, method: str, path: str, outcome: _Outcome, tries: int, since: float) -> float | None:
         """How long to wait before trying again; None if there is no use."""
@@ -89,6 +92,8 @@ class _Calls(Generic[H]):
         if outcome.is_success:
             return outcome
         content = self._content(outcome)
+        if isinstance(content, dict) and "predictions" in content:  # not one photo could be read; why, of each
+            return outcome
         detail = content.get("detail") if isinstance(content, dict) else None
         kind = UsageError if outcome.status_code in (401, 403, 404, 422) else ClipharError
         raise kind(str(detail or f"{self._url} answered {outcome.status_code}"))
@@ -110,9 +115,14 @@ class _Calls(Generic[H]):
             raise ClipharError(f"{self._url} answers, but not as cliphar does; is the address right?")
         return content[name]
 
-    def _answers(self, content: dict[str, Any]) -> list[Answer]:
-        found = self._part(content, "predictions")
-        return [MediaError(one["error"]) if "error" in one else Prediction.from_dict(one) for one in found]
+    def _answers(self, part: list[bytes | MediaError], content: dict[str, Any]) -> Iterator[Answer]:
+        told = iter(self._part(content, "predictions") if content else ())
+        for photo in part:
+            if isinstance(photo, MediaError):
+                yield photo
+            else:
+                one = next(told)
+                yield MediaError(one["error"]) if "error" in one else Prediction.from_dict(one)
 
 
 class Client(_Calls[httpx.Client]):
@@ -160,13 +170,18 @@ class Client(_Calls[httpx.Client]):
         return self._content(self._send(method, path, **body))
 
     def predict(self, photos: Photos, labels: Labels = None, *, top_k: int = 5, coverage: float = 0.9) -> list[Answer]:
-        """One answer a photo (encoded bytes or a path; one or many), or its MediaError; ``labels`` may name a list."""
-        body = self._predict(photos, labels, top_k, coverage)
-        return self._answers(self._call("POST", "/v1/predict", **body)) if body["files"] else []
+        """One answer a photo (encoded bytes or a path; one or any number), or its MediaError.
+
+        ``labels`` may name a list. Photos are read and sent a few at a time.
+        """
+        answers: list[Answer] = []
+        for part, body in self._requests(photos, labels, top_k, coverage):
+            answers += self._answers(part, self._call("POST", "/v1/predict", **body) if body["files"] else {})
+        return answers
 
     def video(self, clip: Photo, labels: Labels = None, *, coverage: float = 0.9) -> Iterator[dict[str, Any]]:
         """A clip's lines while the service reads it: ``progress``, each ``segment``, at last the ``timeline``."""
-        content = clip if isinstance(clip, bytes) else _read(clip)
+        content = _read(clip)
         words = labels if isinstance(labels, str | None) else ",".join([*labels, "", ""])  # as in _predict
         query = {"coverage": coverage} | ({"labels": words} if words else {})
         with closing(self._send("POST", "/v1/video", stream=True, params=query, files={"video": content})) as response:
@@ -198,7 +213,7 @@ class Client(_Calls[httpx.Client]):
 
     def teach(self, name: str, photos: Photos) -> dict[str, Any]:
         """Teach an action; how well it works, as ``Lesson.to_dict`` has it."""
-        return self._call("POST", self._path("actions", name), files=self._photos(photos))
+        return self._call("POST", self._path("actions", name), files=self._photos(map(_read, several(photos))))
 
     def forget(self, name: str) -> None:
         """Forget an action that was taught."""
@@ -237,8 +252,10 @@ class AsyncClient(_Calls[httpx.AsyncClient]):
         self, photos: Photos, labels: Labels = None, *, top_k: int = 5, coverage: float = 0.9
     ) -> list[Answer]:
         """See :meth:`Client.predict`."""
-        body = self._predict(photos, labels, top_k, coverage)
-        return self._answers(await self._call("POST", "/v1/predict", **body)) if body["files"] else []
+        answers: list[Answer] = []
+        for part, body in self._requests(photos, labels, top_k, coverage):
+            answers += self._answers(part, await self._call("POST", "/v1/predict", **body) if body["files"] else {})
+        return answers
 
     async def model(self) -> dict[str, Any]:
         """See :meth:`Client.model`."""
@@ -259,15 +276,37 @@ class AsyncClient(_Calls[httpx.AsyncClient]):
 
     async def teach(self, name: str, photos: Photos) -> dict[str, Any]:
         """See :meth:`Client.teach`."""
-        return await self._call("POST", self._path("actions", name), files=self._photos(photos))
+        return await self._call("POST", self._path("actions", name), files=self._photos(map(_read, several(photos))))
 
     async def forget(self, name: str) -> None:
         """Forget an action that was taught."""
         await self._call("DELETE", self._path("actions", name))
 
 
-def _read(path: str | PathLike[str]) -> bytes:
+def _read(photo: Photo) -> bytes:
+    if isinstance(photo, bytes):
+        return photo
     try:
-        return Path(path).read_bytes()
+        return Path(photo).read_bytes()
     except OSError as error:
-        raise MediaError(f"{path} cannot be read: {error.strerror}") from error
+        raise MediaError(f"{photo} cannot be read: {error.strerror}") from error
+    except TypeError as error:
+        raise MediaError(f"cannot send {type(photo).__name__}; give encoded bytes or a path") from error
+
+
+def _parts(photos: Photos) -> Iterator[list[bytes | MediaError]]:
+    part: list[bytes | MediaError] = []
+    size = 0
+    for photo in several(photos):
+        try:
+            content: bytes | MediaError = _read(photo)
+        except MediaError as error:
+            content = error
+        more = len(content) if isinstance(content, bytes) else 0
+        if part and (len(part) == _CALL_PHOTOS or size + more > _CALL_BYTES):
+            yield part
+            part, size = [], 0
+        part.append(content)
+        size += more
+    if part:
+        yield part

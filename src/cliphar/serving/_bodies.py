@@ -198,11 +198,12 @@ def _checked(content: Any) -> Asked:
 
 
 def answers(model: str, found: list[Prediction | MediaError]) -> dict[str, Any]:
-    """The JSON form; ProblemError 422 if no photo could be read."""
-    if all(isinstance(one, MediaError) for one in found):
-        raise ProblemError(422, "; ".join(dict.fromkeys(str(one) for one in found)))
+    """The JSON form; ProblemError 422 if no photo could be read, with the same for each of them."""
     predictions = [
         {"error": str(one)} if isinstance(one, MediaError) else one.to_dict() | {"evidence": round(one.evidence, 6)}
         for one in found
     ]
+    if all(isinstance(one, MediaError) for one in found):
+        reasons = "; ".join(dict.fromkeys(str(one) for one in found))
+        raise ProblemError(422, reasons, more={"predictions": predictions})
     return {"model": model, "predictions": predictions}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from http import HTTPStatus
+from typing import Any
 
 import structlog
 from fastapi import FastAPI, Request, WebSocket
@@ -19,22 +20,30 @@ __all__ = ["ProblemError", "add_problem_handlers", "problem_response", "refusal"
 
 
 class ProblemError(HTTPException):
-    """A refusal with its HTTP status; ``retry_after_s`` tells a client when to come again."""
+    """A refusal with its HTTP status; ``retry_after_s`` tells a client when to come again.
 
-    def __init__(self, status: int, detail: str, *, retry_after_s: float | None = None) -> None:
+    ``more`` goes into the document as it is.
+    """
+
+    def __init__(
+        self, status: int, detail: str, *, retry_after_s: float | None = None, more: dict[str, Any] | None = None
+    ) -> None:
         headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
         if retry_after_s is not None:
             headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
         super().__init__(status, detail, headers)
+        self.more = more or {}
 
     def __str__(self) -> str:
         return self.detail
 
 
-def problem_response(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
+def problem_response(
+    status: int, detail: str, headers: dict[str, str] | None = None, more: dict[str, Any] | None = None
+) -> JSONResponse:
     """The document as a response; ``error`` is what clients of the open inference protocol look for."""
     body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status}
-    body |= {"detail": detail, "error": detail}
+    body |= {"detail": detail, "error": detail} | (more or {})
     if request_id := structlog.contextvars.get_contextvars().get("request_id"):
         body["request_id"] = request_id
     return JSONResponse(body, status, headers=headers, media_type=PROBLEM)
@@ -42,7 +51,8 @@ def problem_response(status: int, detail: str, headers: dict[str, str] | None = 
 
 def refusal(error: HTTPException) -> JSONResponse:
     """The response of a refusal, with the headers that belong to it."""
-    return problem_response(error.status_code, str(error.detail), dict(error.headers or {}))
+    more = error.more if isinstance(error, ProblemError) else None
+    return problem_response(error.status_code, str(error.detail), dict(error.headers or {}), more)
 
 
 def said(error: ValidationException | ValidationError, see: str = "/docs") -> str:

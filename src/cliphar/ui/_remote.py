@@ -30,7 +30,6 @@ __all__ = ["RemoteBackend", "api_key"]
 _TOP = 1000
 _FRESH_S = 5.0
 _ANSWER_S = 30.0  # for a camera's frame
-_CALL_PHOTOS, _CALL_BYTES = 16, 48 * 2**20
 
 
 class RemoteBackend:
@@ -86,16 +85,8 @@ class RemoteBackend:
         return About(told["name"], told["runtime"], metrics, told["card"], told["evaluation"])
 
     def answer(self, photos: Sequence[Photo], labels: Sequence[str], coverage: float) -> list[Prediction | MediaError]:
-        """In calls of a size that services take."""
-        found: list[Prediction | MediaError] = []
-        for part in _parts(photos):
-            try:
-                found += self._client.predict([one.data for one in part], labels, top_k=_TOP, coverage=coverage)
-            except UsageError as error:
-                if len(part) > 1:
-                    raise
-                found.append(MediaError(str(error)))
-        return found
+        """As the service answers."""
+        return self._client.predict([photo.data for photo in photos], labels, top_k=_TOP, coverage=coverage)
 
     def video(self, clip: bytes, labels: Sequence[str], coverage: float) -> Iterator[Progress | Segment | Timeline]:
         """Read by the service."""
@@ -146,17 +137,6 @@ class RemoteBackend:
 
 def _segment(told: dict[str, Any]) -> Segment:
     return Segment(**(told | {"set": tuple(told["set"])}))
-
-
-def _parts(photos: Sequence[Photo]) -> Iterator[list[Photo]]:
-    part: list[Photo] = []
-    for photo in photos:
-        if part and (len(part) == _CALL_PHOTOS or sum(len(one.data) for one in part) + len(photo.data) > _CALL_BYTES):
-            yield part
-            part = []
-        part.append(photo)
-    if part:
-        yield part
 
 
 class _Watch:
