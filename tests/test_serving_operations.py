@@ -29,7 +29,9 @@ import pytest
 from fastapi.testclient import TestClient
 from safetensors.numpy import load_file, save
 from structlog.testing import capture_logs
-from websockets.sync.client import connect
+from websockets.exceptions import ConnectionClosed
+from websockets.frames import CloseCode, Frame, Opcode
+from websockets.sync.client import ClientConnection, connect
 
 from cliphar.bundle import packaged, read_bundle, write_bundle
 from cliphar.client import AsyncClient, Client
@@ -193,6 +195,43 @@ def test_bodies_are_bounded_in_all(env: dict[str, str]) -> None:
             ask(what, 2**20)
         for _ in range(2):  # a refusal gives nothing back that it did not take
             assert ask("POST /v1/predict", 2**20).recv(100).startswith(b"HTTP/1.1 503")
+
+
+def test_frames_are_bounded_in_all(env: dict[str, str], photos: list[Path]) -> None:
+    def part(camera: ClientConnection, size: int) -> None:
+        camera.socket.sendall(Frame(Opcode.BINARY, b"x" * size, fin=False).serialize(mask=True))
+
+    with serving(env, "--max-body", "1") as (url, _), ExitStack() as stack:
+        address = f"{url.replace('http', 'ws')}/v1/stream"
+        cameras = [stack.enter_context(connect(address)) for _ in range(6)]
+        largest, *others, last = cameras
+        part(largest, 2**20 - 100)
+        for other in others:
+            part(other, 2**20 - 2**17)
+        with pytest.raises(ConnectionClosed) as closed:
+            largest.recv(60)
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == CloseCode.TRY_AGAIN_LATER
+        last.send(photos[0].read_bytes())
+        assert "label" in json.loads(last.recv(60))
+        for other in others:
+            with pytest.raises(TimeoutError):
+                other.recv(0.01)
+
+
+@pytest.mark.parametrize("orderly", [True, False], ids=["closed", "broken off"])
+def test_what_a_stream_sent_goes_with_it(env: dict[str, str], orderly: bool) -> None:
+    frame = bytes(16 * 2**20)
+    with serving(env) as (url, process):
+        held = []
+        for _ in range(12):
+            with connect(f"{url.replace('http', 'ws')}/v1/stream") as camera:
+                camera.send(frame)
+                assert "not an image" in json.loads(camera.recv(60))["error"]
+                if not orderly:
+                    camera.socket.shutdown(socket.SHUT_RDWR)
+            held.append(psutil.Process(process.pid).memory_info().rss)
+    assert held[-1] - held[3] < 4 * len(frame)
 
 
 def test_overload_is_refused_before_it_is_read_and_the_queue_stays_short(

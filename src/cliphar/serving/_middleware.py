@@ -18,7 +18,7 @@ from cliphar.serving._keys import Keys
 from cliphar.serving._problems import ProblemError, problem_response, refusal
 from cliphar.serving._service import Service
 
-__all__ = ["OPEN", "Around", "below"]
+__all__ = ["BODIES_AT_ONCE", "OPEN", "Around", "below"]
 
 _SECURITY = {
     "X-Content-Type-Options": "nosniff",
@@ -30,8 +30,8 @@ OPEN = frozenset({"/livez", "/readyz", "/health", "/metrics", "/v2/health/live",
 # a browser has no key before the page that asks for it is there
 _DOCUMENTATION = ("/docs", "/openapi.json", "/static-offline-docs/")
 _ID = re.compile(r"[\w.:/+=-]{1,64}", re.ASCII)
-# bodies are held in memory: in all, no more than so many of the largest allowed
-_BODIES_AT_ONCE = 4
+# bodies are held in memory: in all, no more than so many of the largest allowed, and as much of streams
+BODIES_AT_ONCE = 4
 _log = structlog.get_logger()
 
 
@@ -112,7 +112,7 @@ class Around:
             self._record(service, scope, status, time.perf_counter() - started)
 
     def _hold(self, size: int, limit: int) -> None:
-        if self._held + size > _BODIES_AT_ONCE * limit:
+        if self._held + size > BODIES_AT_ONCE * limit:
             raise ProblemError(503, "too many large bodies at once; try again later", retry_after_s=1)
         self._held += size
 

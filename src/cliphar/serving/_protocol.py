@@ -1,15 +1,20 @@
-"""What a connection may take without being served: uvicorn bounds neither a head's size nor its time, nor a pause."""
+"""What a connection may take without being served: uvicorn bounds neither a head's size nor its time, nor a pause, nor
+what the frames of many streams take."""
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.frames import CloseCode, Frame
 
-__all__ = ["Protocol"]
+__all__ = ["Protocol", "Streams"]
 
 _HEAD = 2**17  # labels in an address are the longest that is meant
+_FRAGMENT = 64  # what a part of a message takes besides its bytes, of which it may have none
 
 
 class Protocol(HttpToolsProtocol):
@@ -82,3 +87,49 @@ class Protocol(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+class Streams(WebSocketsSansIOProtocol):
+    """uvicorn's, which closes the stream that holds the most when all together hold too much.
+
+    Args:
+        most: bytes of frames, whole or in part, in all.
+        uvicorn: what uvicorn gives.
+    """
+
+    def __init__(self, *, most: int, **uvicorn: Any) -> None:
+        super().__init__(**uvicorn)
+        self._most = most
+        self._coming = 0
+        self._given: deque[int] = deque(maxlen=2)  # the app has a frame that it looks at and a newer one
+
+    @property
+    def held(self) -> int:
+        """Bytes of the frame that comes and of those that the app has."""
+        return self._coming + sum(self._given)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.conn.parser.close()  # it and conn hold each other, and the last frame, until garbage is collected
+
+    def data_received(self, data: bytes) -> None:
+        self._coming += len(data)
+        super().data_received(data)
+        streams = [one for one in self.connections if isinstance(one, Streams) and not one.close_sent]
+        if sum(one.held for one in streams) > self._most:
+            max(streams, key=lambda one: one.held).give_up()
+
+    def handle_cont(self, event: Frame) -> None:
+        self._coming += _FRAGMENT
+        super().handle_cont(event)
+
+    def send_receive_event_to_app(self) -> None:
+        self._given.append(self._coming)
+        self._coming = 0
+        super().send_receive_event_to_app()
+
+    def give_up(self) -> None:
+        """Close it: another may have it better."""
+        self.conn.fail(CloseCode.TRY_AGAIN_LATER, "the frames of all streams are too large; try again later")
+        self.frames = []
+        self.handle_parser_exception()

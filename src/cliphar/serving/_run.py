@@ -20,8 +20,8 @@ from fastapi import FastAPI
 from cliphar.errors import ClipharError, UsageError
 from cliphar.runtime import cpu_quota
 from cliphar.serving._app import create_app
-from cliphar.serving._middleware import below
-from cliphar.serving._protocol import Protocol
+from cliphar.serving._middleware import BODIES_AT_ONCE, below
+from cliphar.serving._protocol import Protocol, Streams
 from cliphar.serving._service import Service
 from cliphar.serving._settings import Settings
 from cliphar.serving._workers import supervise, terminal_closed
@@ -74,6 +74,7 @@ def _serve(settings: Settings, listener: socket.socket, drain_s: int, closed: Ca
     early: list[int] = []
     signal.signal(signal.SIGHUP, lambda number, _frame: early.append(number))  # until the loop listens to it
     app = create_app(Service.start(settings))
+    body = settings.max_body_mb * 2**20
     config = uvicorn.Config(
         below(settings.root_path, app),
         # called, not made a subclass of; a body that comes late is answered 408 by then
@@ -83,7 +84,9 @@ def _serve(settings: Settings, listener: socket.socket, drain_s: int, closed: Ca
         server_header=False,
         timeout_graceful_shutdown=drain_s,
         timeout_keep_alive=75,  # longer than proxies keep theirs, so that they close first
-        ws_max_size=settings.max_body_mb * 2**20,
+        ws=cast("type[Streams]", partial(Streams, most=BODIES_AT_ONCE * body)),
+        ws_max_size=body,
+        ws_per_message_deflate=False,  # a photo gets no smaller, and a small message could be one that fills the memory
     )
     server = _Server(config, app, closed, early)
     recognizer = app.state.service.recognizer

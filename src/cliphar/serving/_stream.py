@@ -74,10 +74,11 @@ async def stream(
                     service, live = now, await asyncio.to_thread(watch, now)
                 (found,) = await service.embed([frame], again=False)
                 if isinstance(found, MediaError):
-                    raise found
-                steady = await asyncio.to_thread(live.push_embedding, found, came)
-                said = steady.to_dict() | {"evidence": round(steady.prediction.evidence, 6)}
-            except (ProblemError, MediaError, UsageError) as error:
+                    said = {"error": str(found)}
+                else:
+                    steady = await asyncio.to_thread(live.push_embedding, found, came)
+                    said = steady.to_dict() | {"evidence": round(steady.prediction.evidence, 6)}
+            except (ProblemError, UsageError) as error:
                 said = {"error": str(error)}
             except Exception as error:
                 structlog.get_logger().error("failed", error=type(error).__name__, exc_info=error)
