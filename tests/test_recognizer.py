@@ -58,11 +58,6 @@ def test_one_photo_alone_is_a_list_of_one(fake: Recognizer, tmp_path: Path) -> N
     path = tmp_path / "red.png"
     for alone in (path, str(path), path.read_bytes(), Image.fromarray(RED), RED):
         assert [answer.label for answer in fake.stream(alone)] == ["red"]  # type: ignore[arg-type,union-attr]
-    with path.open("rb") as opened:  # no list of lines or of numbers, but no photo either
-        for neither in (opened, io.BytesIO(b"x"), bytearray(b"x"), memoryview(b"x"), None, 1):
-            with pytest.raises(MediaError, match="cannot take"):
-                fake.predict(neither)  # type: ignore[call-overload]
-            assert [type(answer) for answer in fake.stream(neither)] == [MediaError]  # type: ignore[arg-type]
     for many in (np.stack([RED, BLUE]), np.array([str(path)] * 2), {path: 1, str(path): 2}):
         assert len(list(fake.stream(many))) == 2
 
@@ -172,20 +167,7 @@ def test_an_error_of_the_generator_itself_comes_through(fake: Recognizer) -> Non
 
 def test_stream_yields_an_error_in_place_and_goes_on(fake: Recognizer, tmp_path: Path) -> None:
     missing = tmp_path / "missing.jpg"
-    images: list[ImageLike] = [
-        RED,
-        missing,
-        GREEN,
-        b"",
-        b"no photo",
-        BLUE,
-        missing,
-        missing,
-        missing,
-        missing,
-        missing,
-        RED,
-    ]
+    images: list[ImageLike] = [RED, missing, GREEN, b"", b"no photo", BLUE, *[missing] * 5, RED]
     answers = list(fake.stream(images))
     kinds = [answer.label if isinstance(answer, Prediction) else "error" for answer in answers]
     assert kinds == ["red", "error", "green", "error", "error", "blue", *["error"] * 5, "red"]
@@ -211,7 +193,8 @@ def test_predict_raises_the_error(fake: Recognizer, tmp_path: Path) -> None:
 
 
 def test_what_is_no_photo_at_all(fake: Recognizer) -> None:
-    for nothing, kind in (([1], "int"), (None, "NoneType")):
+    file = io.BytesIO(b"a\nb"), "BytesIO"  # nor a list of lines
+    for nothing, kind in (([1], "int"), (None, "NoneType"), file, (bytearray(b"x"), "bytearray")):
         with pytest.raises(MediaError, match=f"cannot take {kind} as an image"):
             fake.predict(nothing)  # type: ignore[call-overload]
 

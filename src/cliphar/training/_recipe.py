@@ -23,19 +23,11 @@ from cliphar.training._method_recipe import (
     ZeroShotRecipe,
 )
 
-__all__ = [
-    "DataRecipe",
-    "DistillRecipe",
-    "MiniRecipe",
-    "Recipe",
-    "SpaceRecipe",
-    "TextRecipe",
-    "load_recipe",
-]
+__all__ = ["DataRecipe", "DistillRecipe", "MiniRecipe", "Recipe", "SpaceRecipe", "TextRecipe", "load_recipe"]
 
 
 class DataRecipe(Section):
-    """Where the photos are, and which are kept from training.
+    """Where the photos are.
 
     Of each action, ``val`` and ``test`` are the fractions kept for calibration and for the reported figures.
     ``held_out_sports`` sports, drawn by ``seed``, are kept out whole: half of their photos calibrate words never
