@@ -36,6 +36,7 @@ from cliphar.models import (  # noqa: E402
 )
 from cliphar.recognizer import load  # noqa: E402
 from cliphar.training import Surroundings, load_recipe, train  # noqa: E402
+from cliphar.training._base import find_base  # noqa: E402
 from cliphar.training._checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 
 COLOURS = {"jumping": (220, 40, 40), "running": (40, 200, 60), "sleeping_late": (50, 60, 220)}
@@ -218,6 +219,9 @@ def test_any_model_of_open_clip_can_be_the_base(recipe: Callable[..., Path], tmp
     changed = {name for name, tensor in start.items() if not torch.equal(tensor, end[f"model.{name}"])}
     assert changed
     assert not [name for name in changed if name.startswith("visual.")]
+    torch.save(start | {"visual.proj": -start["visual.proj"]}, weights)  # trained on, in the same place
+    other = find_base(str(sections["base"]), tmp_path / "cache", said.append)
+    assert torch.equal(load_file(other.file("weights.safetensors"))["model.visual.proj"], -start["visual.proj"])
     with pytest.raises(UsageError, match="names no weights"):
         run(recipe("full", base="open_clip:cliphar-test"))
 
@@ -278,6 +282,7 @@ _WORKER = """
 import os, sys
 from pathlib import Path
 import torch
+from cliphar.training._base import find_base  # noqa: E402
 from cliphar.training._checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from cliphar.training import Surroundings, Stopped, load_recipe, train
 

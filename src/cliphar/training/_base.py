@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from cliphar.bundle import Bundle, find_bundle, read_bundle, write_bundle
+from cliphar.bundle import Bundle, find_bundle, read_bundle, sha256_file, write_bundle
 from cliphar.errors import BundleError, UsageError
 from cliphar.export import OPEN_CLIP_NAMES, open_clip_bundle
 from cliphar.models import WEIGHTS_FILE, open_clip_encoder, open_clip_towers, save_weights
@@ -18,7 +18,7 @@ _PREFIX = "open_clip:"
 
 def find_base(base: str, cache: Path, log: Callable[[str], None]) -> Bundle:
     """A bundle by name or path; ``open_clip:ARCHITECTURE/WEIGHTS``, where WEIGHTS is one of open_clip's tags or a
-    file's absolute path after another slash, is made once and kept in ``cache``.
+    file's absolute path after another slash, is made once, of a file once for each content, and kept in ``cache``.
 
     Raises:
         BundleError: no such bundle, or the weights cannot be had.
@@ -31,14 +31,17 @@ def find_base(base: str, cache: Path, log: Callable[[str], None]) -> Bundle:
     architecture, _, weights = base.removeprefix(_PREFIX).partition("/")
     if not weights:
         raise UsageError(f"base '{base}' names no weights; write {base}/TAG or {base}//path/to/weights")
-    name = re.sub(r"[^A-Za-z0-9._]+", "-", f"{architecture}-{weights}")[-64:].strip("-.")
+    file = Path(weights) if Path(weights).is_file() else None
+    told = f"{architecture}-{weights if file is None else file.name}"
+    content = "" if file is None else f"-{sha256_file(file)[:12]}"  # what was trained on has the same name
+    name = re.sub(r"[^A-Za-z0-9._]+", "-", told).strip("-.")[: 64 - len(content)] + content
     target = cache / "bases" / name
     try:
         return read_bundle(target)
     except BundleError:
         log(f"making a bundle of open_clip's {architecture} with weights {weights}")
     encoder = open_clip_encoder(architecture, weights)
-    beside = Path(weights).parent if Path(weights).is_file() else None
+    beside = file and file.parent
     bundle = open_clip_bundle(encoder, target, name=name, weights=Path(weights).name, tokenizer=beside)
     files: dict[str, Path | bytes] = {file: bundle.file(file) for file in bundle.info.files}
     files[WEIGHTS_FILE] = save_weights(open_clip_towers(encoder))
