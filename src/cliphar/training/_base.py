@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,8 +42,10 @@ def find_base(base: str, cache: Path, log: Callable[[str], None]) -> Bundle:
     except BundleError:
         log(f"making a bundle of open_clip's {architecture} with weights {weights}")
     encoder = open_clip_encoder(architecture, weights)
-    beside = file and file.parent
-    bundle = open_clip_bundle(encoder, target, name=name, weights=Path(weights).name, tokenizer=beside)
-    files: dict[str, Path | bytes] = {file: bundle.file(file) for file in bundle.info.files}
-    files[WEIGHTS_FILE] = save_weights(open_clip_towers(encoder))
-    return write_bundle(target, bundle.info, files, overwrite=True)
+    with tempfile.TemporaryDirectory() as work:  # in its place only with its weights
+        bundle = open_clip_bundle(
+            encoder, Path(work) / name, name=name, weights=Path(weights).name, tokenizer=file and file.parent
+        )
+        files: dict[str, Path | bytes] = {part: bundle.file(part) for part in bundle.info.files}
+        files[WEIGHTS_FILE] = save_weights(open_clip_towers(encoder))
+        return write_bundle(target, bundle.info, files, overwrite=True)
