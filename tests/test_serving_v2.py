@@ -80,9 +80,17 @@ def test_refusals_are_what_its_clients_expect(client: triton.InferenceServerClie
     for asked, why in (
         ([tensor("images", [b"no photo"])], "not an image"),
         ([tensor("pictures", [b"x"])], "the inputs are images"),
+        ([tensor("images", [b"x"]), tensor("label", [b"x"])], "the inputs are images"),
+        ([tensor("images", [b"x"]), tensor("images", [b"y"])], "the inputs are images"),
     ):
         with pytest.raises(Exception, match=why):
             client.infer("mini", asked)
+    with pytest.raises(Exception, match="classification is not offered here; take the outputs labels and scores"):
+        client.infer("mini", [tensor("images", [b"x"])], outputs=[triton.InferRequestedOutput("scores", class_count=2)])
+    shared = triton.InferInput("images", [1], "BYTES")
+    shared.set_shared_memory("here", 9)
+    with pytest.raises(Exception, match="shared_memory_region is not offered here"):
+        client.infer("mini", [shared])
     with pytest.raises(Exception, match="no such model"):
         client.infer("maxi", [tensor("images", [b"x"])])
 

@@ -22,6 +22,11 @@ from cliphar.serving._problems import ProblemError, said
 __all__ = ["Infer", "Wanted", "images_of", "pack", "read_infer", "texts_of"]
 
 _MOST = 8  # tensors of a request or an answer; ours have five names
+# what Triton offers besides: an answer without it would be taken for what was asked
+_NOT_OFFERED = {
+    "classification": "take the outputs labels and scores",
+    "shared_memory_region": "send and take tensors in the body",
+}
 _Size = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
@@ -84,6 +89,10 @@ def read_infer(body: bytes, header_length: str | None) -> Infer:
         raise ProblemError(400, said(error, "docs/serving.md")) from error
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ProblemError(400, f"the request is not JSON of the open inference protocol: {error}") from error
+    for one in (*infer.inputs, *infer.outputs):
+        for name, instead in _NOT_OFFERED.items():
+            if name in one.parameters:
+                raise ProblemError(400, f"{one.name}: {name} is not offered here; {instead}")
     at = cut
     for tensor in infer.inputs:
         size = tensor.parameters.get("binary_data_size")

@@ -106,7 +106,7 @@ async def infer(
     # on a thread: with millions of numbers in JSON it takes seconds
     asked = await asyncio.to_thread(read_infer, await request.body(), inference_header_content_length)
     images, labels = asked.input("images"), asked.input("labels")
-    if images is None or len(asked.inputs) > 2:
+    if images is None or sorted(one.name for one in asked.inputs) not in (["images"], ["images", "labels"]):
         raise ProblemError(400, "the inputs are images and, if you like, labels")
     await service.refresh()
     chosen = service.labels(texts_of(labels)) if labels is not None else None
