@@ -190,6 +190,7 @@ WRONG = {
     "command": ["nonsense"],
     "eval without data": ["eval"],
     "a plot's place": ["bench", "--plot", "nowhere/a.png"],
+    "a plot's kind": ["bench", "--plot", "a.nonsense"],
 }
 
 

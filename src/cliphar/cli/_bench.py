@@ -52,7 +52,7 @@ def bench(
     from cliphar.bundle import find_bundle
 
     if plot is not None:
-        check_target(plot)
+        check_target(plot, ".pdf", ".png", ".svg")
     try:
         result = run_bench(
             find_bundle(model),
