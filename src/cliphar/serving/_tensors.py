@@ -89,7 +89,8 @@ def read_infer(body: bytes, header_length: str | None) -> Infer:
         raise ProblemError(400, said(error, "docs/serving.md")) from error
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ProblemError(400, f"the request is not JSON of the open inference protocol: {error}") from error
-    for one in (*infer.inputs, *infer.outputs):
+    named: list[Tensor | Wanted] = [*infer.inputs, *infer.outputs]
+    for one in named:
         for name, instead in _NOT_OFFERED.items():
             if name in one.parameters:
                 raise ProblemError(400, f"{one.name}: {name} is not offered here; {instead}")
