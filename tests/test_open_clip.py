@@ -117,7 +117,9 @@ def test_a_folder_becomes_a_bundle_that_answers(
     np.testing.assert_allclose(recognizer.runtime.encode_images(square[None])[0], expected, atol=1e-4)
     answer = recognizer.predict(photos[0], ["cooking", "a very long description " * 8])
     assert answer.set == tuple(score.label for score in answer.top)
-    assert pull_open_clip("open_clip:tiny", "/nowhere").path == bundle.path  # it is there and whole
+    said: list[str] = []
+    assert pull_open_clip("open_clip:tiny", "/other", say=said.append).path == bundle.path  # it is there and whole
+    assert said == [f"{bundle.path} is there already and stays as it is; remove it first to have it made of /other"]
 
 
 def test_half_precision_of_a_transformer_is_made_or_refused_and_what_follows_is_made(

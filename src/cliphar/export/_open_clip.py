@@ -68,9 +68,13 @@ def pull_open_clip(name: str, source: str | None = None, *, say: Callable[[str],
     target = store() / stored
     if target.is_dir():
         try:
-            return read_bundle(target)
+            there = read_bundle(target)
         except BundleError:
             say(f"{target} is damaged or older; making it again")
+        else:
+            if source is not None:  # and export may have added to it
+                say(f"{target} is there already and stays as it is; remove it first to have it made of {source}")
+            return there
     if source is None:
         say(f"asking the hub for {architecture} {tag}")
         encoder = open_clip_encoder(architecture, tag)
