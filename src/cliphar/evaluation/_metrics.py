@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -66,12 +67,9 @@ def expected_calibration_error(confidence: NDArray[np.float64], correct: NDArray
 
 def macro_f1(truth: Sequence[str], predicted: Sequence[str]) -> float:
     """Mean F1 over the labels that occur in ``truth``."""
-    scores = []
-    for label in sorted(set(truth)):
-        hits = sum(t == label and p == label for t, p in zip(truth, predicted, strict=True))
-        claims, cases = sum(p == label for p in predicted), sum(t == label for t in truth)
-        scores.append(2 * hits / (claims + cases))
-    return float(np.mean(scores))
+    hits = Counter(t for t, p in zip(truth, predicted, strict=True) if t == p)
+    cases, claims = Counter(truth), Counter(predicted)
+    return float(np.mean([2 * hits[label] / (cases[label] + claims[label]) for label in sorted(cases)]))
 
 
 def evaluate(predictions: Sequence[Prediction], truth: Sequence[str]) -> Report:
