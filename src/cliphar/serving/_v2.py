@@ -103,13 +103,13 @@ async def infer(
     _check(service, model, version)
     if request.headers.get("content-encoding", "identity") != "identity":
         raise ProblemError(415, "send the body without compression")
-    # on a thread: with millions of numbers in JSON it takes seconds
+    # on a thread, as what follows: with millions of numbers in JSON, or of labels, it takes seconds
     asked = await asyncio.to_thread(read_infer, await request.body(), inference_header_content_length)
     images, labels = asked.input("images"), asked.input("labels")
     if images is None or sorted(one.name for one in asked.inputs) not in (["images"], ["images", "labels"]):
         raise ProblemError(400, "the inputs are images and, if you like, labels")
     await service.refresh()
-    chosen = service.labels(texts_of(labels)) if labels is not None else None
+    chosen = None if labels is None else await asyncio.to_thread(lambda: service.labels(texts_of(labels)))
     own = service.recognizer.labels
     async with service.in_time():
         found = await service.embed(await asyncio.to_thread(images_of, images))
