@@ -576,7 +576,7 @@ def test_a_stream_is_steady(api: str, photos: list[Path]) -> None:
         assert answers[0]["label"] == answers[1]["label"]  # one other frame is not yet another action
 
 
-def test_a_stream_is_refused(api: str) -> None:
+def test_a_stream_is_refused(api: str, photos: list[Path]) -> None:
     address = f"{api.replace('http', 'ws')}/v1/stream"
     for origin in ("http://elsewhere.example", "http://[::1", "null"):
         with pytest.raises(InvalidStatus) as refused:
@@ -590,6 +590,9 @@ def test_a_stream_is_refused(api: str) -> None:
     with connect(f"{address}?labels={many}") as camera:
         camera.send(b"no photo")
         assert "not an image" in json.loads(camera.recv(60))["error"]
+    with connect(f"{address}?labels=a+cat%2C+at+home&labels=") as camera:  # one label
+        camera.send(photos[0].read_bytes())
+        assert json.loads(camera.recv(60))["set"] == ["a cat, at home"]
     with connect(f"{address}?labels=unknown") as camera:
         assert "cannot be a label" in json.loads(camera.recv(60))["error"]
     end = time.monotonic() + 10
@@ -658,6 +661,8 @@ def test_a_clip_is_answered_in_lines(api: str, clip: bytes) -> None:
     assert timelines[0]["duration_s"] == pytest.approx(6, abs=0.3)
     with Client(api) as client:  # words in a string are words, not their letters
         assert list(client.video(clip, "being a cat, taking a photo"))[-1]["timeline"] == timelines[0]
+        told = list(client.video(clip, ["being a cat, at home", "taking a photo"]))[-1]["timeline"]
+        assert {label for one in told["segments"] for label in one["set"]} == {"being a cat, at home", "taking a photo"}
 
 
 def test_what_is_no_clip_is_refused(api: str, clip: bytes) -> None:

@@ -64,10 +64,7 @@ class _Calls(Generic[H]):
         self, photos: Photos, labels: Labels, top_k: int, coverage: float
     ) -> Iterator[tuple[list[bytes | MediaError], dict[str, Any]]]:
         """Photos in parts that a service takes, and the request for those of each that could be read here."""
-        data: dict[str, Any] = {"top_k": str(top_k), "coverage": str(coverage)}
-        if labels is not None:
-            # a list of one is a list, not a vocabulary's name, and one of none is not the model's own
-            data["labels"] = labels if isinstance(labels, str) else [*labels, "", ""]
+        data = {"top_k": str(top_k), "coverage": str(coverage)} | _labels(labels)
         for part in _parts(photos):
             yield part, {"files": self._photos(one for one in part if isinstance(one, bytes)), "data": data}
 
@@ -182,8 +179,7 @@ class Client(_Calls[httpx.Client]):
     def video(self, clip: Photo, labels: Labels = None, *, coverage: float = 0.9) -> Iterator[dict[str, Any]]:
         """A clip's lines while the service reads it: ``progress``, each ``segment``, at last the ``timeline``."""
         content = _read(clip)
-        words = labels if isinstance(labels, str | None) else ",".join([*labels, "", ""])  # as in _predict
-        query = {"coverage": coverage} | ({"labels": words} if words else {})
+        query = {"coverage": str(coverage)} | _labels(labels)
         with closing(self._send("POST", "/v1/video", stream=True, params=query, files={"video": content})) as response:
             try:
                 for line in response.iter_lines():
@@ -281,6 +277,12 @@ class AsyncClient(_Calls[httpx.AsyncClient]):
     async def forget(self, name: str) -> None:
         """Forget an action that was taught."""
         await self._call("DELETE", self._path("actions", name))
+
+
+def _labels(labels: Labels) -> dict[str, Any]:
+    if labels is None or isinstance(labels, str):
+        return {"labels": labels} if labels else {}
+    return {"labels": [*labels, "", ""]}  # so one is a list, not a vocabulary's name, and none is not the model's own
 
 
 def _read(photo: Photo) -> bytes:

@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from fastapi import Request
+from fastapi import Depends, Query, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
 
@@ -26,6 +26,7 @@ __all__ = [
     "PREDICT_BODY",
     "Answers",
     "Asked",
+    "AskedLabels",
     "Scored",
     "Unread",
     "answers",
@@ -182,12 +183,26 @@ async def photos_of(form: FormData, *others: str) -> list[bytes]:
 
 def _question(fields: FormData | Any) -> dict[str, Any]:
     question: dict[str, Any] = {name: fields[name] for name in ("top_k", "coverage") if name in fields}
-    labels = [label for label in fields.getlist("labels") if isinstance(label, str)]
+    labels = _one_or_many([label for label in fields.getlist("labels") if isinstance(label, str)])
+    return question if labels is None else question | {"labels": labels}
+
+
+def _one_or_many(labels: list[str]) -> list[str] | str | None:
+    """Several are labels, as they are; a single one may be a vocabulary's name or have commas; a blank one is none."""
     if len(labels) > 1:
-        question["labels"] = labels
-    elif labels and labels[0].strip():
-        question["labels"] = labels[0]
-    return question
+        return labels
+    return labels[0] if labels and labels[0].strip() else None
+
+
+async def _of_query(
+    labels: Annotated[
+        list[str] | None, Query(description="Words with commas between, or a name; several are a label each.")
+    ] = None,
+) -> list[str] | str | None:
+    return _one_or_many(labels or [])
+
+
+AskedLabels = Annotated[list[str] | str | None, Depends(_of_query)]
 
 
 def _checked(content: Any) -> Asked:

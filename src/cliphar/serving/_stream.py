@@ -11,6 +11,7 @@ import structlog
 from fastapi import APIRouter, Query, WebSocket, WebSocketDisconnect
 
 from cliphar.errors import ClipharError, MediaError, UsageError
+from cliphar.serving._bodies import AskedLabels
 from cliphar.serving._problems import ProblemError
 from cliphar.serving._service import Service
 from cliphar.timeline import Live
@@ -44,7 +45,7 @@ class _Newest:
 @router.websocket("/stream")
 async def stream(
     websocket: WebSocket,
-    labels: Annotated[str | None, Query()] = None,
+    labels: AskedLabels,
     top_k: Annotated[int, Query(ge=1, le=1000)] = 5,
     coverage: Annotated[float, Query(gt=0, lt=1)] = 0.9,
 ) -> None:

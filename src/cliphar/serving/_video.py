@@ -15,7 +15,7 @@ from starlette.concurrency import iterate_in_threadpool
 from starlette.datastructures import UploadFile
 
 from cliphar.errors import MediaError
-from cliphar.serving._bodies import FILE, form_body
+from cliphar.serving._bodies import FILE, AskedLabels, form_body
 from cliphar.serving._document import PROBLEM_RESPONSES
 from cliphar.serving._problems import ProblemError
 from cliphar.serving._service import TheService
@@ -45,7 +45,7 @@ async def video(
     request: Request,
     service: TheService,
     held: Annotated[AsyncExitStack, Depends(_held)],
-    labels: Annotated[str | None, Query(description="Words with commas between, or a vocabulary's name.")] = None,
+    labels: AskedLabels,
     coverage: Annotated[float, Query(gt=0, lt=1)] = 0.9,
     multi_label: bool = False,
     fps: Annotated[float | None, Query(ge=0.01, le=60)] = None,

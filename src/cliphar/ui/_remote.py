@@ -143,8 +143,8 @@ class _Watch:
     """One camera's connection: a frame out, its answer in, in turns."""
 
     def __init__(self, url: str, key: str | None, labels: Sequence[str]) -> None:
-        # the comma at the end makes a single word a list, not a vocabulary's name
-        self._url = f"ws{url.removeprefix('http')}/v1/stream?{urlencode({'labels': ','.join([*labels, ''])})}"
+        # the empty one makes a single label a list, not a vocabulary's name
+        self._url = f"ws{url.removeprefix('http')}/v1/stream?{urlencode({'labels': [*labels, '']}, doseq=True)}"
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._open = ExitStack()
         self._socket: ClientConnection | None = None
