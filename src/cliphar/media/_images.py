@@ -23,7 +23,7 @@ __all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "ImageLike", "decode_image", "is_imag
 ImageLike: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | NDArray[np.generic]
 
 IMAGE_SUFFIXES = frozenset(
-    {".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+    {".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
 MAX_PIXELS = 100_000_000
 # Pillow would try every format it knows, and some of them start other programs (EPS runs Ghostscript)
@@ -105,11 +105,25 @@ def decode_image(image: ImageLike, *, min_side: int = 0, max_pixels: int = MAX_P
 
 
 def _open(file: BinaryIO, name: str, min_side: int, max_pixels: int) -> Image.Image:
-    with _media_errors(name, max_pixels), Image.open(file, formats=_FORMATS) as opened:
+    with _media_errors(name, max_pixels), Image.open(file, formats=_formats(file, name)) as opened:
         _check_size(opened.size, name, max_pixels)
         if min_side and opened.format in ("JPEG", "MPO"):
             opened.draft("RGB", (min_side, min_side))
         return _to_rgb(opened, name, max_pixels)
+
+
+def _formats(file: BinaryIO, name: str) -> tuple[str, ...]:
+    """Pillow's own; for what phones write as HEIC that of pillow-heif, which need not be here."""
+    start = file.read(64)  # the box of brands: whoever wrote it puts heic first, or after mif1
+    file.seek(0)
+    if start[4:8] != b"ftyp" or not (b"heic" in start or b"heix" in start):
+        return _FORMATS
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError as error:
+        raise MediaError(f"{name} is HEIC; make it a JPEG, or run: pip install 'cliphar[heif]'") from error
+    register_heif_opener()
+    return ("HEIF",)
 
 
 _quiet_lock = threading.Lock()
