@@ -15,9 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from PIL import ExifTags, Image
 
 import cliphar
 from cliphar.bundle import packaged
+from cliphar.media import decode_image
 from serving_process import bounded, read_terminal
 
 WORDS = "taking a photo, riding_a_bike, smiling"
@@ -85,6 +87,31 @@ def test_what_is_no_photo_is_told_where_it_belongs(cli: Run, tmp_path: Path) -> 
         "cliphar: clip.MP4 is a video, not a photo; run 'cliphar video' on it",
         "cliphar: https://example.org/a.jpg is an address, not a file; fetch it first, as with curl -O",
     ]
+
+
+def test_a_folder_tells_of_what_is_not_answered(cli: Run, photos: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / "phone"
+    folder.mkdir()
+    shutil.copy(photos[0], folder)
+    (folder / "clip.MP4").write_bytes(bytes(100))
+    (folder / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(99))
+    (tmp_path / "pillow_heif.py").write_text("raise ImportError")
+    done = cli("predict", "phone", PYTHONPATH=f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    assert (done.returncode, len(done.stdout.splitlines())) == (1, 1)
+    assert error_lines(done) == [
+        "cliphar: phone holds videos too (1); run 'cliphar video' on it",
+        "cliphar: phone/IMG_1.HEIC is HEIC; make it a JPEG, or run: pip install 'cliphar[heif]'",
+    ]
+
+
+def test_heic(photos: list[Path], tmp_path: Path) -> None:
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    wide = Image.open(photos[0]).crop((0, 0, 400, 200))
+    wide.info = {"exif": exif.tobytes()}
+    wide.save(tmp_path / "a.HEIC")
+    assert decode_image(tmp_path / "a.HEIC").size == (200, 400)
 
 
 def test_predict_in_a_pipe_is_tab_separated(cli: Run, samples: Path, photos: list[Path]) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from cliphar.cli._options import Model
+from cliphar.cli._options import Model, expand
 from cliphar.errors import BundleError, UsageError
 
 __all__ = ["app"]
@@ -117,7 +117,6 @@ def teach(
 ) -> None:
     """Teach a model one more action from a few photos. What it knew stays as it was."""
     from cliphar.bundle import find_bundle, write_bundle
-    from cliphar.cli._predict import expand
     from cliphar.recognizer import TAUGHT_FILE, Recognizer
     from cliphar.runtime import OnnxRuntime
 

@@ -1,8 +1,10 @@
-"""Options that several commands share."""
+"""Options and arguments that several commands share."""
 
 from __future__ import annotations
 
+import glob
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +24,7 @@ __all__ = [
     "Runtime",
     "Threads",
     "chosen_labels",
+    "expand",
 ]
 
 
@@ -87,3 +90,32 @@ def chosen_labels(labels: list[str] | None, labels_file: Path | None) -> tuple[s
     if labels_file is not None:
         return read_labels_file(labels_file)
     return clean_labels(",".join(labels)) if labels else None
+
+
+def expand(paths: list[str], is_wanted: Callable[[str], bool] | None = None, what: str = "images") -> Iterator[str]:
+    """Files, those wanted inside folders (sorted, subfolders too), and the matches of patterns, in order.
+
+    A path that does not exist is kept, so that it is reported with the others; a folder or a pattern without any is a
+    UsageError.
+    """
+    from cliphar.media import files_in, is_image_name
+
+    wanted = is_wanted or is_image_name
+    for given in paths:
+        path = Path(given)
+        try:
+            there, is_folder = path.exists(), path.is_dir()
+        except OSError:  # such as a name too long; decoding it says why
+            there, is_folder = True, False
+        if is_folder:
+            inside = [str(p) for p in files_in(path) if wanted(p.name) or not p.is_file()]
+            if not inside:
+                raise UsageError(f"no {what} in folder {given}")
+            yield from inside
+        elif not there and glob.has_magic(given):
+            matches = sorted(glob.glob(given, recursive=True))  # noqa: PTH207 - patterns may be absolute
+            if not matches:
+                raise UsageError(f"nothing matches {given}")
+            yield from matches
+        else:
+            yield given

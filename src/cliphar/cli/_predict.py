@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import glob
 import json
+import os
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cliphar.cli._options import Coverage, Labels, LabelsFile, Model, Provider, Runtime, Threads, chosen_labels
+from cliphar.cli._options import (
+    Coverage,
+    Labels,
+    LabelsFile,
+    Model,
+    Provider,
+    Runtime,
+    Threads,
+    chosen_labels,
+    expand,
+)
 from cliphar.errors import MediaError, UsageError
 
 __all__ = ["predict"]
@@ -40,6 +49,7 @@ def predict(
     from cliphar.recognizer import load
 
     chosen = chosen_labels(labels, labels_file)
+    _mention_clips(paths)
     files = list(expand(paths))
     if ray:
         from cliphar.cli._ray import predict_on_ray
@@ -70,30 +80,11 @@ def predict(
         raise typer.Exit(1)
 
 
-def expand(paths: list[str], is_wanted: Callable[[str], bool] | None = None, what: str = "images") -> Iterator[str]:
-    """Files, those wanted inside folders (sorted, subfolders too), and the matches of patterns, in order.
+def _mention_clips(paths: list[str]) -> None:
+    """A folder of a camera's card holds clips too: whoever gives it here should know that they are not looked at."""
+    from cliphar.media import files_in, is_video_name
 
-    Images are wanted unless told otherwise. A path that does not exist is kept, so that it is reported with the
-    others; a folder or a pattern without any is a UsageError.
-    """
-    from cliphar.media import files_in, is_image_name
-
-    wanted = is_wanted or is_image_name
-    for given in paths:
-        path = Path(given)
-        try:
-            there, is_folder = path.exists(), path.is_dir()
-        except OSError:  # such as a name too long; decoding it says why
-            there, is_folder = True, False
-        if is_folder:
-            inside = [str(p) for p in files_in(path) if wanted(p.name) or not p.is_file()]
-            if not inside:
-                raise UsageError(f"no {what} in folder {given}")
-            yield from inside
-        elif not there and glob.has_magic(given):
-            matches = sorted(glob.glob(given, recursive=True))  # noqa: PTH207 - patterns may be absolute
-            if not matches:
-                raise UsageError(f"nothing matches {given}")
-            yield from matches
-        else:
-            yield given
+    for folder in paths:
+        clips = sum(is_video_name(file.name) for file in files_in(Path(folder))) if os.path.isdir(folder) else 0  # noqa: PTH112
+        if clips:
+            print(f"cliphar: {folder} holds videos too ({clips}); run 'cliphar video' on it", file=sys.stderr)

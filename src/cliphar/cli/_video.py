@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cliphar.cli._options import Coverage, Labels, LabelsFile, Model, Provider, Runtime, Threads, chosen_labels
+from cliphar.cli._options import (
+    Coverage,
+    Labels,
+    LabelsFile,
+    Model,
+    Provider,
+    Runtime,
+    Threads,
+    chosen_labels,
+    expand,
+)
 from cliphar.cli._output import check_target, named_error, printable
 from cliphar.errors import MediaError, UsageError
 
@@ -55,7 +65,6 @@ def video(
     threads: Threads = None,
 ) -> None:
     """Say what is done when in videos, or now before a camera."""
-    from cliphar.cli._predict import expand
     from cliphar.media import is_camera, is_video_name
     from cliphar.recognizer import load
 
@@ -159,7 +168,9 @@ def _show(path: str, timeline: Timeline) -> None:
 
 def _check(targets: list[Path], files: list[str]) -> None:
     if targets and len(files) > 1:
-        raise UsageError(f"--out is for one video, and there are {len(files)}; run them one by one, or use --json")
+        raise UsageError(
+            f"--out is for one video, and there are {len(files)}; run them one by one, or print into a file: > out.tsv"
+        )
     for target in targets:
         check_target(target, ".csv", ".jsonl", ".mp4", ".png", ".vtt")
         if target.exists() and Path(files[0]).exists() and target.samefile(files[0]):
