@@ -356,6 +356,14 @@ def test_links_in_a_tar_are_passed_over(tmp_path: Path) -> None:
     assert [photo.key for photo in read_labelled(path)] == ["sit/a.jpg"]
 
 
+def test_a_link_to_a_folder_of_photos_is_followed_and_one_to_nothing_refused(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "sit").symlink_to(plant(tmp_path / "elsewhere", {"a.jpg": b"1"}))
+    assert read_labelled(tmp_path / "data") == [Photo("data/sit/a.jpg", b"1", "sit")]
+    (tmp_path / "data" / "b.jpg").symlink_to("nothing")
+    assert "b.jpg cannot be read: No such file" in refusal(read_labelled, tmp_path / "data")
+
+
 @pytest.mark.parametrize("read", [read_labelled, read_captioned])
 def test_a_path_that_is_neither_folder_nor_tar_is_refused(tmp_path: Path, read: Callable[[Path], list[Photo]]) -> None:
     (tmp_path / "a.txt").write_text("hello", encoding="utf-8")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from cliphar.errors import DataError
-from cliphar.media import is_hidden, is_image_name, is_video_name
+from cliphar.media import files_in, is_hidden, is_image_name, is_video_name
 
 __all__ = ["Photo", "list_labelled", "open_tar", "read_captioned", "read_labelled", "tar_files"]
 
@@ -57,23 +57,30 @@ def tar_files(path: Path, wanted: Callable[[str], bool] = lambda _: True) -> Ite
                 yield name, handle.read()
 
 
-def _files(path: Path) -> Iterator[tuple[str, bytes]]:
+def _files(path: Path, wanted: Callable[[str], bool] = lambda _: True) -> Iterator[tuple[str, bytes]]:
     if path.is_dir():
-        for file in sorted(path.rglob("*")):
-            if file.is_file():
-                yield file.relative_to(path.parent).as_posix(), file.read_bytes()
+        for file in files_in(path):
+            if wanted(name := file.relative_to(path.parent).as_posix()):
+                try:
+                    yield name, file.read_bytes()
+                except OSError as error:
+                    raise DataError(f"{file} cannot be read: {error.strerror}; mend it or remove it") from error
     elif path.is_file() and tarfile.is_tarfile(path):
-        yield from tar_files(path)
+        yield from tar_files(path, wanted)
     else:
         raise DataError(f"no photos at {path}: it is neither a folder nor a tar file; check the path")
 
 
 def read_labelled(path: Path) -> list[Photo]:
     """Photos of a folder or tar whose files lie at LABEL/PHOTO; DataError if there are none."""
+
+    def wanted(name: str) -> bool:
+        folder = PurePosixPath(name).parent.name
+        return is_image_name(name) and folder != "" and not is_hidden("/".join(name.split("/")[-2:]))
+
     photos = [
         Photo(name, content, label=PurePosixPath(name).parent.name.replace("_", " "))
-        for name, content in _files(path)
-        if is_image_name(name) and PurePosixPath(name).parent.name and not is_hidden("/".join(name.split("/")[-2:]))
+        for name, content in _files(path, wanted)
     ]
     if not photos:
         raise DataError(f"no photos in {path}: expected LABEL/PHOTO files")
