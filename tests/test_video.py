@@ -115,6 +115,13 @@ def test_slow_sampling_jumps_and_finds_the_same_frames(tmp_path: Path) -> None:
     assert seen == [(5.0 * k, k % 3) for k in range(12)]
 
 
+def test_a_jump_by_an_index_of_decoding_times_lands_before_what_is_seen(tmp_path: Path) -> None:
+    path = film(tmp_path / "long.flv", [RED, GREEN, BLUE] * 20, seconds=1, codec="libx264")
+    with VideoReader(path) as reader:
+        seen = [int(np.argmax(np.asarray(frame.image())[5, 5])) for _, frame in reader.sample(1 / 2.9)]
+    assert seen == [int(2.9 * k) % 3 for k in range(len(seen))]
+
+
 def test_a_turned_video_is_set_upright(tmp_path: Path) -> None:
     with VideoReader(film(tmp_path / "turned.mp4", [RED], turn=90)) as reader:
         _, frame = next(reader.frames())

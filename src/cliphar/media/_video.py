@@ -269,7 +269,7 @@ class VideoReader:
 
         stream, unit = self._stream, self._stream.time_base
         index = stream.index_entries if jump and unit and self._container.duration else None
-        position, failures = -(2**62), 0
+        position, delay, failures = -(2**62), 0, 0
         while True:
             try:
                 for packet in self._container.demux(stream):
@@ -278,7 +278,9 @@ class VideoReader:
                     if packet.dts is None or not index or not unit:
                         continue
                     position = max(position, packet.dts)
-                    wanted = int(self._wanted_s / unit) + (self._start or 0)
+                    if packet.pts is not None:  # some indexes say when a frame is decoded: it is seen so much later
+                        delay = max(delay, packet.pts - packet.dts)
+                    wanted = int(self._wanted_s / unit) + (self._start or 0) - delay
                     key = index[max(0, index.search_timestamp(wanted))].timestamp  # the last key frame before it
                     if key > position + _WORTH * (packet.duration or 1):
                         self._container.seek(key, stream=stream)
