@@ -71,7 +71,7 @@ class _Calls(Generic[H]):
     def _pause_s(self, method: str, path: str, outcome: _Outcome, tries: int, since: float) -> float | None:
         """How long to wait before trying again; None if there is no use."""
         # a little chance, so that many callers who were refused together do not come back together
-        pause = min(_LONGEST_PAUSE_S, 0.1 * 2**tries) * random.uniform(0.5, 1)  # noqa: S311 - no secret
+        pause = min(_LONGEST_PAUSE_S, 0.1 * 2 ** min(tries, 9)) * random.uniform(0.5, 1)  # noqa: S311 - no secret
         if isinstance(outcome, httpx.Response):
             if outcome.status_code not in (429, 503):
                 return None
