@@ -143,8 +143,9 @@ def open_job(recipe: MethodRecipe, around: Surroundings) -> Job:
         for target in range(len(labels)):
             mine = random.permutation(np.flatnonzero((part == TRAIN) & (targets == target)))
             part[mine[data.shots :]] = -1
-    for which, name in enumerate(SPLITS):
-        if not ((part == which) & (targets >= 0)).any():
+    used = {name: int(((part == which) & (targets >= 0)).sum()) for which, name in enumerate(SPLITS)}
+    for name, count in used.items():
+        if not count:
             raise DataError(f"{recipe.data.source} leaves no photo for {name}; give more photos or other fractions")
     trained = set(targets[part == TRAIN].tolist()) - {-1}
     if len(trained) < 2:
@@ -154,6 +155,6 @@ def open_job(recipe: MethodRecipe, around: Surroundings) -> Job:
         )
     if untrained := [label for number, label in enumerate(labels) if number not in trained]:
         around.log(f"no photo to train on, only words: {', '.join(untrained)}")
-    counts = ", ".join(f"{name} {int((part == which).sum()):,}" for which, name in enumerate(SPLITS))
+    counts = ", ".join(f"{name} {count:,}" for name, count in used.items())
     around.log(f"{len(photos):,} photos of {len(labels)} labels: {counts}")
     return Job(recipe, Recognizer(bundle, OnnxRuntime(bundle)), photos, part, labels, targets, around)
