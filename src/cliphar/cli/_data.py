@@ -62,7 +62,8 @@ def check(source: _Source, as_json: _Json = False, cache: _Cache = _CACHE) -> No
         for key, reason in report.refused[:_SHOWN]:
             print(f"  {key}: {reason}")
         extra = sum(map(len, report.duplicates)) - len(report.duplicates)
-        print(f"{len(report.duplicates)} groups of near-duplicates ({extra} photos too many)")
+        where = "; --json names them" if extra else ""
+        print(f"{len(report.duplicates)} groups of near-duplicates ({extra} photos too many){where}")
         for name, groups in (("in more than one part", report.across), ("with different labels", report.conflicts)):
             print(f"  {len(groups)} {name}")
             for keys in groups[:_SHOWN]:

@@ -74,7 +74,7 @@ def load_photos(
     frames: int = 8,
     log: Callable[[str], None] = lambda _: None,
 ) -> PhotoSet:
-    """Read ``source`` through its cache, which is made the first time and made anew when the source changes.
+    """Read ``source`` through its cache, which is made the first time and anew when the source changes.
 
     Args:
         source: from ``open_source``.
@@ -82,7 +82,7 @@ def load_photos(
         side: photos are cached with a short side of at most this many pixels.
         max_aspect: and cropped around the centre to at most this aspect.
         frames: a clip becomes this many frames, spread evenly over it.
-        log: told what is being done, and of what cannot be read.
+        log: told what is done, and what cannot be read.
 
     Raises:
         DataError: the source is malformed, or holds nothing that can be read.
@@ -93,6 +93,8 @@ def load_photos(
         log(f"decoding {source.name} into {folder}")
         _build(source, folder, side, max_aspect, frames, log)
     index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    for key, reason in index["refused"]:
+        log(f"left out {key}: {reason}")
     arrays = np.load(folder / "arrays.npz")
     return PhotoSet(
         keys=index["keys"],
@@ -158,9 +160,7 @@ def _build(
                 about = [photo.key, photo.label, photo.captions, photo.split]
                 digest.update(f"{json.dumps(about)}\0{hashlib.sha256(photo.content).hexdigest()}\n".encode())
                 if isinstance(found, MediaError):
-                    reason = str(found).removeprefix("the image ").removeprefix("the video ")
-                    log(f"left out {photo.key}: {reason}")
-                    refused.append((photo.key, reason))
+                    refused.append((photo.key, str(found).removeprefix("the image ").removeprefix("the video ")))
                     continue
                 view, length = found
                 pixels.write(view.tobytes())
@@ -171,7 +171,7 @@ def _build(
                 if len(kept) % 5000 == 0:
                     log(f"decoded {len(kept):,}")
         if not kept:
-            raise DataError(f"none of the {len(refused)} photos in {source.name} can be read")
+            raise DataError(f"none of the {len(refused)} photos in {source.name} can be read: {' '.join(refused[0])}")
         np.savez(
             work / "arrays.npz",
             groups=group_duplicates(hashes),
