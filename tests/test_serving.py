@@ -119,6 +119,7 @@ def test_a_client_takes_any_number_of_photos(api: str, photos: list[Path]) -> No
 BAD = {
     "no images": {"files": {"other": b"x"}},
     "a misspelt field": {"files": {"images": b"x"}, "data": {"label": "cooking"}},
+    "a misspelt field of the query": {"files": {"images": b"x"}, "params": {"label": "cooking"}},
     "the name of a file": {"files": {"images": (None, "photo.jpg")}},
     "not JSON": {"content": b"{", "headers": {"content-type": "application/json"}},
     "an unknown key": {"json": {"images": ["aaaa"], "colour": "red"}},
@@ -593,6 +594,8 @@ def test_a_stream_is_refused(api: str, photos: list[Path]) -> None:
     with connect(f"{address}?labels=a+cat%2C+at+home&labels=") as camera:  # one label
         camera.send(photos[0].read_bytes())
         assert json.loads(camera.recv(60))["set"] == ["a cat, at home"]
+    with connect(f"{address}?label=x") as camera:
+        assert "did you mean 'labels'?" in json.loads(camera.recv(60))["error"]
     with connect(f"{address}?labels=unknown") as camera:
         assert "cannot be a label" in json.loads(camera.recv(60))["error"]
     end = time.monotonic() + 10
@@ -673,6 +676,7 @@ def test_what_is_no_clip_is_refused(api: str, clip: bytes) -> None:
     assert problem(httpx.post(f"{api}/v1/video", files={"video": clip}, data={"labels": "cooking"}), 422)
     assert problem(httpx.post(f"{api}/v1/video", json={}), 415)
     assert problem(httpx.post(f"{api}/v1/video", content=clip, headers=kind, params={"fps": 0}), 422)
+    assert "'labels'?" in problem(httpx.post(f"{api}/v1/video?label=x", content=clip, headers=kind), 422)
 
 
 def test_clips_that_come_at_once_are_refused_not_kept_waiting(api: str, samples: Path) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import binascii
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
 from fastapi import Depends, Query, Request
@@ -34,6 +34,7 @@ __all__ = [
     "form_body",
     "photos_of",
     "read_asked",
+    "refuse_unknown",
 ]
 
 
@@ -128,6 +129,7 @@ async def read_asked(request: Request, settings: Settings) -> tuple[Sequence[byt
         ProblemError: 415 for another kind of body, 422 for one that does not hold what it should, 403 for an address
             that may not be fetched.
     """
+    refuse_unknown(request.query_params, *_QUESTION)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
         content = await _json(request, settings)
@@ -169,16 +171,20 @@ async def _json(request: Request, settings: Settings) -> Any:
 
 async def photos_of(form: FormData, *others: str) -> list[bytes]:
     """The files ``images`` of a form that may have other fields too; ProblemError 422 if there are none."""
-    known = ("images", *others)
-    for name in form:  # one that is misspelt would be answered as if it were not there
-        if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean '{close[0]}'?" if close else f"known are {', '.join(known)}"
-            raise ProblemError(422, f"unknown field '{name[:50]}'; {hint}")
+    refuse_unknown(form, "images", *others)
     contents = [await part.read() for part in form.getlist("images") if isinstance(part, UploadFile)]
     if not contents:
         raise ProblemError(422, "the form has no image; send each as a file 'images': -F images=@photo.jpg")
     return contents
+
+
+def refuse_unknown(fields: Iterable[str], *known: str) -> None:
+    """ProblemError 422 for a name that is not known: one that is misspelt would be answered as if it were not there."""
+    for name in fields:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean '{close[0]}'?" if close else f"known are {', '.join(known)}"
+            raise ProblemError(422, f"unknown field '{name[:50]}'; {hint}")
 
 
 def _question(fields: FormData | Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import structlog
 from fastapi import APIRouter, Query, WebSocket, WebSocketDisconnect
 
 from cliphar.errors import ClipharError, MediaError, UsageError
-from cliphar.serving._bodies import AskedLabels
+from cliphar.serving._bodies import AskedLabels, refuse_unknown
 from cliphar.serving._problems import ProblemError
 from cliphar.serving._service import Service
 from cliphar.timeline import Live
@@ -58,6 +58,7 @@ async def stream(
     service: Service = websocket.app.state.service
     await websocket.accept()
     try:
+        refuse_unknown(websocket.query_params, "labels", "top_k", "coverage")
         await service.refresh()
         live = await asyncio.to_thread(watch, service)
     except (ProblemError, ClipharError) as error:

@@ -15,7 +15,7 @@ from starlette.concurrency import iterate_in_threadpool
 from starlette.datastructures import UploadFile
 
 from cliphar.errors import MediaError
-from cliphar.serving._bodies import FILE, AskedLabels, form_body
+from cliphar.serving._bodies import FILE, AskedLabels, form_body, refuse_unknown
 from cliphar.serving._document import PROBLEM_RESPONSES
 from cliphar.serving._problems import ProblemError
 from cliphar.serving._service import TheService
@@ -55,6 +55,7 @@ async def video(
     Lines are ``{"progress": {"time_s", "duration_s"}}``, ``{"segment": {...}}`` as soon as it is decided, and at last
     ``{"timeline": {...}}``, or ``{"error": ...}`` if not one frame can be read.
     """
+    refuse_unknown(request.query_params, "labels", "coverage", "multi_label", "fps")
     await service.refresh()
     chosen = service.labels(labels)
     source = await _clip(request)
