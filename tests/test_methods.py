@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -282,8 +283,6 @@ _WORKER = """
 import os, sys
 from pathlib import Path
 import torch
-from cliphar.training._base import find_base  # noqa: E402
-from cliphar.training._checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from cliphar.training import Surroundings, Stopped, load_recipe, train
 
 torch.set_num_threads(1)
@@ -342,9 +341,14 @@ def test_a_label_that_no_model_can_be_asked_about_is_refused(recipe: Callable[..
 
 def test_a_full_disk_and_a_damaged_checkpoint_are_named(tmp_path: Path) -> None:
     file = tmp_path / "state"
-    (tmp_path / "state.partial").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=f"No space left on device: '{file}'"):
-        save_checkpoint(file, {"weights": torch.ones(10_000)})
+    bounds = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in (0, 100_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, bounds[1]))  # as on a disk that is full
+        try:
+            with pytest.raises(OSError, match=f"File too large: '{file}'"):
+                save_checkpoint(file, {"weights": torch.ones(1_000_000)})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, bounds)
     assert not list(tmp_path.iterdir())  # it is full enough
     for content in (b"", b"PK\3\4", b"no checkpoint"):
         file.write_bytes(content)

@@ -19,7 +19,11 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     partial = path.with_name(path.name + ".partial")
     try:
         with naming(path), partial.open("wb") as file:
-            torch.save(state, file)
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:
+                # of a write that failed, such as on a disk that is full by now, torch says where in its source it was
+                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
