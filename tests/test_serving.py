@@ -257,22 +257,6 @@ def test_sigterm_answers_what_came_in(clean_env: dict[str, str], photos: list[Pa
         assert process.wait(60) == 0
 
 
-def test_workers_that_stop_take_no_new_connections(clean_env: dict[str, str]) -> None:
-    with serving(clean_env, "--workers", "2") as (url, process):
-        address = urlsplit(url).hostname, urlsplit(url).port or 0
-        with socket.create_connection(address, timeout=60) as slow:
-            head = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 9\r\n"
-            slow.sendall(head + b"Expect: 100-continue\r\n\r\n")
-            assert slow.recv(100).startswith(b"HTTP/1.1 100 ")  # it has come in
-            process.send_signal(signal.SIGTERM)
-            end = time.monotonic() + 25  # it may take 30
-            with pytest.raises(ConnectionRefusedError):
-                while time.monotonic() < end:
-                    socket.create_connection(address).close()
-                    time.sleep(0.1)
-            assert process.poll() is None  # for it has a request to answer
-
-
 def test_keys_and_rates(clean_env: dict[str, str], tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     # a key and the one that takes its place

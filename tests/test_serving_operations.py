@@ -535,6 +535,22 @@ def test_workers_agree_and_one_that_dies_is_replaced(env: dict[str, str], photos
         assert supervisor.wait(60) == 0
 
 
+def test_workers_that_stop_take_no_new_connections(env: dict[str, str]) -> None:
+    with serving(env, "--workers", "2") as (url, process):
+        address = urlsplit(url).hostname, urlsplit(url).port or 0
+        with socket.create_connection(address, timeout=60) as slow:
+            head = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 9\r\n"
+            slow.sendall(head + b"Expect: 100-continue\r\n\r\n")
+            assert slow.recv(100).startswith(b"HTTP/1.1 100 ")  # it has come in
+            process.send_signal(signal.SIGTERM)
+            end = time.monotonic() + 25  # it may take 30
+            with pytest.raises(ConnectionRefusedError):
+                while time.monotonic() < end:
+                    socket.create_connection(address).close()
+                    time.sleep(0.1)
+            assert process.poll() is None  # for it has a request to answer
+
+
 def test_a_log_line_is_one_write(env: dict[str, str]) -> None:
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)  # keeps writes apart
     ours.settimeout(60)
