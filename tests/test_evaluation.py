@@ -163,7 +163,7 @@ def test_a_model_that_is_always_right() -> None:
     cosines = np.eye(4, dtype=np.float32)[np.arange(40) % 4]
     fitted = fit_calibration(cosines, np.arange(40, dtype=np.int64) % 4)
     assert fitted.unknown_below == 1
-    assert dict(fitted.conformal)[0.9] < 0.01
+    assert 0.02 < dict(fitted.conformal)[0.9] < 0.03  # 1 in 42
 
 
 # --- the card
