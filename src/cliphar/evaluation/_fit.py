@@ -16,10 +16,11 @@ _COVERAGES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.99
 def fit_calibration(cosines: NDArray[np.float32], truth: NDArray[np.int64], refused: float = 0.02) -> Calibration:
     """Temperature, conformal thresholds and the bound for ``unknown``.
 
-    The temperature minimises the negative log likelihood (Guo et al., 2017) with 1/(n+2) of each of the n photos counted
-    as answered otherwise (Platt, 1999): of few photos, all answered rightly, the likeliest scores would all be 1. The
-    conformal threshold of a coverage c is the ceil((n+1)c)/n quantile of 1 - p(true label). The bound for ``unknown`` is
-    the cosine under which ``refused`` of the correctly answered photos lie, so that few right answers are withheld.
+    The temperature minimises the negative log likelihood (Guo et al., 2017) with 1/(n+2) of each of the n photos
+    counted as answered otherwise (Platt, 1999): of few photos, all answered rightly, the likeliest scores would all be
+    1. The conformal threshold of a coverage c is the ceil((n+1)c)/n quantile of 1 - p(true label). The bound for
+    ``unknown`` is the cosine under which ``refused`` of the correctly answered photos lie, so that few right answers
+    are withheld.
 
     Args:
         cosines: float [N,C] of calibration photos and labels.
