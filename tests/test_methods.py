@@ -227,13 +227,17 @@ def test_any_model_of_open_clip_can_be_the_base(recipe: Callable[..., Path], tmp
         run(recipe("full", base="open_clip:cliphar-test"))
 
 
-def test_a_photo_may_be_named_twice(recipe: Callable[..., Path], shapes: Path, tmp_path: Path) -> None:
+def test_a_photo_may_be_named_twice_in_a_file_whose_name_is_no_utf8(
+    recipe: Callable[..., Path], shapes: Path, tmp_path: Path
+) -> None:
     files = [file.relative_to(shapes) for file in sorted(shapes.rglob("*.png"))]
     rows = [f"{file},{file.parent}" for file in [*files, *files[::2]]]
-    (shapes / "rows.csv").write_text("\n".join(["file,label", *rows]))
-    data = {"source": str(shapes / "rows.csv"), "val": 0.2, "test": 0.2, "cache": str(tmp_path / "cache")}
-    bundle = run(recipe("gda", data=data))
+    listing = shapes / "r\udcff.csv"
+    listing.write_text("\n".join(["file,label", *rows]))
+    data = {"source": "", "val": 0.2, "test": 0.2, "cache": str(tmp_path / "cache")}
+    bundle = run(recipe("gda", data=data), f"data.source={listing}")
     assert bundle.info.metrics["known"].n >= 6
+    assert bundle.info.provenance.recipe["data"]["source"] == r"r\udcff.csv"
 
 
 def test_clips_are_trained_on_and_measured_alike_afterwards(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["BundleError", "ClipharError", "DataError", "MediaError", "UsageError", "naming"]
+__all__ = ["BundleError", "ClipharError", "DataError", "MediaError", "UsageError", "naming", "printable"]
 
 
 class ClipharError(Exception):
@@ -28,6 +28,11 @@ class MediaError(ClipharError):
 
 class DataError(ClipharError):
     """A data set is missing, empty or malformed."""
+
+
+def printable(path: str) -> str:
+    """The path with bytes that are no UTF-8 spelled out, as every output and file can take it."""
+    return path.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import json
 import sys
 from datetime import datetime
 
-from cliphar.cli._output import printable
+from cliphar.errors import printable
 from cliphar.labels import with_score
 from cliphar.media import Camera
 from cliphar.recognizer import Recognizer

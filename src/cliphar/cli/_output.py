@@ -12,19 +12,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
-from cliphar.errors import MediaError, UsageError
+from cliphar.errors import MediaError, UsageError, printable
 
 if TYPE_CHECKING:
     from cliphar.recognizer import Prediction
 
-__all__ = ["Writer", "check_target", "named_error", "printable", "progress", "show"]
+__all__ = ["Writer", "check_target", "named_error", "progress", "show"]
 
 _BAR = 24
-
-
-def printable(path: str) -> str:
-    """The path with bytes that are no UTF-8 spelled out, as every output can take it."""
-    return path.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def named_error(path: str, error: MediaError) -> str:

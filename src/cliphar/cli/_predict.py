@@ -21,7 +21,7 @@ from cliphar.cli._options import (
     chosen_labels,
     expand,
 )
-from cliphar.errors import MediaError, UsageError
+from cliphar.errors import MediaError, UsageError, printable
 
 __all__ = ["predict"]
 
@@ -45,7 +45,7 @@ def predict(
     threads: Threads = None,
 ) -> None:
     """Say what the people in the photos are doing."""
-    from cliphar.cli._output import Writer, named_error, printable, progress, show
+    from cliphar.cli._output import Writer, named_error, progress, show
     from cliphar.recognizer import load
 
     chosen = chosen_labels(labels, labels_file)

@@ -14,8 +14,8 @@ from typing import Any
 
 import typer
 
-from cliphar.cli._output import Writer, named_error, printable
-from cliphar.errors import ClipharError, DataError, MediaError, UsageError
+from cliphar.cli._output import Writer, named_error
+from cliphar.errors import ClipharError, DataError, MediaError, UsageError, printable
 
 __all__ = ["predict_on_ray"]
 

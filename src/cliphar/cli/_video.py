@@ -22,8 +22,8 @@ from cliphar.cli._options import (
     chosen_labels,
     expand,
 )
-from cliphar.cli._output import check_target, named_error, printable
-from cliphar.errors import MediaError, UsageError
+from cliphar.cli._output import check_target, named_error
+from cliphar.errors import MediaError, UsageError, printable
 
 if TYPE_CHECKING:
     from cliphar.recognizer import Recognizer

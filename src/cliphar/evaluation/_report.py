@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cliphar.bundle import Bundle, write_whole
-from cliphar.errors import MediaError
+from cliphar.errors import MediaError, printable
 from cliphar.evaluation._analysis import Analysis, Mistake
 from cliphar.evaluation._compare import Comparison, harmonic_mean
 from cliphar.evaluation._metrics import Report
@@ -87,11 +87,11 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain values."""
         mistakes = [
-            {"path": _printable(str(m.path)), "truth": m.truth, "answer": m.answer, "score": round(m.score, 6)}
+            {"path": printable(str(m.path)), "truth": m.truth, "answer": m.answer, "score": round(m.score, 6)}
             for m in self.mistakes
         ]
         analysis = self.analysis.to_dict()
-        return {"model": self.model, "data": _printable(self.data)} | analysis | self.figures() | {"mistakes": mistakes}
+        return {"model": self.model, "data": printable(self.data)} | analysis | self.figures() | {"mistakes": mistakes}
 
 
 def bundled_evaluation(bundle: Bundle) -> dict[str, Any] | None:
@@ -111,17 +111,13 @@ def write_report(path: Path, evaluation: Evaluation) -> None:
     write_whole(path, text.encode())
 
 
-def _printable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
 def _html(evaluation: Evaluation) -> str:
-    title = escape(f"{evaluation.model} on {_printable(evaluation.data)}")
+    title = escape(f"{evaluation.model} on {printable(evaluation.data)}")
     analysis = evaluation.analysis
     speed = "" if evaluation.images_per_s is None else f", {evaluation.images_per_s:.1f} photos a second"
     body = [
         f"<h1>{escape(evaluation.model)}</h1>",
-        f"<p>on {escape(_printable(evaluation.data))}: {analysis.report.n} photos, "
+        f"<p>on {escape(printable(evaluation.data))}: {analysis.report.n} photos, "
         f"{len(analysis.labels)} labels{speed}. Beneath each figure, its 95 % interval.</p>",
         _tiles(analysis),
         "" if evaluation.comparison is None else _compared(evaluation.comparison),
@@ -198,7 +194,7 @@ def _wall(mistakes: Sequence[Mistake]) -> str:
         figures.append(
             f'<figure><img alt="" src="data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}">'
             f"<figcaption><b>{escape(mistake.answer)}</b> {mistake.score:.2f}<br>is {escape(mistake.truth)}<br>"
-            f"{escape(_printable(mistake.path.name))}</figcaption></figure>"
+            f"{escape(printable(mistake.path.name))}</figcaption></figure>"
         )
     if not figures:
         return ""

@@ -22,6 +22,7 @@ from cliphar.bundle import (
     VideoSpec,
     write_bundle,
 )
+from cliphar.errors import printable
 from cliphar.evaluation import (
     EVALUATION_FILE,
     Evaluation,
@@ -126,7 +127,7 @@ def _video(job: Job) -> VideoSpec:
 def _sources(job: Job) -> tuple[Source, ...]:
     given = [(job.recipe.data.source, "photos and labels"), (getattr(job.recipe, "captions", None), "captions")]
     return tuple(
-        Source(name=Path(source).name, role=role, licence="not stated in the recipe")
+        Source(name=printable(Path(source).name), role=role, licence="not stated in the recipe")
         for source, role in given
         if source
     )
@@ -161,6 +162,6 @@ def _provenance(job: Job) -> Provenance:
     settings["base_image_sha256"] = job.bundle.info.files["image.onnx"].sha256
     for section, key in ((settings["data"], "source"), (settings, "captions")):
         if section.get(key):
-            section[key] = Path(section[key]).name
+            section[key] = printable(Path(section[key]).name)
     gpus = f", {job.around.ranks.world} x {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return provenance(settings, job.photos.sha256, job.recipe.seed, gpus)
