@@ -41,3 +41,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'cliphar' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__  # what a notebook completes and help() lists, though it is not there yet

@@ -143,5 +143,6 @@ def list_labelled(path: Path) -> list[tuple[Path, str]]:
         if (is_image_name(file.name) or is_video_name(file.name)) and not is_hidden(file.name) and not file.is_dir()
     ]
     if not found:
-        raise DataError(f"no photos or clips in the subfolders of {path}; expected {path.name}/LABEL/PHOTO")
+        part = f"; of parts give one: {path / 'test'}" if (path / "test").is_dir() else ""  # as 'data split' makes
+        raise DataError(f"no photos or clips in the subfolders of {path}; expected {path.name}/LABEL/PHOTO{part}")
     return found
