@@ -82,7 +82,7 @@ def as_zip(folder: Path) -> str:
     return str(folder.parent / "set.zip")
 
 
-def as_manifest(suffix: str) -> Callable[[Path], str]:
+def as_manifest(suffix: str, between: str = ",") -> Callable[[Path], str]:
     def make(folder: Path) -> str:
         rows = [
             {"file": file.relative_to(folder.parent).as_posix(), "label": file.parent.name, "caption": "a photo"}
@@ -91,7 +91,7 @@ def as_manifest(suffix: str) -> Callable[[Path], str]:
         path = folder.parent / f"list{suffix}"
         if suffix == ".csv":
             with path.open("w", newline="") as file:
-                table = csv.DictWriter(file, rows[0])
+                table = csv.DictWriter(file, rows[0], delimiter=between)
                 table.writeheader()
                 table.writerows(rows)
         elif suffix == ".jsonl":
@@ -129,6 +129,7 @@ MAKERS = [
     as_tar,
     as_zip,
     as_manifest(".csv"),
+    as_manifest(".csv", ";"),
     as_manifest(".jsonl"),
     as_manifest(".parquet"),
     as_shards,
@@ -141,7 +142,7 @@ def photos_of(source: str, cache: Path, **changes: Any) -> PhotoSet:
 
 
 @pytest.mark.filterwarnings("ignore")  # the hub's client brings its own
-@pytest.mark.parametrize("make", MAKERS, ids=["folder", "tar", "zip", "csv", "jsonl", "parquet", "shards", "hub"])
+@pytest.mark.parametrize("make", MAKERS, ids=["dir", "tar", "zip", "csv", "csv;", "jsonl", "parquet", "shards", "hub"])
 def test_every_source_holds_the_same_photos(folder: Path, tmp_path: Path, make: Callable[[Path], str]) -> None:
     photos = photos_of(make(folder), tmp_path / "cache")
     assert Counter(photos.labels) == {"riding a bike": 3, "sleeping": 3}
@@ -244,7 +245,7 @@ def test_labels_that_look_like_a_mistake_are_told() -> None:
     ("name", "content", "said"),
     [
         ("list.csv", "label\nsleeping\n", "names no file"),
-        ("list.csv", "file;label\na.jpg;sleeping\n", "found file;label"),
+        ("list.csv", "file|label\na.jpg|sleeping\n", r"found file\|label"),
         ("list.csv", "", "found nothing"),
         ("list.csv", "file,class\na.jpg,sleeping\n", "neither labels nor captions; .* found file, class"),
         ("list.csv", "file,label\nabsent.jpg,sleeping\n", "do not exist"),

@@ -289,11 +289,14 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         return
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise DataError(f"cannot read {path}: it is not UTF-8 text; a spreadsheet saves it as 'CSV UTF-8'") from error
+    except OSError as error:
         raise DataError(f"cannot read {path}: {error}") from error
     if path.suffix == ".csv":
+        between = max(",;\t", key=text.partition("\n")[0].count)  # a spreadsheet's depends on the country
         try:
-            yield from csv.DictReader(io.StringIO(text))
+            yield from csv.DictReader(io.StringIO(text), delimiter=between)
         except csv.Error as error:  # such as a quotation mark that nothing closes
             raise DataError(f"cannot read {path}: {error}") from error
         return
