@@ -15,7 +15,7 @@ from urllib.parse import urlencode
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from websockets.exceptions import WebSocketException
+from websockets.exceptions import ConnectionClosed, WebSocketException
 from websockets.sync.client import ClientConnection, connect
 
 from cliphar.bundle import Metrics
@@ -162,7 +162,8 @@ class _Watch:
         try:
             if self._socket is None:
                 self._socket = self._open.enter_context(connect(self._url, additional_headers=self._headers))
-            self._socket.send(buffer.getvalue())
+            with suppress(ConnectionClosed):  # what was asked is refused: the reason has come already
+                self._socket.send(buffer.getvalue())
             told = json.loads(self._socket.recv(_ANSWER_S))
         except (OSError, WebSocketException) as error:  # a TimeoutError is an OSError
             self.close()
@@ -171,6 +172,8 @@ class _Watch:
                 f"no answer from {where} ({error or type(error).__name__}); look whether 'cliphar serve' is running "
                 "there and can be reached: the page goes on trying"
             ) from error
+        if "frame" not in told:
+            self.close()
         if "error" in told:
             raise ClipharError(told["error"])
         return Prediction.from_dict(told)
