@@ -289,6 +289,9 @@ def test_a_wrong_address_or_key_of_the_api_is_said_at_the_start(
 ) -> None:
     with pytest.raises(UsageError, match="'api:8000' is not a service's address"):
         launch("127.0.0.1", free_port(), api="api:8000")
+    with monkeypatch.context() as here, pytest.raises(UsageError, match="proxy that the environment names cannot be"):
+        here.setenv("ALL_PROXY", "socks://127.0.0.1:1080/")  # as desktops set it
+        launch("127.0.0.1", free_port(), api="http://127.0.0.1:9")
     monkeypatch.setenv("CLIPHAR_API_KEY_FILE", str(tmp_path))
     with pytest.raises(UsageError, match="cannot read the key"):
         launch("127.0.0.1", free_port(), api="http://127.0.0.1:1")
@@ -480,6 +483,10 @@ def test_a_service_answers_where_there_is_one(
         assert (about.name, about.evaluation) == ("mini", None)
         assert about.metrics["known"].n == 652
         frame = np.asarray(Image.open(photos[-1]).convert("RGB"))
+        watch = backend.watch(["unknown"])
+        for _ in range(3):  # not "no answer": there is one
+            with pytest.raises(ClipharError, match="cannot be a label"):
+                watch(frame)
         watch = backend.watch(labels)
         assert watch(frame).top[0].label in labels
         watch.close()

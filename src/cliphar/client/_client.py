@@ -48,7 +48,11 @@ class _Calls(Generic[H]):
         self._url, self._retry_s = url, retry_s
         # the key as bytes: it may have other letters than ASCII
         headers = {"Authorization": f"Bearer {api_key.strip()}".encode()} if api_key else {}
-        self._http = self._open(base_url=address, timeout=timeout_s, headers=headers)
+        try:
+            self._http = self._open(base_url=address, timeout=timeout_s, headers=headers)
+        except (ImportError, ValueError, httpx.InvalidURL) as error:
+            reason = f"the proxy that the environment names cannot be used: {error}"
+            raise UsageError(f"{reason}; see HTTP_PROXY, HTTPS_PROXY and ALL_PROXY") from error
 
     @staticmethod
     def _path(kind: str, name: str) -> str:
@@ -133,7 +137,8 @@ class Client(_Calls[httpx.Client]):
             be reached or breaks the connection, as when it is started anew.
 
     Raises:
-        UsageError: ``url`` is not an address. Every call: a ClipharError with one line when refused or nothing answers.
+        UsageError: ``url`` is not an address, or the environment names a proxy of an unknown kind. Every call: a
+            ClipharError with one line when refused or nothing answers.
     """
 
     _open = httpx.Client
