@@ -107,6 +107,8 @@ def test_a_client_takes_any_number_of_photos(api: str, photos: list[Path]) -> No
         assert [isinstance(one, MediaError) for one in answers[:5]] == [False, True, True, True, False]
         assert "give encoded bytes or a path" in str(client.predict(opened)[0])  # type: ignore[arg-type]
         assert "No such file" in str(client.predict(["nowhere.jpg"])[0])
+        with pytest.raises(UsageError, match="no photos to teach"):
+            client.teach("waving", [])
 
     async def many() -> list[Any]:
         async with AsyncClient(api) as client:

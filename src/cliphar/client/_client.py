@@ -64,6 +64,12 @@ class _Calls(Generic[H]):
     def _photos(contents: Iterable[bytes]) -> list[tuple[str, tuple[str, bytes, str]]]:
         return [("images", (f"{i}", content, "application/octet-stream")) for i, content in enumerate(contents)]
 
+    def _lesson(self, name: str, photos: Photos) -> list[tuple[str, tuple[str, bytes, str]]]:
+        files = self._photos(map(_read, several(photos)))
+        if not files:
+            raise UsageError(f"no photos to teach '{name}' from; give some, 8 or more are good")
+        return files
+
     def _requests(
         self, photos: Photos, labels: Labels, top_k: int, coverage: float
     ) -> Iterator[tuple[list[bytes | MediaError], dict[str, Any]]]:
@@ -214,7 +220,7 @@ class Client(_Calls[httpx.Client]):
 
     def teach(self, name: str, photos: Photos) -> dict[str, Any]:
         """Teach an action; how well it works, as ``Lesson.to_dict`` has it."""
-        return self._call("POST", self._path("actions", name), files=self._photos(map(_read, several(photos))))
+        return self._call("POST", self._path("actions", name), files=self._lesson(name, photos))
 
     def forget(self, name: str) -> None:
         """Forget an action that was taught."""
@@ -277,7 +283,7 @@ class AsyncClient(_Calls[httpx.AsyncClient]):
 
     async def teach(self, name: str, photos: Photos) -> dict[str, Any]:
         """See :meth:`Client.teach`."""
-        return await self._call("POST", self._path("actions", name), files=self._photos(map(_read, several(photos))))
+        return await self._call("POST", self._path("actions", name), files=self._lesson(name, photos))
 
     async def forget(self, name: str) -> None:
         """Forget an action that was taught."""
