@@ -269,6 +269,13 @@ def test_a_sample_that_is_no_object_is_refused(tmp_path: Path) -> None:
         list(open_source(str(tmp_path / "a.tar")).read())
 
 
+def test_an_archive_without_labels_is_refused(folder: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "flat.zip", "w") as archive:
+        archive.write(next(folder.rglob("*.jpg")), "1.jpg")
+    with pytest.raises(DataError, match="can be read: no LABEL/PHOTO"):
+        photos_of(str(tmp_path / "flat.zip"), tmp_path / "cache")
+
+
 def test_what_a_manifest_leaves_open(folder: Path, tmp_path: Path) -> None:
     rows = [{"file": f"set/{LABELS[i // 3]}/{i % 3}.jpg", "label": LABELS[i // 3], "captions": None} for i in range(6)]
     rows[0]["split"] = "test"  # the others train, as far as they do not calibrate

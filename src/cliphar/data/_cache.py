@@ -78,10 +78,10 @@ def load_photos(
 
     Args:
         source: from ``open_source``.
-        cache: the folder that holds caches of any number of sources.
+        cache: a folder for the caches of any number of sources.
         side: photos are cached with a short side of at most this many pixels.
-        max_aspect: and cropped around the centre to at most this aspect.
-        frames: a clip becomes this many frames, spread evenly over it.
+        max_aspect: and cropped around the centre to this aspect at most.
+        frames: so many of a clip, evenly spread.
         log: told what is done, and what cannot be read.
 
     Raises:
@@ -99,11 +99,11 @@ def load_photos(
     return PhotoSet(
         keys=index["keys"],
         labels=index["labels"],
-        captions=[tuple(texts) for texts in index["captions"]],
+        captions=list(map(tuple, index["captions"])),
         splits=index["splits"],
         groups=arrays["groups"],
         seconds=arrays["seconds"],
-        refused=[(key, reason) for key, reason in index["refused"]],
+        refused=list(map(tuple, index["refused"])),
         sha256=index["sha256"],
         _pixels=np.memmap(folder / "pixels.bin", np.uint8, "r"),
         _offsets=arrays["offsets"],
@@ -171,7 +171,8 @@ def _build(
                 if len(kept) % 5000 == 0:
                     log(f"decoded {len(kept):,}")
         if not kept:
-            raise DataError(f"none of the {len(refused)} photos in {source.name} can be read: {' '.join(refused[0])}")
+            why = " ".join(refused[0]) if refused else "no LABEL/PHOTO"
+            raise DataError(f"none of the {len(refused)} photos in {source.name} can be read: {why}")
         np.savez(
             work / "arrays.npz",
             groups=group_duplicates(hashes),
