@@ -3,7 +3,7 @@
 | source | what it is |
 |---|---|
 | a folder, or a tar or zip of it | LABEL/FILE or SPLIT/LABEL/FILE, SPLIT being train, val (validation, valid) or test |
-| the same | with a captions.jsonl of {"file", "captions"} |
+| a folder, or a tar of it | with a captions.jsonl of {"file", "captions"} |
 | .csv, .jsonl, .parquet | a manifest: ``file``, and ``label``, ``captions`` (or ``caption``), ``split`` if there are any |
 | a .tar of samples, a folder of such, or a pattern with {000..009} | WebDataset shards: KEY.jpg with KEY.cls, KEY.txt or KEY.json |
 | hub:OWNER/NAME or hub:OWNER/NAME@PART, or a folder that ``datasets`` saved | a data set of the hub; one part of it |
