@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cliphar.labels import UNKNOWN
 from cliphar.media import ImageLike, decode_image
-from cliphar.recognizer import Prediction, Recognizer, to_predictions
+from cliphar.recognizer import Prediction, Recognizer
 from cliphar.timeline._changes import Changes
 from cliphar.timeline._tracker import LIVE_CHANGE, Tracker, choose
 from cliphar.timeline._types import Segment
@@ -110,18 +109,9 @@ class Live:
         if self._tracker.current != before:
             self._since_s = time_s
         self._since_s = max(self._since_s, self._tracker.began_s)
-        return LiveAnswer(time_s, self._since_s, self._answer(), tuple(closed))
+        now = self._tracker.now()
+        return LiveAnswer(time_s, self._since_s, replace(now, top=now.top[: self._top_k]), tuple(closed))
 
     def close(self) -> tuple[Segment, ...]:
         """The last segments; nothing may be pushed after."""
         return tuple(self._tracker.flush(self._last_s))
-
-    def _answer(self) -> Prediction:
-        choice, state = self._choice, self._tracker.current
-        (answer,) = to_predictions(
-            self._tracker.recent[None], choice.labels, choice.calibration, len(choice.labels), choice.coverage
-        )
-        label = UNKNOWN if state == len(choice.labels) else choice.labels[state]
-        score = answer.score if label == UNKNOWN else dict(answer.top)[label]
-        members = answer.set if label in (UNKNOWN, *answer.set) else (*answer.set, label)
-        return Prediction(label, score, members, answer.top[: self._top_k], answer.evidence)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from cliphar.bundle import Calibration
 from cliphar.errors import UsageError
 from cliphar.labels import UNKNOWN
-from cliphar.recognizer import Recognizer, mean_direction, to_predictions
+from cliphar.recognizer import Prediction, Recognizer, mean_direction, to_predictions
 from cliphar.timeline._types import Segment
 from cliphar.timeline._viterbi import Viterbi
 
@@ -174,10 +174,9 @@ class Tracker:
         """The likeliest state now: a label's number, or the number of labels for ``unknown``."""
         return self._chains[-1].viterbi.current
 
-    @property
-    def recent(self) -> NDArray[np.float32]:
-        """Cosines, float32 [C], averaged over the last second or so of what is done now."""
-        return self._recent.astype(np.float32)
+    def now(self) -> Prediction:
+        """What is done now, scored over the last second or so of it."""
+        return self._answer(self.current, self._recent.astype(np.float32))
 
     def _remember(self, cosines: NDArray[np.float32], passed: float, fresh: bool) -> None:
         share = 1.0 if fresh else 1 - np.exp(-passed)
@@ -195,16 +194,20 @@ class Tracker:
         return mean_direction(np.stack([vector for _, vector in self._pool]))
 
     def _segment(self, state: int, start_s: float, end_s: float, cosines: NDArray[np.float32]) -> Segment:
+        answer = self._answer(state, cosines)
+        return Segment(start_s, end_s, answer.label, answer.score, answer.set)
+
+    def _answer(self, state: int, cosines: NDArray[np.float32]) -> Prediction:
         choice = self.choice
         (answer,) = to_predictions(
             cosines[None], choice.labels, choice.calibration, len(choice.labels), choice.coverage
         )
         if state == len(choice.labels):
-            return Segment(start_s, end_s, UNKNOWN, answer.score, answer.set)
+            return replace(answer, label=UNKNOWN)
         label = choice.labels[state]
         # smoothing may prefer a label to the one that is best on average: it belongs to the set all the same
         members = answer.set if label in answer.set else (*answer.set, label)
-        return Segment(start_s, end_s, label, dict(answer.top)[label], members)
+        return replace(answer, label=label, score=dict(answer.top)[label], set=members)
 
     def _present(self, label: int, runs: list[tuple[int, float, float, NDArray[np.float32]]]) -> list[Segment]:
         return [self._segment(label, start_s, end_s, cosines) for on, start_s, end_s, cosines in runs if on]
