@@ -11,6 +11,7 @@ from PIL import Image
 __all__ = ["difference_hash", "group_duplicates"]
 
 _SIDE = 8
+_AT_ONCE = 2**25  # pairs: 128 MiB, however many photos there are
 
 
 def difference_hash(image: NDArray[np.uint8]) -> NDArray[np.bool_]:
@@ -38,8 +39,9 @@ def group_duplicates(hashes: Sequence[NDArray[np.bool_]], max_distance: int = 12
     signs = np.stack(hashes).astype(np.float32) * 2 - 1
     bits = signs.shape[1]
     groups = np.arange(len(signs))
-    for start in range(0, len(signs), 1024):
-        near = (bits - signs[start : start + 1024] @ signs.T) / 2 <= max_distance
+    step = max(1, _AT_ONCE // len(signs))
+    for start in range(0, len(signs), step):
+        near = signs[start : start + step] @ signs.T >= bits - 2 * max_distance
         for row in near[near.sum(1) > 1]:  # not pair by pair: a film's black frames are a million of them
             joined = groups[row]
             if (joined != joined[0]).any():
