@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -138,8 +139,10 @@ def _run(parts: list[dict[str, str]], task: _Task) -> tuple[int, list[str]]:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     started = not ray.is_initialized()
     if started:
+        ours = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            signal.signal(signal.SIGTERM, ours)  # Ray's own prints a trace and ends with another status
         except ConnectionError as error:
             raise ClipharError(
                 f"{error}; see that RAY_ADDRESS, RAY_AUTH_MODE and RAY_AUTH_TOKEN are its own"
