@@ -18,7 +18,7 @@ from onnx import helper, numpy_helper
 from cliphar.bundle import Bundle
 from cliphar.errors import BundleError
 
-__all__ = ["float_graph", "without_room"]
+__all__ = ["float_graph", "fold", "without_room"]
 
 _BATCH = "photos"
 
@@ -31,14 +31,14 @@ def float_graph(bundle: Bundle) -> onnx.ModelProto:
     """
     try:
         model = onnx.load(bundle.file("image.onnx"))
-        _undo_dynamic(model)
         for value, axes in ((model.graph.input[0], 4), (model.graph.output[0], 2)):
             shape = value.type.tensor_type.shape
             if len(shape.dim) == axes:
                 shape.dim[0].Clear()
                 shape.dim[0].dim_param = _BATCH
-        del model.graph.value_info[:]
-        return _folded(model)
+        model = fold(model)  # after that: else shapes are computed for the one photo that it takes
+        _undo_dynamic(model)
+        return fold(model)
     except BundleError:
         raise
     except Exception as error:  # protobuf's, onnx's and its runtime's own, and KeyError for an unknown pattern
@@ -96,8 +96,11 @@ def _undo_dynamic(model: onnx.ModelProto) -> None:
     model.graph.initializer.extend(tensors)
 
 
-def _folded(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Constants computed, operators of the ONNX standard only, in the newest opset that every target reads."""
+def fold(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Constants computed, operators of the ONNX standard only, in the newest opset that every target reads.
+
+    Nodes are numbered; tensors that are not computed keep their names.
+    """
     import onnxruntime
 
     with tempfile.TemporaryDirectory() as work:
@@ -107,7 +110,8 @@ def _folded(model: onnx.ModelProto) -> onnx.ModelProto:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.optimized_model_filepath = str(folded)
         options.log_severity_level = 3
-        onnxruntime.InferenceSession(str(plain), options, providers=["CPUExecutionProvider"])
+        cpu = ["CPUExecutionProvider"]
+        onnxruntime.InferenceSession(str(plain), options, cpu, disabled_optimizers=["ConstantSharing"])
         result: onnx.ModelProto = onnx.load(folded)
     versions = {entry.domain: entry.version for entry in result.opset_import}
     del result.opset_import[:]

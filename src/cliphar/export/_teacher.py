@@ -10,30 +10,58 @@ is in a batch, and photos in one batch changed each other's embeddings (cosine 0
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import set_external_data
 
-__all__ = ["export_teacher_graph"]
+from cliphar.export._float import fold
+
+__all__ = ["TEACHER_SIZE", "export_teacher_graph", "teacher_tensors"]
+
+TEACHER_SIZE = 224
 
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 _DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 _LARGE = 1024
+_PREFIX = "vision_model."
 
 
-def export_teacher_graph(weights: Path) -> onnx.ModelProto:
+def teacher_tensors(weights: Path) -> dict[str, NDArray[np.float32]]:
+    """The tower's tensors in float32 by transformers' names, without ``vision_model.``; matrices are [out,in]."""
+    model = onnx.load(weights)
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    found = {name.removeprefix(_PREFIX): value for name, value in stored.items() if name.startswith(_PREFIX)}
+    found["embeddings.position_embedding.weight"] = found["embeddings.position_embedding.weight"].squeeze()
+    for name, (matrix, scale) in _matrices(model).items():
+        found[f"{name}.weight"] = np.ascontiguousarray((stored[matrix] * stored[scale]).T)
+    return found
+
+
+def export_teacher_graph(weights: Path, changes: Mapping[str, NDArray[np.float32]] | None = None) -> onnx.ModelProto:
     """``images`` uint8 RGB [1,224,224,3] -> ``embeddings`` float32 [1,512], unit length.
 
     Args:
         weights: CLIP's image tower, ``pixel_values`` float [N,3,224,224] -> ``image_embeds`` float [N,512]; the file
             must lie beside the returned graph, under the same name, when that is run.
+        changes: other values for its tensors, float32, named as in ``teacher_tensors``, and ``NAME.scale`` [out],
+            by which a matrix is multiplied. Each is kept as a difference in 8 bits, with one step for all of it.
     """
     content = weights.read_bytes()
     model = onnx.load_from_string(content)
+    matrices = _matrices(model)
     graph = model.graph
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    differences: dict[str, NDArray[np.float32]] = {}
+    for name, value in (changes or {}).items():
+        matrix, _, kind = name.rpartition(".")
+        tensor = stored[matrices[matrix][1] if kind == "scale" else _PREFIX + name]
+        base = numpy_helper.to_array(tensor)
+        differences[tensor.name] = base * (value - 1) if kind == "scale" else value - base
     before = [
         helper.make_node("Cast", ["images"], ["pixels"], to=TensorProto.FLOAT),
         helper.make_node("Transpose", ["pixels"], ["planes"], perm=[0, 3, 1, 2]),
@@ -49,17 +77,49 @@ def export_teacher_graph(weights: Path) -> onnx.ModelProto:
     )
     nodes = [*before, *graph.node, *after]
     _drop_zero_points(nodes, {tensor.name: tensor for tensor in graph.initializer})
-    used = {name for node in nodes for name in node.input}
-    kept = [tensor for tensor in graph.initializer if tensor.name in used]
-    for tensor in kept:
-        _refer(tensor, content, weights.name)
-    del graph.node[:], graph.initializer[:], graph.input[:], graph.output[:], graph.value_info[:]
+    del graph.node[:], graph.input[:], graph.output[:], graph.value_info[:]
     graph.node.extend(nodes)
-    graph.initializer.extend(kept)
-    graph.input.append(helper.make_tensor_value_info("images", TensorProto.UINT8, [1, 224, 224, 3]))
-    graph.output.append(helper.make_tensor_value_info("embeddings", TensorProto.FLOAT, [1, 512]))
+    size = TEACHER_SIZE
+    graph.input.append(helper.make_tensor_value_info("images", TensorProto.UINT8, ["photos", size, size, 3]))
+    graph.output.append(helper.make_tensor_value_info("embeddings", TensorProto.FLOAT, ["photos", None]))
+    model = fold(model)  # shapes are computed from the photos given: an export of this takes any number
+    for tensor in model.graph.initializer:
+        _refer(tensor, content, weights.name)
+    for name, difference in differences.items():
+        _add(model.graph, name, difference)
     _shorten(model)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 1
     return model
+
+
+def _matrices(model: onnx.ModelProto) -> dict[str, tuple[str, str]]:
+    """The names of a matrix' 8-bit tensor and of its scale, by the path of what it belongs to."""
+    scales = {node.name: node.input[1] for node in model.graph.node if node.name.endswith("_scales_mul")}
+    return {
+        node.name.removeprefix("/vision_model").removesuffix("/MatMul_quant").strip("/").replace("/", "."): (
+            node.input[1],
+            scales[f"{node.name}_scales_mul"],
+        )
+        for node in model.graph.node
+        if node.op_type == "MatMulInteger"
+    }
+
+
+def _add(graph: onnx.GraphProto, name: str, difference: NDArray[np.float32]) -> None:
+    """Have all that reads a tensor read the sum of it and ``difference``."""
+    step = np.float32(max(np.abs(difference).max(), np.finfo(np.float32).tiny) / 127)
+    for node in graph.node:
+        node.input[:] = [f"{name}:sum" if given == name else given for given in node.input]
+    rounded = np.rint(difference / step).astype(np.int8)
+    graph.initializer.append(numpy_helper.from_array(rounded, f"{name}:steps"))
+    graph.initializer.append(numpy_helper.from_array(np.array(step), f"{name}:step"))
+    for node in (
+        helper.make_node("Add", [name, f"{name}:difference"], [f"{name}:sum"]),
+        helper.make_node("Mul", [f"{name}:float", f"{name}:step"], [f"{name}:difference"]),
+        helper.make_node("Cast", [f"{name}:steps"], [f"{name}:float"], to=TensorProto.FLOAT),
+    ):
+        graph.node.insert(0, node)
 
 
 def _drop_zero_points(nodes: list[onnx.NodeProto], tensors: dict[str, onnx.TensorProto]) -> None:

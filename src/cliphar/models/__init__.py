@@ -1,5 +1,6 @@
 """Torch encoders that training uses; serving never imports this."""
 
+from cliphar.models._clip_tower import ClipTower
 from cliphar.models._image_tower import ImageTower
 from cliphar.models._minilm import SentenceEncoder, TextProjection
 from cliphar.models._open_clip import (
@@ -14,6 +15,7 @@ from cliphar.models._towers import WEIGHTS_FILE, Towers, load_towers, open_clip_
 
 __all__ = [
     "WEIGHTS_FILE",
+    "ClipTower",
     "ImageTower",
     "OpenClipEncoder",
     "OpenClipImage",

@@ -23,7 +23,16 @@ from cliphar.training._method_recipe import (
     ZeroShotRecipe,
 )
 
-__all__ = ["DataRecipe", "DistillRecipe", "MiniRecipe", "Recipe", "SpaceRecipe", "TextRecipe", "load_recipe"]
+__all__ = [
+    "AdaptRecipe",
+    "DataRecipe",
+    "DistillRecipe",
+    "MiniRecipe",
+    "Recipe",
+    "SpaceRecipe",
+    "TextRecipe",
+    "load_recipe",
+]
 
 
 class DataRecipe(Section):
@@ -74,6 +83,26 @@ class TextRecipe(Section):
     average: int = Field(default=3, ge=1)
 
 
+class AdaptRecipe(Section):
+    """How the last ``layers`` of the real CLIP tower are scaled and shifted for the known actions.
+
+    ``others`` is the share of a batch that are photos without a known action; ``keep`` is the weight of each
+    embedding's distance from what it was; every other batch is mixed.
+    """
+
+    layers: int = Field(default=4, ge=1, le=11)
+    epochs: int = Field(default=4, ge=1)
+    batch_size: int = Field(default=64, ge=8)
+    others: float = Field(default=0.25, ge=0, lt=1)
+    lr: float = Field(default=1e-3, gt=0, le=1e-2)
+    warmup_steps: int = Field(default=50, ge=1)
+    ema: float = Field(default=0.98, ge=0, lt=1)
+    mixup: float = Field(default=0.3, ge=0)
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
+    logit_scale: float = Field(default=40.0, gt=0)
+    keep: float = Field(default=3.0, ge=0)
+
+
 class DistillRecipe(Section):
     """mini's image tower.
 
@@ -121,10 +150,11 @@ class _TowerRecipe(Section):
 
 
 class SpaceRecipe(_TowerRecipe):
-    """``kind: space``: a text tower and class vectors for the real CLIP image tower."""
+    """``kind: space``: a text tower for the real CLIP image tower, whose last layers are tuned, and class vectors."""
 
     kind: Literal["space"]
     text: TextRecipe = TextRecipe()
+    adapt: AdaptRecipe = AdaptRecipe()
 
 
 class MiniRecipe(_TowerRecipe):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,20 @@ from cliphar.bundle import (
     write_bundle,
 )
 from cliphar.evaluation import evaluate, fit_calibration
-from cliphar.export import compress_weights, export_image_tower, export_teacher_graph, export_text_tower
+from cliphar.export import (
+    TEACHER_SIZE,
+    compress_weights,
+    export_image_tower,
+    export_teacher_graph,
+    export_text_tower,
+    teacher_tensors,
+)
 from cliphar.labels import glossary
 from cliphar.media import to_square
 from cliphar.models import ImageTower
 from cliphar.recognizer import BACKGROUND_FILE, Recognizer, fit_background, to_predictions
 from cliphar.runtime import OnnxRuntime
+from cliphar.training._adapt import adapt
 from cliphar.training._corpus import TEST, TRAIN, VAL, Corpus, build_corpus
 from cliphar.training._distill import DistillData, distill, embed
 from cliphar.training._fetch import fetch_imagenet, fetch_sentence_encoder
@@ -40,7 +49,7 @@ from cliphar.training._head import train_head
 from cliphar.training._provenance import provenance
 from cliphar.training._recipe import MiniRecipe, SpaceRecipe
 from cliphar.training._sources import LIMITS, MINI_SOURCES, SPACE_SOURCES
-from cliphar.training._teacher import TEACHER_SIZE, teacher_embeddings, teacher_weights
+from cliphar.training._teacher import teacher_embeddings, teacher_weights
 from cliphar.training._text import Sentences, build_sentences, train_projection
 
 __all__ = ["run"]
@@ -94,7 +103,11 @@ def _space(recipe: SpaceRecipe, corpus: Corpus, teacher: NDArray[np.float32], lo
         limits=LIMITS,
         provenance=_provenance(recipe, corpus),
     )
-    return _finish(recipe, corpus, info, files, log, teacher)
+    with _without_head(info, files) as towers:
+        words = towers.embed_words(corpus.actions)
+    changes = adapt(teacher_tensors(weights), corpus, words, recipe, log)
+    files["image.onnx"] = export_teacher_graph(weights, changes).SerializeToString()
+    return _finish(recipe, corpus, info, files, log)
 
 
 def _mini(recipe: MiniRecipe, corpus: Corpus, teacher: NDArray[np.float32], log: Log) -> Bundle:
@@ -180,13 +193,19 @@ def _embed(recognizer: Recognizer, corpus: Corpus, rows: NDArray[np.int64]) -> N
     return np.stack([vector for vector in found if isinstance(vector, np.ndarray)])
 
 
-def _head(
-    recipe: SpaceRecipe | MiniRecipe, corpus: Corpus, towers: Recognizer, embedded: NDArray[np.float32] | None
-) -> NDArray[np.float32]:
+@contextmanager
+def _without_head(info: BundleInfo, files: dict[str, Path | bytes]) -> Iterator[Recognizer]:
+    """The towers before there are class vectors."""
+    none = save({"class_vectors": np.zeros((len(info.labels), info.embedding_dim), np.float32)})
+    with tempfile.TemporaryDirectory() as work:
+        bundle = write_bundle(Path(work) / "untrained", info, files | {"head.safetensors": none})
+        yield Recognizer(bundle, OnnxRuntime(bundle))
+
+
+def _head(recipe: SpaceRecipe | MiniRecipe, corpus: Corpus, towers: Recognizer) -> NDArray[np.float32]:
     """Class vectors, float32 [C,D], from words and TRAIN photos."""
     rows = corpus.select(source="actions", part=TRAIN)
-    features = _embed(towers, corpus, rows) if embedded is None else embedded[rows]
-    text = towers.embed_words(corpus.actions)
+    features, text = _embed(towers, corpus, rows), towers.embed_words(corpus.actions)
     return train_head(features, _targets(corpus, rows, corpus.actions), text, recipe.head, recipe.seed)
 
 
@@ -196,17 +215,12 @@ def _finish(
     info: BundleInfo,
     files: dict[str, Path | bytes],
     log: Log,
-    embedded: NDArray[np.float32] | None = None,
 ) -> Bundle:
-    """Fit class vectors on TRAIN, then calibrate on VAL and measure on TEST, as the bundle will serve, and write it.
-
-    ``embedded`` is what the image tower sees in all photos, if that is known.
-    """
+    """Fit class vectors on TRAIN, then calibrate on VAL and measure on TEST, as the bundle will serve, and write it."""
+    with _without_head(info, files) as towers:
+        head = _head(recipe, corpus, towers)
+    files = files | {"head.safetensors": save({"class_vectors": head})}
     with tempfile.TemporaryDirectory() as work:
-        none = save({"class_vectors": np.zeros((len(info.labels), info.embedding_dim), np.float32)})
-        bundle = write_bundle(Path(work) / "untrained", info, files | {"head.safetensors": none})
-        head = _head(recipe, corpus, Recognizer(bundle, OnnxRuntime(bundle)), embedded)
-        files = files | {"head.safetensors": save({"class_vectors": head})}
         bundle = write_bundle(Path(work) / "bundle", info, files)
         recognizer = Recognizer(bundle, OnnxRuntime(bundle))
         parts: dict[str, tuple[list[str], NDArray[np.float32], NDArray[np.int64]]] = {}

@@ -14,14 +14,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cliphar.bundle import fetch_teacher, sha256_file, whole_file
-from cliphar.export import export_teacher_graph
+from cliphar.export import TEACHER_SIZE, export_teacher_graph
 from cliphar.media import to_square
 from cliphar.training._corpus import Corpus
 from cliphar.training._recipe import TeacherRecipe
 
-__all__ = ["TEACHER_SIZE", "teacher_embeddings", "teacher_weights"]
-
-TEACHER_SIZE = 224
+__all__ = ["teacher_embeddings", "teacher_weights"]
 
 
 def teacher_weights(recipe: TeacherRecipe, cache: Path, log: Callable[[str], None]) -> Path:
