@@ -46,7 +46,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def few_crops() -> Iterator[None]:
     """What is proved here does not hang on how many crops prove it; the time it takes does."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cliphar.export._photos._CROPS", 8)
+        patch.setattr("cliphar.export._photos._CROPS", 16)
         patch.setattr("cliphar.runtime._choose._ROUNDS", 1)
         yield
 
