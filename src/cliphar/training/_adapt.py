@@ -52,6 +52,8 @@ def adapt(
 ) -> dict[str, NDArray[np.float32]]:
     """New values for some of ``tensors`` (``ClipTower``'s), by name, a matrix' ``scale`` among them.
 
+    A run that was interrupted goes on after its last epoch.
+
     Args:
         text: float32 [C,D], unit length: the words of the known actions.
     """
@@ -70,8 +72,8 @@ def adapt(
     average = AveragedModel(tuned, multi_avg_fn=get_ema_multi_avg_fn(how.ema))  # type: ignore[no-untyped-call]
     followed = cast(_Tuned, average.module)
     optimizer = torch.optim.AdamW(trained, how.lr, weight_decay=0.0)
-    known = how.batch_size - round(how.others * how.batch_size)
-    per_epoch = max(1, len(acted) // known)
+    known = min(how.batch_size - round(how.others * how.batch_size), len(acted))
+    per_epoch = len(acted) // known
     steps = per_epoch * how.epochs
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / how.warmup_steps) * 0.5 * (1 + math.cos(math.pi * step / steps))
