@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -72,7 +73,7 @@ def adapt(
     average = AveragedModel(tuned, multi_avg_fn=get_ema_multi_avg_fn(how.ema))  # type: ignore[no-untyped-call]
     followed = cast(_Tuned, average.module)
     optimizer = torch.optim.AdamW(trained, how.lr, weight_decay=0.0)
-    known = min(how.batch_size - round(how.others * how.batch_size), len(acted))
+    known = min(max(1, how.batch_size - round(how.others * how.batch_size)), len(acted))
     per_epoch = len(acted) // known
     steps = per_epoch * how.epochs
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -158,6 +159,8 @@ def _look(
                 seen = tower.tokens(torch.from_numpy(squares))
                 if not at:
                     kept = open_memmap(partial, "w+", np.int16, (len(rows), *seen.shape[1:]))
+                    with partial.open("r+b") as file:  # a disk that is full ends a write to mapped pages by SIGBUS
+                        os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
                 kept[at : at + _CHUNK] = seen.view(torch.int16).numpy()
                 with torch.no_grad():
                     parts.append(tower(seen).numpy())
