@@ -60,7 +60,7 @@ def tar_files(path: Path, wanted: Callable[[str], bool] = lambda _: True) -> Ite
 def _files(path: Path, wanted: Callable[[str], bool] = lambda _: True) -> Iterator[tuple[str, bytes]]:
     if path.is_dir():
         for file in files_in(path):
-            if wanted(name := file.relative_to(path.parent).as_posix()):
+            if wanted(name := file.relative_to(path.parent).as_posix()) or file.is_dir():  # one that may not be entered
                 try:
                     yield name, file.read_bytes()
                 except OSError as error:
