@@ -49,8 +49,8 @@ def predict(
     from cliphar.recognizer import load
 
     chosen = chosen_labels(labels, labels_file)
-    _mention_clips(paths)
     files = list(expand(paths))
+    _mention_clips(paths)
     if ray:
         from cliphar.cli._ray import predict_on_ray
 
