@@ -119,8 +119,11 @@ class _Calls(Generic[H]):
 
     def _part(self, content: dict[str, Any], name: str) -> Any:
         if name not in content:
-            raise ClipharError(f"{self._url} answers, but not as cliphar does; is the address right?")
+            raise self._foreign()
         return content[name]
+
+    def _foreign(self) -> ClipharError:
+        return ClipharError(f"{self._url} answers, but not as cliphar does; is the address right?")
 
     def _answers(self, part: list[bytes | MediaError], content: dict[str, Any]) -> Iterator[Answer]:
         told = iter(self._part(content, "predictions") if content else ())
@@ -128,7 +131,8 @@ class _Calls(Generic[H]):
             if isinstance(photo, MediaError):
                 yield photo
             else:
-                one = next(told)
+                if (one := next(told, None)) is None:
+                    raise self._foreign()
                 yield MediaError(one["error"]) if "error" in one else Prediction.from_dict(one)
 
 
@@ -139,7 +143,7 @@ class Client(_Calls[httpx.Client]):
         url: the service's address, such as ``http://127.0.0.1:8000``.
         api_key: for a service that asks for one.
         timeout_s: for each try.
-        retry_s: how long in all to go on trying when the service is busy (429, 503: after as long as it says), cannot
+        retry_s: how long to try a request anew when the service is busy (429, 503: after as long as it says), cannot
             be reached or breaks the connection, as when it is started anew.
 
     Raises:
@@ -303,6 +307,8 @@ def _read(photo: Photo) -> bytes:
         return Path(photo).read_bytes()
     except OSError as error:
         raise MediaError(f"{photo} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # a NUL in it
+        raise MediaError(f"{photo!r} cannot be read: {error}") from error
     except TypeError as error:
         raise MediaError(f"cannot send {type(photo).__name__}; give encoded bytes or a path") from error
 
