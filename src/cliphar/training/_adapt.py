@@ -64,8 +64,7 @@ def adapt(
     rows = np.concatenate([corpus.select(part=TRAIN), corpus.select(source="actions", part=VAL)])
     folder = recipe.data.cache / corpus.sha256[:16]
     tokens, before = _look(tower, corpus, rows, recipe, folder, log)
-    number = {label: i for i, label in enumerate(corpus.actions)}
-    targets = np.array([number.get(str(corpus.labels[row]), -1) for row in rows], np.int64)
+    targets = corpus.targets(rows, corpus.actions)
     train, val = corpus.part[rows] == TRAIN, corpus.part[rows] == VAL
     acted, others = np.flatnonzero(train & (targets >= 0)), np.flatnonzero(train & (targets < 0))
     tuned = _Tuned(tower, train_head(before[acted], targets[acted], text, recipe.head, recipe.seed))

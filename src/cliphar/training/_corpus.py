@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +62,11 @@ class Corpus:
             ],
             np.int64,
         )
+
+    def targets(self, rows: NDArray[np.int64], labels: Sequence[str]) -> NDArray[np.int64]:
+        """Numbers, int64, of the photos' labels in ``labels``; -1 for another or none."""
+        number = {label: i for i, label in enumerate(labels)}
+        return np.array([number.get(str(self.labels[i]), -1) for i in rows], np.int64)
 
 
 def build_corpus(recipe: DataRecipe, log: Callable[[str], None]) -> Corpus:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,7 @@ def _mini(recipe: MiniRecipe, corpus: Corpus, teacher: NDArray[np.float32], log:
     data = DistillData(
         photos=corpus.photo,
         teacher=teacher,
-        targets=_targets(corpus, np.arange(len(corpus.keys)), trained),
+        targets=corpus.targets(np.arange(len(corpus.keys)), trained),
         class_vectors=texts.embed_labels(trained),
         bank=np.concatenate([texts.runtime.encode_text(captions), texts.embed_labels(others)]),
     )
@@ -137,8 +137,8 @@ def _mini(recipe: MiniRecipe, corpus: Corpus, teacher: NDArray[np.float32], log:
         known = np.array([corpus.labels[i] in corpus.actions for i in val])
         actions = (z[known] @ vectors[: len(corpus.actions)].numpy().T).argmax(1)
         sports = (z[~known] @ held_vectors.T).argmax(1)
-        hits = (actions == _targets(corpus, val[known], corpus.actions)).mean()
-        unseen = (sports == _targets(corpus, val[~known], corpus.held_out)).mean()
+        hits = (actions == corpus.targets(val[known], corpus.actions)).mean()
+        unseen = (sports == corpus.targets(val[~known], corpus.held_out)).mean()
         return f"actions {hits:.3f} unseen sports {unseen:.3f}"
 
     checkpoint = recipe.data.cache / corpus.sha256[:16] / f"{recipe.name}.ckpt"
@@ -183,11 +183,6 @@ def _finish_mini(recipe: MiniRecipe, corpus: Corpus, graph: bytes, space: Bundle
     return _finish(recipe, corpus, info, files, log)
 
 
-def _targets(corpus: Corpus, rows: NDArray[np.int64], labels: Sequence[str]) -> NDArray[np.int64]:
-    number = {label: i for i, label in enumerate(labels)}
-    return np.array([number.get(str(corpus.labels[i]), -1) for i in rows], np.int64)
-
-
 def _embed(recognizer: Recognizer, corpus: Corpus, rows: NDArray[np.int64]) -> NDArray[np.float32]:
     found = list(recognizer.embed_images(corpus.photo(int(i)) for i in rows))
     return np.stack([vector for vector in found if isinstance(vector, np.ndarray)])
@@ -206,7 +201,7 @@ def _head(recipe: SpaceRecipe | MiniRecipe, corpus: Corpus, towers: Recognizer) 
     """Class vectors, float32 [C,D], from words and TRAIN photos."""
     rows = corpus.select(source="actions", part=TRAIN)
     features, text = _embed(towers, corpus, rows), towers.embed_words(corpus.actions)
-    return train_head(features, _targets(corpus, rows, corpus.actions), text, recipe.head, recipe.seed)
+    return train_head(features, corpus.targets(rows, corpus.actions), text, recipe.head, recipe.seed)
 
 
 def _finish(
@@ -229,7 +224,7 @@ def _finish(
             for part, name in ((VAL, "val"), (TEST, "test")):
                 rows = corpus.select(part=part, labels=labels)
                 cosines = _embed(recognizer, corpus, rows) @ vectors.T
-                parts[f"{kind}-{name}"] = (labels, cosines, _targets(corpus, rows, labels))
+                parts[f"{kind}-{name}"] = (labels, cosines, corpus.targets(rows, labels))
         captioned = corpus.select(source="captioned", part=VAL)
         sentences = recognizer.runtime.encode_text([corpus.captions[i][0] for i in captioned])
         hits = (sentences @ _embed(recognizer, corpus, captioned).T).argmax(1) == np.arange(len(captioned))
