@@ -20,13 +20,13 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import set_external_data
 
 from cliphar.export._float import fold
+from cliphar.models import CLIP_DEVIATION, CLIP_MEAN
 
 __all__ = ["TEACHER_SIZE", "export_teacher_graph", "teacher_tensors"]
 
 TEACHER_SIZE = 224
 
-_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-_DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+_MEAN, _DEVIATION = np.array([CLIP_MEAN, CLIP_DEVIATION], np.float32)
 _LARGE = 1024
 _PREFIX = "vision_model."
 

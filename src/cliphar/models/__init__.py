@@ -1,6 +1,6 @@
 """Torch encoders that training uses; serving never imports this."""
 
-from cliphar.models._clip_tower import ClipTower
+from cliphar.models._clip_tower import CLIP_DEVIATION, CLIP_MEAN, ClipTower
 from cliphar.models._image_tower import ImageTower
 from cliphar.models._minilm import SentenceEncoder, TextProjection
 from cliphar.models._open_clip import (
@@ -14,6 +14,8 @@ from cliphar.models._open_clip import (
 from cliphar.models._towers import WEIGHTS_FILE, Towers, load_towers, open_clip_towers, save_weights
 
 __all__ = [
+    "CLIP_DEVIATION",
+    "CLIP_MEAN",
     "WEIGHTS_FILE",
     "ClipTower",
     "ImageTower",

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-__all__ = ["ClipTower"]
+__all__ = ["CLIP_DEVIATION", "CLIP_MEAN", "ClipTower"]
 
-_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 _HEAD_WIDTH = 64  # of every CLIP
 
 
@@ -47,7 +47,7 @@ class ClipTower(nn.Module):
     @torch.no_grad()
     def tokens(self, images: Tensor) -> Tensor:
         """What the layers that stay as they are make of uint8 RGB [N,S,S,3]: bfloat16 [N,1+patches,W]."""
-        mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (_MEAN, _DEVIATION))
+        mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_DEVIATION))
         pixels = (images.permute(0, 3, 1, 2).float() / 255 - mean) / deviation
         patches = F.conv2d(pixels, self.patches, stride=self.patches.shape[-1]).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.start.expand(len(images), 1, -1), patches], 1) + self.positions
