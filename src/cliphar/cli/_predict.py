@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -49,8 +48,7 @@ def predict(
     from cliphar.recognizer import load
 
     chosen = chosen_labels(labels, labels_file)
-    files = list(expand(paths))
-    _mention_clips(paths)
+    files = _photos(paths)
     if ray:
         from cliphar.cli._ray import predict_on_ray
 
@@ -80,11 +78,23 @@ def predict(
         raise typer.Exit(1)
 
 
-def _mention_clips(paths: list[str]) -> None:
-    """A folder of a camera's card holds clips too: whoever gives it here should know that they are not looked at."""
-    from cliphar.media import files_in, is_video_name
+def _photos(paths: list[str]) -> list[str]:
+    """What ``expand`` finds. A camera's folder holds clips too: its giver should know that they are not looked at."""
+    from cliphar.media import is_image_name, is_video_name
 
-    for folder in paths:
-        clips = sum(is_video_name(file.name) for file in files_in(Path(folder))) if os.path.isdir(folder) else 0  # noqa: PTH112
+    files: list[str] = []
+    lines: list[str] = []
+    for given in paths:
+        clips: list[str] = []
+
+        def wanted(name: str, clips: list[str] = clips) -> bool:
+            if is_video_name(name):
+                clips.append(name)
+            return is_image_name(name)
+
+        files += expand([given], wanted)
         if clips:
-            print(f"cliphar: {folder} holds videos too ({clips}); run 'cliphar video' on it", file=sys.stderr)
+            lines.append(f"cliphar: {given} holds videos too ({len(clips)}); run 'cliphar video' on it")
+    for line in lines:
+        print(line, file=sys.stderr)
+    return files
