@@ -58,8 +58,9 @@ def host(place: Path, ports: tuple[int, int, int]) -> Iterator[str]:
     assert found
     shown = found[0].replace("listen 443 ssl", f"listen 127.0.0.1:{front} ssl")
     shown = shown.replace("127.0.0.1:8000", f"127.0.0.1:{api}").replace("127.0.0.1:8501", f"127.0.0.1:{page}")
-    # and one that takes the prefix off
-    shown = shown[: shown.rindex("}")] + f"location /cliphar/bare/ {{ proxy_pass http://127.0.0.1:{api}/; }}\n}}"
+    # and one that takes the prefix off, and little at once
+    bare = f"client_max_body_size 1m; proxy_pass http://127.0.0.1:{api}/;"
+    shown = shown[: shown.rindex("}")] + f"location /cliphar/bare/ {{ {bare} }}\n}}"
     folders = "".join(
         f"{kind}_temp_path {place}/{kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
@@ -111,6 +112,9 @@ def test_the_api_and_all_that_it_names_is_below_its_path(
             client.put_vocabulary("two", ["a", "b"])
             assert "timeline" in [*client.video(clip)][-1]
         assert "swagger" in httpx.get(f"{url}/static-offline-docs/swagger-ui.css").text
+    with Client(url) as client:
+        large, small = client.predict([bytes(2**20), photos[0]])
+        assert isinstance(small, Prediction) and "larger than a proxy" in str(large)
     assert httpx.get(f"{trusted}/").json()["docs"] == "/cliphar/api/docs"
     assert httpx.get(f"{trusted}/openapi.json").json()["servers"] == [{"url": "/cliphar/api"}]
     assert httpx.get(f"{trusted}/v1/labels/").headers["location"] == f"{trusted}/v1/labels"

@@ -118,6 +118,21 @@ def test_a_client_takes_any_number_of_photos(api: str, photos: list[Path]) -> No
     assert [getattr(one, "label", str(one)) for one in again] == [*said, said[1]]
 
 
+def test_a_service_that_takes_less_is_sent_less(clean_env: dict[str, str], photos: list[Path]) -> None:
+    several = [*photos[:3], "nowhere.jpg", bytes(2**20), photos[0]]
+
+    async def ask(url: str) -> list[Any]:
+        async with AsyncClient(url) as client:
+            return await client.predict(several)
+
+    with serving(clean_env, "--max-images", "2", "--max-body", "1") as (url, _), Client(url) as client:
+        answers = client.predict(several)
+        again = asyncio.run(ask(url))
+    assert [isinstance(one, Prediction) for one in answers] == [True, True, True, False, False, True]
+    assert answers[5] == answers[0] and "over 1 MB" in str(answers[4])
+    assert [str(one) for one in again] == [str(one) for one in answers]
+
+
 BAD = {
     "no images": {"files": {"other": b"x"}},
     "a misspelt field": {"files": {"images": b"x"}, "data": {"label": "cooking"}},

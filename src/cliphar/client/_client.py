@@ -25,12 +25,17 @@ Photo = bytes | str | PathLike[str]
 Photos = Iterable[Photo] | Photo
 Labels = Sequence[str] | str | None
 Answer = Prediction | MediaError
+_Part = list[bytes | MediaError]
 H = TypeVar("H")
 _Outcome = httpx.Response | httpx.TransportError
 _LONGEST_PAUSE_S = 5.0
 # whose request may have been done when the connection broke is asked again only if twice is as good as once
 _REPEATABLE = ("/v1/predict", "/v1/embed")
-_CALL_PHOTOS, _CALL_BYTES = 16, 48 * 2**20  # of a request; a service takes 64 photos and 64 MB unless told otherwise
+_CALL_PHOTOS, _CALL_BYTES = 16, 48 * 2**20  # of a request; where that is too much, halves are sent
+
+
+class _TooLargeError(ClipharError):
+    """A request is larger than the service, or a proxy before it, takes."""
 
 
 class _Calls(Generic[H]):
@@ -61,22 +66,15 @@ class _Calls(Generic[H]):
         return f"/v1/{kind}/{quote(name, safe='')}"
 
     @staticmethod
-    def _photos(contents: Iterable[bytes]) -> list[tuple[str, tuple[str, bytes, str]]]:
-        return [("images", (f"{i}", content, "application/octet-stream")) for i, content in enumerate(contents)]
+    def _photos(contents: Iterable[bytes | MediaError]) -> list[tuple[str, tuple[str, bytes, str]]]:
+        known = (content for content in contents if isinstance(content, bytes))
+        return [("images", (f"{i}", content, "application/octet-stream")) for i, content in enumerate(known)]
 
     def _lesson(self, name: str, photos: Photos) -> list[tuple[str, tuple[str, bytes, str]]]:
         files = self._photos(map(_read, several(photos)))
         if not files:
             raise UsageError(f"no photos to teach '{name}' from; give some, 8 or more are good")
         return files
-
-    def _requests(
-        self, photos: Photos, labels: Labels, top_k: int, coverage: float
-    ) -> Iterator[tuple[list[bytes | MediaError], dict[str, Any]]]:
-        """Photos in parts that a service takes, and the request for those of each that could be read here."""
-        data = {"top_k": str(top_k), "coverage": str(coverage)} | _labels(labels)
-        for part in _parts(photos):
-            yield part, {"files": self._photos(one for one in part if isinstance(one, bytes)), "data": data}
 
     def _pause_s(self, method: str, path: str, outcome: _Outcome, tries: int, since: float) -> float | None:
         """How long to wait before trying again; None if there is no use."""
@@ -98,11 +96,14 @@ class _Calls(Generic[H]):
             raise self._unreachable(outcome) from outcome
         if outcome.is_success:
             return outcome
+        if outcome.status_code == 413 and "json" not in outcome.headers.get("Content-Type", ""):
+            raise _TooLargeError(f"larger than a proxy before {self._url} takes")
         content = self._content(outcome)
         if isinstance(content, dict) and "predictions" in content:  # not one photo could be read; why, of each
             return outcome
         detail = content.get("detail") if isinstance(content, dict) else None
-        kind = UsageError if outcome.status_code in (401, 403, 404, 422) else ClipharError
+        known = dict.fromkeys((401, 403, 404, 422), UsageError) | {413: _TooLargeError}
+        kind: type[ClipharError] = known.get(outcome.status_code, ClipharError)
         raise kind(str(detail or f"{self._url} answered {outcome.status_code}"))
 
     def _content(self, response: httpx.Response) -> dict[str, Any]:
@@ -125,11 +126,13 @@ class _Calls(Generic[H]):
     def _foreign(self) -> ClipharError:
         return ClipharError(f"{self._url} answers, but not as cliphar does; is the address right?")
 
-    def _answers(self, part: list[bytes | MediaError], content: dict[str, Any]) -> Iterator[Answer]:
-        told = iter(self._part(content, "predictions") if content else ())
+    def _answers(self, part: _Part, content: dict[str, Any] | _TooLargeError) -> Iterator[Answer]:
+        told = iter(self._part(content, "predictions") if isinstance(content, dict) and content else ())
         for photo in part:
             if isinstance(photo, MediaError):
                 yield photo
+            elif isinstance(content, _TooLargeError):
+                yield MediaError(str(content))
             else:
                 if (one := next(told, None)) is None:
                     raise self._foreign()
@@ -186,10 +189,19 @@ class Client(_Calls[httpx.Client]):
 
         ``labels`` may name a list. Photos are read and sent a few at a time.
         """
-        answers: list[Answer] = []
-        for part, body in self._requests(photos, labels, top_k, coverage):
-            answers += self._answers(part, self._call("POST", "/v1/predict", **body) if body["files"] else {})
-        return answers
+        data = {"top_k": str(top_k), "coverage": str(coverage)} | _labels(labels)
+        return [answer for part in _parts(photos) for answer in self._predict(part, data)]
+
+    def _predict(self, part: _Part, data: dict[str, Any]) -> list[Answer]:
+        files = self._photos(part)
+        try:
+            content = self._call("POST", "/v1/predict", files=files, data=data) if files else {}
+        except _TooLargeError as error:
+            if len(files) == 1:
+                return [*self._answers(part, error)]
+            half = len(part) // 2
+            return self._predict(part[:half], data) + self._predict(part[half:], data)
+        return [*self._answers(part, content)]
 
     def video(self, clip: Photo, labels: Labels = None, *, coverage: float = 0.9) -> Iterator[dict[str, Any]]:
         """A clip's lines while the service reads it: ``progress``, each ``segment``, at last the ``timeline``."""
@@ -263,10 +275,19 @@ class AsyncClient(_Calls[httpx.AsyncClient]):
         self, photos: Photos, labels: Labels = None, *, top_k: int = 5, coverage: float = 0.9
     ) -> list[Answer]:
         """See :meth:`Client.predict`."""
-        answers: list[Answer] = []
-        for part, body in self._requests(photos, labels, top_k, coverage):
-            answers += self._answers(part, await self._call("POST", "/v1/predict", **body) if body["files"] else {})
-        return answers
+        data = {"top_k": str(top_k), "coverage": str(coverage)} | _labels(labels)
+        return [answer for part in _parts(photos) for answer in await self._predict(part, data)]
+
+    async def _predict(self, part: _Part, data: dict[str, Any]) -> list[Answer]:
+        files = self._photos(part)
+        try:
+            content = await self._call("POST", "/v1/predict", files=files, data=data) if files else {}
+        except _TooLargeError as error:
+            if len(files) == 1:
+                return [*self._answers(part, error)]
+            half = len(part) // 2
+            return await self._predict(part[:half], data) + await self._predict(part[half:], data)
+        return [*self._answers(part, content)]
 
     async def model(self) -> dict[str, Any]:
         """See :meth:`Client.model`."""
@@ -313,8 +334,8 @@ def _read(photo: Photo) -> bytes:
         raise MediaError(f"cannot send {type(photo).__name__}; give encoded bytes or a path") from error
 
 
-def _parts(photos: Photos) -> Iterator[list[bytes | MediaError]]:
-    part: list[bytes | MediaError] = []
+def _parts(photos: Photos) -> Iterator[_Part]:
+    part: _Part = []
     size = 0
     for photo in several(photos):
         try:
