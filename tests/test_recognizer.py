@@ -280,7 +280,8 @@ def test_unknown_with_the_embedded_model(mini: Recognizer, photos: list[Path]) -
 def test_the_json_form(mini: Recognizer, photos: list[Path]) -> None:
     answer = mini.predict(photos[0], top_k=3)
     plain = json.loads(json.dumps(answer.to_dict()))
-    assert set(plain) == {"label", "score", "set", "top"}
+    assert set(plain) == {"label", "score", "set", "top", "evidence"}
+    assert Prediction.from_dict(plain).to_dict() == plain
     assert plain["label"] == answer.label
     assert plain["score"] == pytest.approx(answer.score, abs=1e-6)
     assert plain["set"] == list(answer.set)

@@ -387,6 +387,7 @@ def test_the_command(tmp_path: Path, clean_env: dict[str, str]) -> None:
     assert {"path", "duration_s", "segments"} <= set(answer)
     assert answer["duration_s"] == pytest.approx(12, abs=0.2)
     assert {"start_s", "end_s", "label", "score", "set"} == set(answer["segments"][0])
+    assert {"path": answer["path"]} | Timeline.from_dict(answer).to_dict() == answer
     assert all(Path(out).stat().st_size for out in outs)
 
     mixed = run(str(tmp_path / "bad.mp4"), str(good))

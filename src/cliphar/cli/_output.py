@@ -118,7 +118,8 @@ class Writer:
                 pyarrow, parquet = _pyarrow()
                 score = [("label", pyarrow.string()), ("score", pyarrow.float64())]
                 lists = [("set", pyarrow.list_(pyarrow.string())), ("top", pyarrow.list_(pyarrow.struct(score)))]
-                schema = pyarrow.schema([("path", pyarrow.string()), *score, *lists])  # the same without any answer
+                columns = [("path", pyarrow.string()), *score, *lists, ("evidence", pyarrow.float64())]
+                schema = pyarrow.schema(columns)  # the same without any answer
                 parquet.write_table(pyarrow.Table.from_pylist(self._rows, schema=schema), target)
             else:
                 with target.open("w", encoding="utf-8", newline="") as file:
@@ -129,10 +130,10 @@ class Writer:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in self._rows)
             return
         table = csv.writer(file)
-        table.writerow(["path", "label", "score", "set", "top"])
+        table.writerow(["path", "label", "score", "set", "top", "evidence"])
         for row in self._rows:
             top = "; ".join(f"{entry['label']} {entry['score']}" for entry in row["top"])
-            table.writerow([row["path"], row["label"], row["score"], "; ".join(row["set"]), top])
+            table.writerow([row["path"], row["label"], row["score"], "; ".join(row["set"]), top, row["evidence"]])
 
 
 def _pyarrow() -> tuple[Any, Any]:

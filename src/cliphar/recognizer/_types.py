@@ -34,15 +34,16 @@ class Prediction:
 
     @classmethod
     def from_dict(cls, told: Mapping[str, Any]) -> Prediction:
-        """The answer of a JSON form that has its evidence too, as a service sends it."""
+        """The answer of its JSON form, as of a service or of a line of ``cliphar predict --json``."""
         top = tuple(Score(one["label"], one["score"]) for one in told["top"])
         return cls(told["label"], told["score"], tuple(told["set"]), top, told["evidence"])
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form: label, score, set and top; scores to six digits."""
+        """The JSON form; scores and evidence to six digits."""
         return {
             "label": self.label,
             "score": round(self.score, 6),
             "set": list(self.set),
             "top": [{"label": label, "score": round(score, 6)} for label, score in self.top],
+            "evidence": round(self.evidence, 6),
         }

@@ -220,10 +220,7 @@ def _checked(content: Any) -> Asked:
 
 def answers(model: str, found: list[Prediction | MediaError]) -> dict[str, Any]:
     """The JSON form; ProblemError 422 if no photo could be read, with the same for each of them."""
-    predictions = [
-        {"error": str(one)} if isinstance(one, MediaError) else one.to_dict() | {"evidence": round(one.evidence, 6)}
-        for one in found
-    ]
+    predictions = [{"error": str(one)} if isinstance(one, MediaError) else one.to_dict() for one in found]
     if all(isinstance(one, MediaError) for one in found):
         reasons = "; ".join(dict.fromkeys(str(one) for one in found))
         raise ProblemError(422, reasons, more={"predictions": predictions})

@@ -50,7 +50,7 @@ async def stream(
     coverage: Annotated[float, Query(gt=0, lt=1)] = 0.9,
 ) -> None:
     """Binary messages, an encoded image each; for each that is answered a text message, JSON: ``frame`` (its number,
-    from 0), ``latency_ms``, and what a ``LiveAnswer`` holds with its ``evidence``, or ``error``."""
+    from 0), ``latency_ms``, and what a ``LiveAnswer`` holds, or ``error``."""
 
     def watch(service: Service) -> Live:
         return Live(service.recognizer, service.labels(labels), coverage=coverage, top_k=top_k)
@@ -78,8 +78,7 @@ async def stream(
                 if isinstance(found, MediaError):
                     said = {"error": str(found)}
                 else:
-                    steady = await asyncio.to_thread(live.push_embedding, found, came)
-                    said = steady.to_dict() | {"evidence": round(steady.prediction.evidence, 6)}
+                    said = (await asyncio.to_thread(live.push_embedding, found, came)).to_dict()
             except (ProblemError, UsageError) as error:
                 said = {"error": str(error)}
             except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,11 @@ class Segment:
     label: str
     score: float
     set: tuple[str, ...]
+
+    @classmethod
+    def from_dict(cls, told: Mapping[str, Any]) -> Segment:
+        """The segment of its JSON form."""
+        return cls(told["start_s"], told["end_s"], told["label"], told["score"], tuple(told["set"]))
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form: times to milliseconds, the score to six digits."""
@@ -58,6 +64,13 @@ class Timeline:
     embedded: int
     reuse_error: float | None = None
     warning: str | None = None
+
+    @classmethod
+    def from_dict(cls, told: Mapping[str, Any]) -> Timeline:
+        """The timeline of its JSON form, as of a service or of ``cliphar video --json``."""
+        segments = tuple(Segment.from_dict(one) for one in told["segments"])
+        counts = told["frames"], told["embedded"], told["reuse_error"]
+        return cls(told["duration_s"], segments, *counts, told.get("warning"))
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form; ``warning`` only if there is one."""

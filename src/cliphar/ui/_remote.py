@@ -94,10 +94,9 @@ class RemoteBackend:
             if "progress" in line:
                 yield Progress(**line["progress"])
             elif "segment" in line:
-                yield _segment(line["segment"])
+                yield Segment.from_dict(line["segment"])
             else:
-                told = line["timeline"]
-                yield Timeline(**(told | {"segments": tuple(_segment(one) for one in told["segments"])}))
+                yield Timeline.from_dict(line["timeline"])
 
     def watch(self, labels: Sequence[str]) -> Watch:
         """Over a WebSocket, whose answers the service smooths."""
@@ -133,10 +132,6 @@ class RemoteBackend:
         """For all who ask this service."""
         self._told_at = -_FRESH_S  # also where it is refused: another may have had it forgotten
         self._client.forget(name)
-
-
-def _segment(told: dict[str, Any]) -> Segment:
-    return Segment(**(told | {"set": tuple(told["set"])}))
 
 
 class _Watch:
