@@ -6,7 +6,7 @@ import copy
 import os
 import threading
 from collections import Counter, OrderedDict, deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import islice
@@ -122,8 +122,7 @@ class Recognizer:
     def embed_words(self, labels: Sequence[str]) -> NDArray[np.float32]:
         """Label vectors, float32 [C,D], unit length, by their words alone, whatever was trained or taught; cached.
 
-        Each is the mean of its prompts' embeddings and, if the glossary describes it, of its descriptions' in equal
-        parts.
+        Each is the mean, in equal parts, of its prompts' embeddings and its descriptions', if the glossary has any.
         """
         found = self._cached(labels)
         if len(found) < len(set(labels)):
@@ -343,13 +342,18 @@ class Recognizer:
             pool.shutdown(wait=False, cancel_futures=True)
 
     @overload
-    def predict(  # type: ignore[overload-overlap]  # str and bytes are sequences too, but one photo here
+    def predict(  # type: ignore[overload-overlap]  # str and bytes are collections too, but one photo here
         self, images: ImageLike, labels: Iterable[str] | None = None, *, top_k: int = 5, coverage: float = 0.9
     ) -> Prediction: ...
 
     @overload
     def predict(
-        self, images: Sequence[ImageLike], labels: Iterable[str] | None = None, *, top_k: int = 5, coverage: float = 0.9
+        self,
+        images: Collection[ImageLike],
+        labels: Iterable[str] | None = None,
+        *,
+        top_k: int = 5,
+        coverage: float = 0.9,
     ) -> list[Prediction]: ...
 
     @overload
@@ -359,7 +363,7 @@ class Recognizer:
 
     def predict(
         self,
-        images: ImageLike | Sequence[ImageLike] | Iterator[ImageLike],
+        images: ImageLike | Collection[ImageLike] | Iterator[ImageLike],
         labels: Iterable[str] | None = None,
         *,
         top_k: int = 5,
@@ -368,7 +372,7 @@ class Recognizer:
         """What the people in the photos are doing.
 
         Args:
-            images: one photo (path, encoded bytes, PIL image or array), a list of them, or a generator.
+            images: one photo (path, encoded bytes, PIL image or array), a list or column of them, or a generator.
             labels: any actions in plain words; None takes the bundle's own.
             top_k: how many labels ``top`` holds at most.
             coverage: how often the prediction set should hold the true label, between 0 and 1.
@@ -384,7 +388,7 @@ class Recognizer:
         answers = _raising(self.stream(given, labels, top_k=top_k, coverage=coverage))
         if given is not images:
             return next(answers)
-        return list(answers) if isinstance(images, Sequence) else answers
+        return list(answers) if isinstance(images, Collection) else answers
 
 
 def _raising(answers: Generator[Prediction | MediaError, None, None]) -> Iterator[Prediction]:
