@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.numpy import save
 
-from cliphar.bundle import Bundle, BundleInfo, write_bundle
+from cliphar.bundle import Bundle, BundleInfo, find_bundle, read_bundle, write_bundle
 from cliphar.errors import BundleError, ClipharError, MediaError, UsageError
 from cliphar.recognizer import Background, Recognizer, fit_background, gda_vectors, read_background
 from cliphar.serving._state import State
@@ -218,6 +218,11 @@ def test_teaching_from_the_command_line(tmp_path: Path, clean_env: dict[str, str
     assert "from 3 photos" in more.stdout
     assert cliphar("model", "verify", "./mine").returncode == 0
     assert "below: stroking a cat, waving\n" in cliphar("model", "show", "./mine").stdout
+    change = ("--model", "./mine", "--out", "mine")
+    assert cliphar("model", "forget", "sulking", *change).returncode == 2
+    assert cliphar("model", "forget", "Waving", *change).stdout.endswith("taught are: stroking a cat\n")
+    assert cliphar("model", "forget", "stroking_a cat", *change).returncode == 0
+    assert read_bundle(tmp_path / "mine").info == find_bundle("mini").info
 
 
 def test_a_fork_shares_what_was_taught_and_learns_on_its_own(pupil: Recognizer) -> None:

@@ -7,18 +7,24 @@ import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cliphar.cli._options import Model, expand
 from cliphar.errors import BundleError, UsageError
 
+if TYPE_CHECKING:
+    from cliphar.recognizer import Recognizer
+
 __all__ = ["app"]
 
 app = typer.Typer(help="Show, verify, pull, teach and promote models.", no_args_is_help=True, rich_markup_mode=None)
 
 _Name = Annotated[str | None, typer.Argument(help="A model's name or a bundle's directory.", show_default="mini")]
+_Out = Annotated[
+    Path, typer.Option("--out", "-o", help="The folder of the changed model; --model's own, to change that.")
+]
 
 
 @app.command("list")
@@ -111,26 +117,14 @@ def pull(
 def teach(
     name: Annotated[str, typer.Argument(help="The new action, in plain words.")],
     photos: Annotated[list[str], typer.Argument(help="Photos of it, folders of them, or patterns; 8 to 16 are good.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder of the model that knows it.")],
+    out: _Out,
     model: Model = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Teach a model one more action from a few photos. What it knew stays as it was."""
-    from cliphar.bundle import find_bundle, write_bundle
-    from cliphar.recognizer import TAUGHT_FILE, Recognizer
-    from cliphar.runtime import OnnxRuntime
-
-    bundle = find_bundle(model)
-    again = out.exists() and out.resolve() == bundle.path.resolve()
-    if out.exists() and not again:
-        raise UsageError(f"{out} exists; choose another place, or give it as --model too, to teach it more")
-    recognizer = Recognizer(bundle, OnnxRuntime(bundle))
+    recognizer = _to_change(model, out)
     lesson = recognizer.teach(name, expand(photos))
-    files = {file: bundle.file(file) for file in bundle.info.files}
-    with tempfile.TemporaryDirectory() as work:
-        files[TAUGHT_FILE] = Path(work) / TAUGHT_FILE
-        recognizer.save_taught(files[TAUGHT_FILE])
-        write_bundle(out, bundle.info, files, overwrite=again)
+    _keep(recognizer, out)
     for error in lesson.refused:
         print(f"cliphar: {error}", file=sys.stderr)
     if as_json:
@@ -144,6 +138,45 @@ def teach(
             )
     if lesson.refused:
         raise typer.Exit(1)
+
+
+@app.command()
+def forget(
+    name: Annotated[str, typer.Argument(help="An action that it was taught; 'cliphar model show' lists them.")],
+    out: _Out,
+    model: Model = None,
+) -> None:
+    """Forget an action that a model was taught. One that was trained too is answered as it was trained again."""
+    recognizer = _to_change(model, out)
+    recognizer.forget(name)
+    _keep(recognizer, out)
+    taught = ", ".join(recognizer.taught) or "none"
+    print(f"{out} has forgotten '{name}'; taught are: {taught}")
+
+
+def _to_change(model: str | None, out: Path) -> Recognizer:
+    from cliphar.bundle import find_bundle
+    from cliphar.recognizer import Recognizer
+    from cliphar.runtime import OnnxRuntime
+
+    bundle = find_bundle(model)
+    if out.exists() and out.resolve() != bundle.path.resolve():
+        raise UsageError(f"{out} exists; choose another place, or give it as --model too, to change it")
+    return Recognizer(bundle, OnnxRuntime(bundle))
+
+
+def _keep(recognizer: Recognizer, out: Path) -> None:
+    """Write the model with what it was taught; it may stand at ``out``, and nothing else may."""
+    from cliphar.bundle import write_bundle
+    from cliphar.recognizer import TAUGHT_FILE
+
+    bundle = recognizer.bundle
+    files = {file: bundle.file(file) for file in bundle.info.files if file != TAUGHT_FILE}
+    with tempfile.TemporaryDirectory() as work:
+        if recognizer.taught:
+            files[TAUGHT_FILE] = Path(work) / TAUGHT_FILE
+            recognizer.save_taught(files[TAUGHT_FILE])
+        write_bundle(out, bundle.info, files, overwrite=out.resolve() == bundle.path.resolve())
 
 
 @app.command()
