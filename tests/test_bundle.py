@@ -401,6 +401,12 @@ def test_class_vectors_come_in_the_order_of_the_labels(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found, vectors())
 
 
+def test_a_name_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
+    for use in (read_bundle, make_bundle):
+        with pytest.raises(BundleError, match=r"b\\udcff: the name is no UTF-8"):
+            use(tmp_path / "b\udcff")
+
+
 def raw_safetensors(dtype: str, bytes_each: int) -> bytes:
     size = len(LABELS) * DIM * bytes_each
     entry = {"dtype": dtype, "shape": [len(LABELS), DIM], "data_offsets": [0, size]}

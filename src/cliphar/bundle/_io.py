@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from cliphar.bundle._schema import SCHEMA_VERSION, BundleInfo, FileInfo, is_inside
-from cliphar.errors import BundleError, naming
+from cliphar.errors import BundleError, naming, printable
 
 __all__ = ["BUNDLE_JSON", "Bundle", "read_bundle", "sha256_file", "whole_file", "write_bundle", "write_whole"]
 
@@ -85,7 +85,7 @@ def read_bundle(path: Path | str, *, verify: bool = True) -> Bundle:
     Raises:
         BundleError: missing, malformed, newer than this version reads, or a file absent, cut short or altered.
     """
-    root = Path(path)
+    root = _nameable(Path(path))
     manifest = root / BUNDLE_JSON
     try:
         raw = json.loads(manifest.read_bytes())
@@ -110,6 +110,13 @@ def read_bundle(path: Path | str, *, verify: bool = True) -> Bundle:
         except OSError as error:
             raise BundleError(f"cannot read {name} of bundle {root}: {error}; {_mend(root, error, 'pull')}") from error
     return Bundle(root, info)
+
+
+def _nameable(root: Path) -> Path:
+    """BundleError where an engine could open no file of the bundle; theirs take paths as UTF-8 text."""
+    if (shown := printable(str(root))) != str(root):
+        raise BundleError(f"no bundle can be at {shown}: the name is no UTF-8, which engines need; rename the folder")
+    return root
 
 
 def _mend(root: Path, error: Exception, again: str) -> str:
@@ -210,7 +217,7 @@ def write_bundle(
     Raises:
         BundleError: ``target`` exists and is not to be replaced, or is no bundle; or a file's path leaves the bundle.
     """
-    root = Path(target)
+    root = _nameable(Path(target))
     for name in files:
         if not is_inside(name):
             raise BundleError(f"path {name!r} leaves the bundle; give one below it, with forward slashes")
