@@ -209,11 +209,9 @@ def test_the_contract_of_an_answer(mini: Recognizer, photos: list[Path], labels:
         scores = [score for _, score in answer.top]
         assert [label for label, _ in answer.top] == sorted(asked, key=lambda label: -dict(answer.top)[label])
         assert sum(scores) == pytest.approx(1)
-        assert scores == sorted(scores, reverse=True)
         assert all(0 <= score <= 1 for score in scores)
         assert answer.label in (answer.top[0].label, "unknown")
         assert answer.score == answer.top[0].score
-        assert answer.set
         assert answer.set[0] == answer.top[0].label
         assert answer.set == tuple(label for label, _ in answer.top)[: len(answer.set)]
         assert -1.001 <= answer.evidence <= 1.001
@@ -231,9 +229,10 @@ def test_the_set_grows_with_coverage(mini: Recognizer, photos: list[Path]) -> No
     for labels in (None, WORDS):
         before: set[str] = set()
         for coverage in (0.01, 0.3, 0.5, 0.55, 0.8, 0.9, 0.93, 0.98, 0.99):
-            now = set(mini.predict(photos[0], labels, coverage=coverage).set)
-            assert before <= now
-            before = now
+            unsure = mini.predict(photos[-1], labels, coverage=coverage)
+            assert before <= set(unsure.set)
+            assert unsure.set[0] == unsure.top[0].label
+            before = set(unsure.set)
         beyond_what_was_fitted = mini.predict(photos[0], labels, coverage=0.9999)
         assert len(beyond_what_was_fitted.set) == len(labels or mini.labels)
 

@@ -6,11 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cliphar.bundle import Calibration
-from cliphar.errors import UsageError
 from cliphar.labels import UNKNOWN
 from cliphar.recognizer._types import Prediction, Score
 
-__all__ = ["conformal_threshold", "mean_direction", "probabilities", "to_predictions"]
+__all__ = ["mean_direction", "probabilities", "to_predictions"]
 
 
 def mean_direction(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -29,10 +28,8 @@ def probabilities(cosines: NDArray[np.float32], logit_scale: float) -> NDArray[n
     return shares
 
 
-def conformal_threshold(calibration: Calibration, coverage: float) -> float:
+def _threshold(calibration: Calibration, coverage: float) -> float:
     """The bound on 1 - p(label) of the next fitted coverage at or above this one, in (0, 1); 1 above the last."""
-    if not 0 < coverage < 1:
-        raise UsageError(f"coverage {coverage} is not between 0 and 1; 0.9 is usual")
     for fitted, threshold in calibration.conformal:
         if fitted >= coverage - 1e-9:
             return threshold
@@ -43,7 +40,7 @@ def to_predictions(
     cosines: NDArray[np.float32], labels: tuple[str, ...], calibration: Calibration, top_k: int, coverage: float
 ) -> list[Prediction]:
     """One prediction a row of cosines, float [N,C]."""
-    bound = conformal_threshold(calibration, coverage)
+    bound = _threshold(calibration, coverage)
     answers = []
     for row, evidence in zip(probabilities(cosines, calibration.logit_scale), cosines.max(1), strict=True):
         order = np.argsort(-row, kind="stable")
