@@ -20,8 +20,8 @@ def export(
         str,
         typer.Option(
             "--to",
-            help="onnx-fp32, -fp16, -w8, -int8, openvino, openvino-bf16, -int8, torch-export, torchscript, tensorrt, "
-            "tensorrt-int8, with commas; or triton or kserve.",
+            help="Comma-separated: onnx-fp32, onnx-fp16, onnx-w8, onnx-int8, openvino, openvino-bf16, openvino-int8, "
+            "torch-export, torchscript, tensorrt, tensorrt-int8. Or one of triton and kserve.",
         ),
     ],
     out: Annotated[
@@ -29,15 +29,16 @@ def export(
     ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(help="Photos, in LABEL/PHOTO to measure accuracy too.", show_default="the package's three"),
+        typer.Option(
+            help="Photos to calibrate and verify with; LABEL/PHOTO measures accuracy too.",
+            show_default="the package's three",
+        ),
     ] = None,
-    runtime: Annotated[str, typer.Option(help="For triton and kserve: which runtime to lay out.")] = "onnx",
-    max_loss: Annotated[
-        float, typer.Option(min=0, max=1, help="How much top-1 accuracy an 8-bit runtime may lose.")
-    ] = 0.005,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a target.")] = False,
+    runtime: Annotated[str, typer.Option(help="For triton and kserve: the runtime to use.")] = "onnx",
+    max_loss: Annotated[float, typer.Option(min=0, max=1, help="How much top-1 accuracy a runtime may lose.")] = 0.005,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per target.")] = False,
 ) -> None:
-    """Make quicker or smaller runtimes of a model. One that answers otherwise than the reference is refused."""
+    """Add faster or smaller runtimes to a model. One whose answers differ from the reference's is refused."""
     from cliphar.bundle import find_bundle
 
     targets = [name.strip() for name in to.split(",") if name.strip()]

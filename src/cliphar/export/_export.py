@@ -51,7 +51,7 @@ def export_bundle(
         out: where the extended bundle goes, with what else export made of it there; None extends it in place, and
             one inside the package in the models' store.
         photos: a folder or tar of photos, see :func:`read_proof`.
-        max_loss: how much top-1 accuracy, 0..1, an 8-bit runtime may lose.
+        max_loss: how much top-1 accuracy, 0..1, a runtime may lose.
         say: told what is going on.
 
     Returns:
