@@ -17,13 +17,13 @@ def page(
     api: Annotated[
         str | None,
         typer.Option(
-            envvar="CLIPHAR_API_URL", help="A running cliphar serve that answers.", show_default="answer by itself"
+            envvar="CLIPHAR_API_URL", help="URL of a running 'cliphar serve' to ask.", show_default="answer by itself"
         ),
     ] = None,
     model: Model = None,
     base_path: BasePath = "",
 ) -> None:
-    """Open the web page: photos, video, camera, teaching."""
+    """Start the web page: photos, video, camera, teaching."""
     from cliphar.ui import launch
 
     launch(host, port, api=api, model=model, base_path=base_path)

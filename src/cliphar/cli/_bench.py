@@ -36,18 +36,18 @@ def _numbers(text: str, option: str) -> list[int]:
 def bench(
     model: Annotated[str, typer.Argument(help="A model's name or a bundle's directory.")] = "mini",
     runtime: Annotated[
-        str | None, typer.Option(help="Which, with commas.", show_default="all of the bundle, and pytorch")
+        str | None, typer.Option(help="Runtimes, comma-separated.", show_default="all of the bundle, and pytorch")
     ] = None,
-    batch: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "1,8",
+    batch: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,8",
     threads: Annotated[
-        str | None, typer.Option(help="CPU threads, with commas.", show_default="what the container allows")
+        str | None, typer.Option(help="CPU threads, comma-separated.", show_default="as many as allowed")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.1, help="For each runtime and batch.")] = 2.0,
-    data: Annotated[Path | None, typer.Option(help="Photos in LABEL/PHOTO, to measure accuracy too.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a picture of speed and accuracy.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Seconds to measure each runtime and batch size.")] = 2.0,
+    data: Annotated[Path | None, typer.Option(help="Photos as LABEL/PHOTO, to measure accuracy too.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot of speed and accuracy.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure how quick each runtime is on this machine, in turns, beside plain PyTorch; memory and accuracy too."""
+    """Compare the runtimes on this machine. Measures speed, memory and accuracy, in turns, beside plain PyTorch."""
     from cliphar.bench import plot_bench, run_bench
     from cliphar.bundle import find_bundle
 

@@ -22,7 +22,7 @@ _Source = Annotated[
     str, typer.Argument(help="A folder, a tar, WebDataset shards, a .csv/.jsonl/.parquet manifest, or hub:OWNER/NAME.")
 ]
 _Cache = Annotated[Path, typer.Option(help="Where decoded photos are kept.")]
-_Json = Annotated[bool, typer.Option("--json", help="One JSON object.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 _CACHE = Path("runs/cache")
 _SHOWN = 5
 
@@ -48,8 +48,8 @@ def _read(source: str, cache: Path) -> tuple[PhotoSource, PhotoSet]:
 def check(source: _Source, as_json: _Json = False, cache: _Cache = _CACHE) -> None:
     """Find unreadable files, near-duplicates and imbalance.
 
-    Near-duplicates are counted across parts and with different labels too. Exit status 1 if there are files that
-    cannot be read.
+    Near-duplicates across parts or with different labels are counted too. The exit status is 1 if a file cannot be
+    read.
     """
     from cliphar.data import check_photos
 
@@ -101,16 +101,16 @@ def stats(source: _Source, as_json: _Json = False, cache: _Cache = _CACHE) -> No
 @app.command()
 def split(
     source: _Source,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The new folder: OUT/train/LABEL/PHOTO and so on.")],
-    val: Annotated[float, typer.Option(help="The share of each label kept for calibration.")] = 0.08,
-    test: Annotated[float, typer.Option(help="The share of each label kept for the reported figures.")] = 0.08,
-    seed: Annotated[int, typer.Option(help="Draws the parts; the recipes' own is 7.")] = 7,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The new folder, with train/LABEL/PHOTO and so on.")],
+    val: Annotated[float, typer.Option(help="Share of each label kept for calibration.")] = 0.08,
+    test: Annotated[float, typer.Option(help="Share of each label kept for the reported figures.")] = 0.08,
+    seed: Annotated[int, typer.Option(help="Seed of the split; recipes use 7.")] = 7,
     cache: _Cache = _CACHE,
 ) -> None:
     """Copy labelled photos into train, val and test.
 
-    Every label is divided alike, and near-duplicates stay on one side. Parts that the source itself names are kept.
-    'cliphar train' and 'cliphar eval' then take the parts as they are.
+    Every label is split in the same shares, and near-duplicates stay on one side. Parts that the source itself names
+    are kept. 'cliphar train' and 'cliphar eval' then use the parts as they are.
     """
     from cliphar.data import assign_parts, copy_parts
 

@@ -40,7 +40,7 @@ Finding = tuple[bool | None, str, str]
 
 
 def doctor() -> None:
-    """Say what is here, what is missing, and the command that mends it."""
+    """Check this machine, and say how to fix what is wrong."""
     from cliphar.runtime import available_providers
 
     logging.getLogger("cliphar.runtime").setLevel(logging.ERROR)  # its warnings name this command

@@ -32,28 +32,29 @@ _Listed = list[tuple[Path, str]]
 
 def evaluate(
     data: Annotated[
-        Path, typer.Option("--data", "-d", help="A folder of LABEL/PHOTO or LABEL/CLIP; _ in LABEL is a space.")
+        Path, typer.Option("--data", "-d", help="A folder of LABEL/PHOTO or LABEL/CLIP; _ in LABEL stands for a space.")
     ],
     model: Model = None,
     labels: Labels = None,
     labels_file: LabelsFile = None,
     against: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Another model, compared with on the same photos.")
+        str | None, typer.Option(metavar="MODEL", help="Another model to compare with on the same photos.")
     ] = None,
     novel: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Also measure on labels that the model was not trained on.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Also measure on this folder of labels that the model was not trained on."),
     ] = None,
     report: Annotated[
         list[Path] | None,
         typer.Option("--report", "-r", help="Also write a report, .html or .json, with plots and the worst mistakes."),
     ] = None,
     coverage: Coverage = 0.9,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     runtime: Runtime = None,
     provider: Provider = None,
     threads: Threads = None,
 ) -> None:
-    """Measure a model on labelled photos or clips. Without --labels the folder's own names are the choice."""
+    """Measure a model on labelled photos or clips. Without --labels, it chooses among the folders' names."""
     from cliphar.evaluation import Evaluation, analyse, compare, confident_mistakes, write_report
     from cliphar.evaluation import evaluate as figures_of
     from cliphar.recognizer import load

@@ -35,7 +35,7 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     name="cliphar",
     cls=_Commands,
-    help="What are the people in this picture doing? Actions in plain words, without retraining.",
+    help="Recognise what people do in photos, videos and camera feeds. Name any actions in plain English.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -19,17 +19,19 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Show, verify, pull, teach and promote models.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="List, show, verify, pull, teach and promote models.", no_args_is_help=True, rich_markup_mode=None
+)
 
 _Name = Annotated[str | None, typer.Argument(help="A model's name or a bundle's directory.", show_default="mini")]
 _Out = Annotated[
-    Path, typer.Option("--out", "-o", help="The folder of the changed model; --model's own, to change that.")
+    Path, typer.Option("--out", "-o", help="The folder for the changed model; that of --model changes it in place.")
 ]
 
 
 @app.command("list")
 def list_() -> None:
-    """Models by name, whether they are ready, and where they are."""
+    """List models, whether they are ready, and where they are."""
     from cliphar.bundle import list_models
 
     models = list_models()
@@ -41,9 +43,9 @@ def list_() -> None:
 @app.command()
 def show(
     model: _Name = None,
-    as_json: Annotated[bool, typer.Option("--json", help="All of bundle.json.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all of bundle.json.")] = False,
 ) -> None:
-    """The model's card."""
+    """Print a model's card."""
     from rich.console import Console
 
     from cliphar.bundle import find_bundle
@@ -63,7 +65,7 @@ def show(
 
 @app.command()
 def verify(model: _Name = None) -> None:
-    """Compare every file with its digest, and run both graphs once."""
+    """Check every file's digest, and run both graphs once."""
     import numpy as np
 
     from cliphar.bundle import find_bundle
@@ -80,12 +82,10 @@ def verify(model: _Name = None) -> None:
 
 @app.command()
 def pull(
-    model: Annotated[str, typer.Argument(help="The model to complete.")],
-    source: Annotated[
-        str | None, typer.Option("--from", help="A file, folder or address to take it from instead of the network.")
-    ] = None,
+    model: Annotated[str, typer.Argument(help="The model to download.")],
+    source: Annotated[str | None, typer.Option("--from", help="A file, folder or URL to take it from instead.")] = None,
 ) -> None:
-    """Fetch what the package leaves out of a model. It is checked and put in place.
+    """Download a model, check it and put it in place.
 
     MODEL is clip-b16; or, with cliphar[train], clip-vit-b32, siglip2-b16, mobileclip2-s0 or open_clip:ARCHITECTURE/TAG.
     """
@@ -116,12 +116,12 @@ def pull(
 @app.command()
 def teach(
     name: Annotated[str, typer.Argument(help="The new action, in plain words.")],
-    photos: Annotated[list[str], typer.Argument(help="Photos of it, folders of them, or patterns; 8 to 16 are good.")],
+    photos: Annotated[list[str], typer.Argument(help="Photos of it, folders of them, or patterns; 8 to 16 work well.")],
     out: _Out,
     model: Model = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Teach a model one more action from a few photos. What it knew stays as it was."""
+    """Teach a model one more action from a few photos. What it knew before does not change."""
     recognizer = _to_change(model, out)
     lesson = recognizer.teach(name, expand(photos))
     _keep(recognizer, out)
@@ -142,11 +142,11 @@ def teach(
 
 @app.command()
 def forget(
-    name: Annotated[str, typer.Argument(help="An action that it was taught; 'cliphar model show' lists them.")],
+    name: Annotated[str, typer.Argument(help="A taught action; 'cliphar model show' lists them.")],
     out: _Out,
     model: Model = None,
 ) -> None:
-    """Forget an action that a model was taught. One that was trained too is answered as it was trained again."""
+    """Forget a taught action. If it was also trained, the trained one answers again."""
     recognizer = _to_change(model, out)
     recognizer.forget(name)
     _keep(recognizer, out)
@@ -182,14 +182,12 @@ def _keep(recognizer: Recognizer, out: Path) -> None:
 @app.command()
 def promote(
     candidate: Annotated[str, typer.Argument(help="The model that may take the other's place.")],
-    over: Annotated[
-        Path, typer.Option(metavar="BUNDLE", help="The bundle whose place it takes; there may be none yet.")
-    ],
+    over: Annotated[Path, typer.Option(metavar="BUNDLE", help="The bundle to replace; it need not exist yet.")],
     data: Annotated[Path, typer.Option("--data", "-d", help="A folder of LABEL/PHOTO or LABEL/CLIP, new to both.")],
-    level: Annotated[float, typer.Option(min=0, max=1, help="The p-value that is enough.")] = 0.05,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    level: Annotated[float, typer.Option(min=0, max=1, help="The largest p-value that counts as better.")] = 0.05,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Put a model in another's place if it is better. The same photos or clips decide, by McNemar's exact test."""
+    """Replace a model if another is better. The same photos or clips decide, by McNemar's exact test."""
     from cliphar.bundle import write_bundle
     from cliphar.cli._eval import answer_all, read_labelled
     from cliphar.evaluation import compare

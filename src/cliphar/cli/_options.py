@@ -44,13 +44,13 @@ Labels = Annotated[
     list[str] | None,
     typer.Option("--labels", "-l", metavar="<str>", help='Actions to choose from: "cooking, riding a bike".'),
 ]
-LabelsFile = Annotated[Path | None, typer.Option("--labels-file", help="Actions to choose from, one a line.")]
+LabelsFile = Annotated[Path | None, typer.Option("--labels-file", help="File of actions to choose from, one per line.")]
 Coverage = Annotated[
     float, typer.Option(envvar="CLIPHAR_COVERAGE", help="How often the prediction set should hold the true label.")
 ]
 Provider = Annotated[
     str | None,
-    typer.Option(envvar="CLIPHAR_PROVIDER", help="cpu, cuda, tensorrt or openvino.", show_default="the best present"),
+    typer.Option(envvar="CLIPHAR_PROVIDER", help="cpu, cuda, tensorrt or openvino.", show_default="the best available"),
 ]
 Runtime = Annotated[
     str | None,
@@ -58,7 +58,7 @@ Runtime = Annotated[
 ]
 Threads = Annotated[
     int | None,
-    typer.Option(envvar="CLIPHAR_THREADS", min=1, help="CPU threads.", show_default="what the container allows"),
+    typer.Option(envvar="CLIPHAR_THREADS", min=1, help="CPU threads.", show_default="as many as allowed"),
 ]
 PagePort = Annotated[int, typer.Option(envvar="CLIPHAR_APP_PORT", min=1, max=65535, help="The port of the web page.")]
 RootPath = Annotated[
@@ -66,7 +66,7 @@ RootPath = Annotated[
     typer.Option(
         envvar="CLIPHAR_ROOT_PATH",
         callback=_prefix,
-        help="The path under which a proxy has the API: /cliphar/api.",
+        help="Path of the API behind a proxy, such as /cliphar/api.",
         show_default="none",
     ),
 ]
@@ -75,7 +75,7 @@ BasePath = Annotated[
     typer.Option(
         envvar="CLIPHAR_APP_BASE_PATH",
         callback=_prefix,
-        help="The path under which a proxy has the web page: /cliphar.",
+        help="Path of the web page behind a proxy, such as /cliphar.",
         show_default="none",
     ),
 ]

@@ -32,18 +32,18 @@ def predict(
     model: Model = None,
     top_k: Annotated[int, typer.Option("--top-k", "-k", help="How many labels to show.")] = 5,
     coverage: Coverage = 0.9,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")] = False,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Also write all answers to a .csv, .jsonl or .parquet file.")
     ] = None,
     ray: Annotated[
-        bool, typer.Option("--ray", help="On a Ray cluster; photos may be in .tar shards, --out is a folder.")
+        bool, typer.Option("--ray", help="Run on a Ray cluster; photos may be in .tar shards, --out is a folder.")
     ] = False,
     runtime: Runtime = None,
     provider: Provider = None,
     threads: Threads = None,
 ) -> None:
-    """Say what the people in the photos are doing."""
+    """Recognise what people are doing in photos."""
     from cliphar.cli._output import Writer, named_error, progress, show
     from cliphar.recognizer import load
 

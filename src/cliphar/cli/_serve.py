@@ -20,12 +20,13 @@ __all__ = ["serve"]
 def serve(
     model: Model = None,
     host: Annotated[str, typer.Option(envvar="CLIPHAR_HOST", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(envvar="CLIPHAR_PORT", min=0, max=65535, help="Port.")] = 8000,
+    port: Annotated[int, typer.Option(envvar="CLIPHAR_PORT", min=0, max=65535, help="Port to listen on.")] = 8000,
     runtime: Runtime = None,
     provider: Provider = None,
     threads: Threads = None,
     workers: Annotated[
-        int, typer.Option(envvar="CLIPHAR_WORKERS", min=1, max=64, help="Processes, each with the model.")
+        int,
+        typer.Option(envvar="CLIPHAR_WORKERS", min=1, max=64, help="Processes, each with its own copy of the model."),
     ] = 1,
     state: Annotated[
         Path | None, typer.Option(envvar="CLIPHAR_STATE", help="Where vocabularies and taught actions are kept.")
@@ -33,7 +34,7 @@ def serve(
     queue_size: Annotated[int, typer.Option(envvar="CLIPHAR_QUEUE_SIZE", min=1, help="Photos that may wait.")] = 256,
     max_batch: Annotated[
         int,
-        typer.Option(envvar="CLIPHAR_MAX_BATCH", min=1, max=256, help="Photos the model is given at once, at most."),
+        typer.Option(envvar="CLIPHAR_MAX_BATCH", min=1, max=256, help="Photos given to the model at once, at most."),
     ] = 16,
     keep: Annotated[
         int,
@@ -41,37 +42,50 @@ def serve(
             "--keep-photos",
             envvar="CLIPHAR_KEEP_PHOTOS",
             min=0,
-            help="Photos whose embeddings are kept, so that one asked for again costs no model.",
+            help="Photos whose embeddings are kept, so that asking again does not run the model.",
         ),
     ] = 1024,
     deadline: Annotated[
         float, typer.Option(envvar="CLIPHAR_DEADLINE_S", min=0.001, help="Seconds a request may take.")
     ] = 30.0,
     drain: Annotated[
-        int, typer.Option(envvar="CLIPHAR_DRAIN_S", min=1, help="Seconds to answer what came in before a stop.")
+        int,
+        typer.Option(
+            envvar="CLIPHAR_DRAIN_S", min=1, help="Seconds to finish the requests that came in before a stop."
+        ),
     ] = 30,
-    max_body: Annotated[int, typer.Option(envvar="CLIPHAR_MAX_BODY_MB", min=1, help="MB of a request's body.")] = 64,
-    max_images: Annotated[int, typer.Option(envvar="CLIPHAR_MAX_IMAGES", min=1, help="Photos in a request.")] = 64,
+    max_body: Annotated[
+        int, typer.Option(envvar="CLIPHAR_MAX_BODY_MB", min=1, help="Largest request body, in MB.")
+    ] = 64,
+    max_images: Annotated[
+        int, typer.Option(envvar="CLIPHAR_MAX_IMAGES", min=1, help="Photos allowed per request.")
+    ] = 64,
     max_pixels: Annotated[
-        int, typer.Option(envvar="CLIPHAR_MAX_PIXELS", min=1, help="Pixels of a photo.")
+        int, typer.Option(envvar="CLIPHAR_MAX_PIXELS", min=1, help="Largest photo, in pixels.")
     ] = 50_000_000,
-    max_labels: Annotated[int, typer.Option(envvar="CLIPHAR_MAX_LABELS", min=1, help="Labels in a request.")] = 500,
+    max_labels: Annotated[
+        int, typer.Option(envvar="CLIPHAR_MAX_LABELS", min=1, help="Labels allowed per request.")
+    ] = 500,
     api_keys: Annotated[
-        Path | None, typer.Option(envvar="CLIPHAR_API_KEYS", help="Ask for keys: a file of 'NAME SHA256' lines.")
+        Path | None, typer.Option(envvar="CLIPHAR_API_KEYS", help="Require keys: a file of 'NAME SHA256' lines.")
     ] = None,
     rate: Annotated[
         int | None,
-        typer.Option(envvar="CLIPHAR_RATE_PER_MINUTE", min=1, help="Requests a minute of one key or address."),
+        typer.Option(
+            envvar="CLIPHAR_RATE_PER_MINUTE", min=1, help="Requests allowed per minute from one key or address."
+        ),
     ] = None,
     cors: Annotated[
-        str | None, typer.Option(envvar="CLIPHAR_CORS_ORIGINS", help="Origins of pages that may call, with commas.")
+        str | None,
+        typer.Option(envvar="CLIPHAR_CORS_ORIGINS", help="Origins of web pages that may call, comma-separated."),
     ] = None,
     root_path: RootPath = "",
     image_urls: Annotated[
-        bool, typer.Option("--image-urls", envvar="CLIPHAR_IMAGE_URLS", help="Fetch images by address, if public.")
+        bool,
+        typer.Option("--image-urls", envvar="CLIPHAR_IMAGE_URLS", help="Fetch images from public URLs in requests."),
     ] = False,
 ) -> None:
-    """Answer over HTTP: photos in, actions out. /docs describes it."""
+    """Start the HTTP API. Its documentation is at /docs."""
     if find_spec("fastapi") is None or find_spec("structlog") is None:
         raise UsageError("the API needs FastAPI and others; run: pip install 'cliphar[serve]'")
     with tempfile.TemporaryDirectory(prefix="cliphar-metrics-") if workers > 1 else nullcontext() as shared:

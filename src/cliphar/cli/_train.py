@@ -27,13 +27,13 @@ _Following = tuple[Callable[[str], None], "Callable[[StepReport], None]"]
 def train(
     recipe: Annotated[Path, typer.Argument(help="The recipe's YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as in data.source=../photos")] = None,
-    show: Annotated[bool, typer.Option("--show", help="Print what would run, and stop.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint of a stopped run.")] = False,
+    show: Annotated[bool, typer.Option("--show", help="Print every setting and stop.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint of a stopped run.")] = False,
     ray: Annotated[
-        int | None, typer.Option(min=1, metavar="WORKERS", help="Train on a Ray cluster, in so many processes.")
+        int | None, typer.Option(min=1, metavar="WORKERS", help="Train on a Ray cluster, in this many processes.")
     ] = None,
 ) -> None:
-    """Train a bundle by a recipe. Stopped by a signal, it writes a checkpoint and exits with 128 + the signal."""
+    """Train a model from a recipe. Stopped by a signal, it writes a checkpoint and exits with 128 + the signal."""
     try:
         import torch  # noqa: F401
     except ImportError as error:

@@ -31,7 +31,7 @@ def up(
     root_path: RootPath = "",
     base_path: BasePath = "",
 ) -> None:
-    """Start the API and the web page. If one of them ends, so does the other."""
+    """Start the API and the web page. If one of them stops, so does the other."""
     near = "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104 - nothing is bound
     # whatever proxy is there for others
     direct = ",".join(filter(None, [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), near]))

@@ -38,19 +38,19 @@ def video(
     paths: Annotated[
         list[str],
         typer.Argument(
-            help="Videos, folders of videos, or patterns such as 'cam/*.mp4'; or one camera: rtsp://..., http://..., "
-            "/dev/video0 or camera:0, until Ctrl-C."
+            help="Videos, folders of videos, or patterns such as 'cam/*.mp4'; or one camera to watch until Ctrl-C: "
+            "rtsp://..., http://..., /dev/video0 or camera:0."
         ),
     ],
     labels: Labels = None,
     labels_file: LabelsFile = None,
     model: Model = None,
     coverage: Coverage = 0.9,
-    multi_label: Annotated[bool, typer.Option("--multi-label", help="Several actions may be done at once.")] = False,
-    fps: Annotated[
-        float | None, typer.Option(help="Frames looked at a second.", show_default="what the model names")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a video, or a change.")] = False,
+    multi_label: Annotated[bool, typer.Option("--multi-label", help="Several actions may happen at once.")] = False,
+    fps: Annotated[float | None, typer.Option(help="Frames to look at per second.", show_default="the model's")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per video, or per change on a camera.")
+    ] = False,
     out: Annotated[
         list[Path] | None,
         typer.Option(
@@ -64,7 +64,7 @@ def video(
     provider: Provider = None,
     threads: Threads = None,
 ) -> None:
-    """Say what is done when in videos, or now before a camera."""
+    """Recognise what happens when in videos, or now on a camera."""
     from cliphar.media import is_camera, is_video_name
     from cliphar.recognizer import load
 
