@@ -1,4 +1,4 @@
-// node examples/predict.mjs PHOTO [URL]; in a page, allow its origin: cliphar serve --cors https://page.example
+// node examples/predict.mjs PHOTO [URL]; from a web page, allow its origin: cliphar serve --cors https://page.example
 import { readFile } from "node:fs/promises";
 
 const [photo, url = "http://127.0.0.1:8000"] = process.argv.slice(2);

@@ -10,7 +10,7 @@ echo
 # the image alone
 curl -sSf --data-binary "@$photo" -H "Content-Type: image/jpeg" "$url/v1/predict?labels=taking%20a%20photo,sleeping"
 echo
-# a list under a name, and what it is used for
+# a vocabulary, which is a list of labels under a name, and a request that uses it
 curl -sSf -X PUT -H "Content-Type: application/json" -d '["mowing the lawn", "taking a photo"]' "$url/v1/labels/garden"
 echo
 curl -sSf -F "images=@$photo" -F labels=garden "$url/v1/predict"
