@@ -8,7 +8,7 @@ TORCH := torch==2.13.0 torchvision==0.28.0
 .DEFAULT_GOAL := help
 .PHONY: help run test lint types lock clean
 
-help:  ## what there is
+help:  ## list these targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 $(BIN)/cliphar: pyproject.toml constraints.txt
@@ -27,15 +27,15 @@ run: $(BIN)/cliphar  ## start the API and the web page on this machine
 test: $(VENV)/.dev lint types  ## lint, types and tests
 	$(BIN)/pytest
 
-lint: $(VENV)/.dev  ## style
+lint: $(VENV)/.dev  ## check the style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(VENV)/.dev  ## mypy --strict
+types: $(VENV)/.dev  ## check types with mypy --strict
 	$(BIN)/mypy
 
-lock: $(VENV)/.dev  ## write constraints.txt anew from what is installed
+lock: $(VENV)/.dev  ## update constraints.txt from what is installed
 	$(BIN)/pip freeze --exclude-editable | sed -E 's/\+cpu$$//' | grep -v ' @ ' > constraints.txt
 
-clean:  ## remove what make made
+clean:  ## remove what make created
 	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache
