@@ -26,6 +26,7 @@ from cliphar.evaluation import (
     macro_f1,
     mcnemar,
     model_card,
+    paired_interval,
     reliability,
     write_report,
 )
@@ -86,6 +87,15 @@ def test_intervals_hold_the_true_accuracy_as_often_as_they_say() -> None:
     assert held >= 52
 
 
+@pytest.mark.parametrize("right", [0, 9, 10, 20])
+def test_few_photos_prove_little(right: int) -> None:
+    best = ["a"] * right + ["b"] * (20 - right)
+    found = analyse(answers(best), ["a"] * 20, LABELS).ci95
+    expected = binomtest(right, 20).proportion_ci(method="wilson")
+    assert found["top1"] == found["coverage"] == pytest.approx((expected.low, expected.high), abs=1e-4)
+    assert found["top5"] == pytest.approx((0.8389, 1), abs=1e-4)
+
+
 def test_the_interval_of_macro_f1_is_that_of_resampled_photos() -> None:
     random = np.random.default_rng(2)
     truth = random.choice(LABELS, 200).tolist()
@@ -122,7 +132,19 @@ def test_comparison_by_hand() -> None:
     assert found.difference_ci95[0] < 0.2 < found.difference_ci95[1]
     assert found.p_value == pytest.approx(binomtest(3, 4).pvalue)
     same = compare(answers(truth), answers(truth), truth, "same")
-    assert (same.difference, same.difference_ci95, same.p_value) == (0, (0, 0), 1)
+    assert (same.difference, same.p_value) == (0, 1)
+    assert same.difference_ci95 == pytest.approx((-0.23, 0.23), abs=0.01)  # of ten photos
+
+
+def test_an_interval_holds_the_difference_and_agrees_with_the_test() -> None:
+    random = np.random.default_rng(0)
+    for photos, gain, loss in ((20, 0.1, 0.02), (30, 0.05, 0.0), (100, 0.02, 0.0), (675, 0.05, 0.03)):
+        drawn = random.multinomial(photos, (gain, loss, 1 - gain - loss), 400)
+        ends = [paired_interval(int(a), int(b), photos) for a, b, _ in drawn]
+        assert np.mean([low <= gain - loss <= high for low, high in ends]) > 0.93
+    for won in range(1, 13):
+        assert (paired_interval(won, 0, 675)[0] > 0) == (mcnemar(won, 0) <= 0.05)
+    assert paired_interval(5, 0, 5)[1] == 1
 
 
 def test_harmonic_mean() -> None:

@@ -2,7 +2,7 @@
 
 from cliphar.evaluation._analysis import Analysis, ClassReport, Mistake, analyse, confident_mistakes
 from cliphar.evaluation._card import model_card
-from cliphar.evaluation._compare import Comparison, compare, harmonic_mean, mcnemar
+from cliphar.evaluation._compare import Comparison, compare, harmonic_mean, mcnemar, paired_interval
 from cliphar.evaluation._fit import fit_calibration
 from cliphar.evaluation._metrics import Bin, Report, evaluate, expected_calibration_error, macro_f1, reliability
 from cliphar.evaluation._plots import confusion_svg, reliability_svg
@@ -31,6 +31,7 @@ __all__ = [
     "macro_f1",
     "mcnemar",
     "model_card",
+    "paired_interval",
     "reliability",
     "reliability_svg",
     "segment_f1",

@@ -45,7 +45,8 @@ class Mistake:
 class Analysis:
     """A report with what lies behind it.
 
-    ``ci95`` maps a figure's name to the ends of its 95 % interval (percentile bootstrap over photos; Efron, 1979).
+    ``ci95`` maps a figure's name to the ends of its 95 % interval: Wilson's (1927) for shares of the photos, for the
+    others the percentile bootstrap over photos (Efron, 1979).
     ``confusion`` is int64 [C,C]: row i, column j counts the photos of ``labels[i]`` that were answered ``labels[j]``.
     ``reliability`` holds the bins that have photos.
     """
@@ -118,7 +119,7 @@ def analyse(predictions: Sequence[Prediction], truth: Sequence[str], labels: Seq
     return Analysis(
         labels=tuple(labels),
         report=report,
-        ci95=_intervals(predictions, truth, true, best, count, seed),
+        ci95=_intervals(report, np.array([len(p.set) for p in predictions]), true, best, count, seed),
         classes=classes,
         confusion=confusion,
         reliability=reliability(np.array([p.score for p in predictions]), true == best),
@@ -126,36 +127,34 @@ def analyse(predictions: Sequence[Prediction], truth: Sequence[str], labels: Seq
 
 
 def _intervals(
-    predictions: Sequence[Prediction],
-    truth: Sequence[str],
+    report: Report,
+    sizes: NDArray[np.int64],
     true: NDArray[np.int64],
     best: NDArray[np.int64],
     count: int,
     seed: int,
 ) -> dict[str, tuple[float, float]]:
-    pairs = list(zip(predictions, truth, strict=True))
-    means = np.stack(
-        [
-            true == best,
-            [t in [score.label for score in p.top[:5]] for p, t in pairs],
-            [t in p.set for p, t in pairs],
-            [len(p.set) for p, _ in pairs],
-        ]
-    ).astype(np.float64)
     random = np.random.default_rng(seed)
-    n = len(pairs)
-    drawn: dict[str, list[float]] = {name: [] for name in ("top1", "top5", "coverage", "set_size", "macro_f1")}
+    n = len(true)
+    drawn: dict[str, list[float]] = {"set_size": [], "macro_f1": []}
     for _ in range(_RESAMPLES):
         # how often each photo is drawn, when n photos are drawn with replacement
         times = np.bincount(random.integers(0, n, n), minlength=n).astype(np.float64)
-        for name, mean in zip(drawn, means @ times / n, strict=False):
-            drawn[name].append(float(mean))
-        hits = np.bincount(true, times * means[0], count)
+        drawn["set_size"].append(float(sizes @ times / n))
+        hits = np.bincount(true, times * (true == best), count)
         cases, claims = np.bincount(true, times, count), np.bincount(best, times, count)
         there = cases > 0
         drawn["macro_f1"].append(float((2 * hits[there] / (cases + claims)[there]).mean()))
-    ends = {name: np.quantile(values, (0.025, 0.975)) for name, values in drawn.items()}
+    ends = {name: _wilson(getattr(report, name), n) for name in ("top1", "top5", "coverage")}
+    ends |= {name: tuple(np.quantile(values, (0.025, 0.975))) for name, values in drawn.items()}
     return {name: (round(float(low), 6), round(float(high), 6)) for name, (low, high) in ends.items()}
+
+
+def _wilson(share: float, n: int) -> tuple[float, float]:
+    """A bootstrap of a few photos, all answered rightly, would say that none ever will be answered wrongly."""
+    z = 1.96
+    middle, half = share + z**2 / (2 * n), z * (share * (1 - share) / n + (z / (2 * n)) ** 2) ** 0.5
+    return (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
 
 
 def confident_mistakes(

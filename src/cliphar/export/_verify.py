@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from cliphar.bundle import Bundle
 from cliphar.errors import ClipharError
+from cliphar.evaluation import paired_interval
 from cliphar.runtime import Runtime
 
 __all__ = ["TOLERANCES", "RefusedError", "embed", "head_of", "measure", "refusal"]
@@ -52,7 +53,7 @@ def measure(
 
     ``cosine_mean`` and ``cosine_min`` of the embeddings, ``max_difference`` of their components, ``agreement`` of
     top-1 answers; with ``truth`` also ``accuracy``, ``accuracy_reference`` and their difference with its 95 %
-    interval (of paired answers; normal approximation to McNemar's difference).
+    interval (:func:`~cliphar.evaluation.paired_interval`).
     """
     cosines = (reference * answers).sum(1)
     theirs, ours = (reference @ head.T).argmax(1), (answers @ head.T).argmax(1)
@@ -64,14 +65,14 @@ def measure(
         "agreement": float((theirs == ours).mean()),
     }
     if truth is not None:
-        change = (ours == truth).astype(np.float64) - (theirs == truth)
-        half = 1.96 * float(change.std()) / np.sqrt(len(change))
+        change = (ours == truth).astype(np.int64) - (theirs == truth)
+        low, high = paired_interval(int((change > 0).sum()), int((change < 0).sum()), len(change))
         values |= {
             "accuracy": float((ours == truth).mean()),
             "accuracy_reference": float((theirs == truth).mean()),
             "accuracy_difference": float(change.mean()),
-            "difference_low": float(change.mean()) - half,
-            "difference_high": float(change.mean()) + half,
+            "difference_low": low,
+            "difference_high": high,
         }
     return {key: round(value, 6) for key, value in values.items()}
 
