@@ -62,6 +62,8 @@ def test_the_client_asks_nothing_of_no_photos_and_has_no_answer_without_labels(a
         for ask in (client.predict, lambda photo, labels: list(client.video(photo, labels))):
             with pytest.raises(UsageError, match="no labels"):
                 ask(photos[0], [])
+        with pytest.raises(UsageError, match="1000 labels are too many; at most 500"):
+            client.predict(photos[0], map(str, range(1000)))
 
 
 def test_three_kinds_of_body(api: str, photos: list[Path]) -> None:

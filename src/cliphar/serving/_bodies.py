@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
 
 from cliphar.errors import MediaError
+from cliphar.labels import MAX_LABELS
 from cliphar.recognizer import Prediction
 from cliphar.serving._document import reference
 from cliphar.serving._problems import ProblemError, said
@@ -138,7 +139,7 @@ async def read_asked(request: Request, settings: Settings) -> tuple[Sequence[byt
         budget = Budget(settings.max_body_mb)
         return await asyncio.gather(*(_image(text, settings, budget) for text in asked.images)), asked
     if kind == "multipart/form-data":
-        async with request.form(max_files=1000, max_fields=1000) as form:
+        async with request.form(max_files=1000, max_fields=2 * MAX_LABELS) as form:
             contents = await photos_of(form, *_QUESTION)
             question = _question(request.query_params) | _question(form)
             return contents, _checked(question | {"images": ["-"] * len(contents)})
