@@ -40,7 +40,7 @@ __all__ = [
 
 
 class Asked(BaseModel):
-    """A question: photos, and what to choose from."""
+    """A question: photos, and the labels to choose from."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -48,19 +48,19 @@ class Asked(BaseModel):
         list[str],
         Field(
             min_length=1,
-            description="Photos in base64; a data: URL will do, and an http(s) one where that is switched on.",
+            description="Photos in base64 or as data: URLs; http(s) URLs too if the service allows them.",
         ),
     ]
     labels: Annotated[
         list[str] | str | None,
-        Field(description="A list of words, words with commas between them, or a vocabulary's name."),
+        Field(description="A list of labels, comma-separated labels, or a vocabulary's name."),
     ] = None
     top_k: Annotated[int, Field(ge=1, le=1000)] = 5
     coverage: Annotated[float, Field(gt=0, lt=1)] = 0.9
 
 
 class Scored(BaseModel):
-    """A label and its share."""
+    """A label and its score."""
 
     label: str
     score: float
@@ -83,7 +83,7 @@ class Unread(BaseModel):
 
 
 class Answers(BaseModel):
-    """One answer a photo, in order."""
+    """One answer per photo, in order."""
 
     model: str
     predictions: list[Answer | Unread]
@@ -93,7 +93,7 @@ FILE: dict[str, Any] = {"type": "string", "format": "binary"}
 PHOTOS: dict[str, Any] = {"type": "array", "items": FILE, "minItems": 1}
 _QUESTION: dict[str, dict[str, Any]] = {
     # else /docs asks "string"
-    "labels": {"type": "string", "description": "Words with commas between, or a vocabulary's name.", "default": ""},
+    "labels": {"type": "string", "description": "Comma-separated labels, or a vocabulary's name.", "default": ""},
     "top_k": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 5},
     "coverage": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1, "default": 0.9},
 }
@@ -203,7 +203,8 @@ def _one_or_many(labels: list[str]) -> list[str] | str | None:
 
 async def _of_query(
     labels: Annotated[
-        list[str] | None, Query(description="Words with commas between, or a name; several are a label each.")
+        list[str] | None,
+        Query(description="Comma-separated labels, or a vocabulary's name; if repeated, each is one label."),
     ] = None,
 ) -> list[str] | str | None:
     return _one_or_many(labels or [])

@@ -31,7 +31,7 @@ def reference(model: type[BaseModel]) -> dict[str, str]:
     return {"$ref": f"#/components/schemas/{model.__name__}"}
 
 
-_RETRY = {"description": "With 429 and 503: after how many seconds to come again.", "schema": {"type": "integer"}}
+_RETRY = {"description": "With 429 and 503: seconds to wait before trying again.", "schema": {"type": "integer"}}
 PROBLEM_RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {
         "description": description,
@@ -49,12 +49,12 @@ def _operation_id(route: APIRoute) -> str:
 OPENAPI: dict[str, Any] = {
     "title": "cliphar",
     "description": (
-        "What are the people in this picture doing? Actions in plain words, without retraining.\n\n"
-        "A camera's frames go over a WebSocket, `/v1/stream`, of which OpenAPI cannot speak: see docs/serving.md."
+        "Recognise what people do in photos, clips and camera feeds. Name any actions in plain English.\n\n"
+        "For a camera there is a WebSocket, `/v1/stream`, which OpenAPI cannot describe: see docs/serving.md."
     ),
     "license_info": {"name": "Apache License 2.0", "identifier": "Apache-2.0"},
     "openapi_tags": [
-        {"name": "recognition", "description": "Photos and clips in, actions out; what to choose from."},
+        {"name": "recognition", "description": "Photos and clips in, actions out; vocabularies and taught actions."},
         {"name": "open inference protocol", "description": "KServe v2, for clients such as Triton's."},
         {"name": "earlier clients", "description": "Kept for clients of an earlier generation."},
         {"name": "operations", "description": "Probes and metrics."},

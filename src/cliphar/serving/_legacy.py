@@ -44,20 +44,20 @@ class EarlierAnswer(BaseModel):
 
 @router.get("/")
 async def root(request: Request, service: TheService) -> dict[str, Any]:
-    """What this is."""
+    """The service's name, version and model."""
     name, docs = service.recognizer.bundle.info.name, f"{request.scope['root_path']}/docs"
     return {"name": "cliphar", "version": __version__, "model": name, "docs": docs}
 
 
 @router.get("/health")
 async def health(service: TheService) -> dict[str, Any]:
-    """Whether it answers."""
+    """Whether the service answers."""
     return {"status": "healthy" if service.ready else "starting", "model_loaded": service.ready}
 
 
 @router.post("/predict", name="earlier_predict", response_model=EarlierAnswer)
 async def predict(asked: EarlierPhoto, service: TheService) -> dict[str, Any]:
-    """One photo, in base64 or by its address."""
+    """Recognise one photo, in base64 or by its URL."""
     if (asked.image_data is None) == (asked.image_url is None):
         raise ProblemError(422, "give image_data or image_url, one of the two")
     if asked.image_data is not None:
@@ -76,7 +76,7 @@ async def predict(asked: EarlierPhoto, service: TheService) -> dict[str, Any]:
 async def predict_image(
     request: Request, service: TheService, top_k: Annotated[int, Query(ge=1, le=1000)] = 5
 ) -> dict[str, Any]:
-    """One photo as a file of a form, whatever the field's name."""
+    """Recognise one photo, a file of a form; the field may have any name."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise ProblemError(415, "send multipart/form-data with a file")
     async with request.form() as form:

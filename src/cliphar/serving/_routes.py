@@ -47,7 +47,9 @@ class ModelSummary(BaseModel):
     description: str
     runtime: str
     labels: list[str]
-    taught: Annotated[dict[str, int], Field(description="From how many photos each action was taught.")]
+    taught: Annotated[
+        dict[str, int], Field(description="The taught actions, and how many photos each was taught from.")
+    ]
     image_size: int
     embedding_dim: int
     metrics: dict[str, Metrics]
@@ -65,14 +67,14 @@ class Model(ModelSummary):
 class Lesson(BaseModel):
     name: str
     photos: int
-    refused: Annotated[list[str], Field(description="Why photos could not be read, which were left out.")]
-    recall: Annotated[float | None, Field(description="The share of photos that the others teach, 0..1.")]
+    refused: Annotated[list[str], Field(description="Why photos were left out that could not be read.")]
+    recall: Annotated[float | None, Field(description="The share of photos recognised by what the others teach, 0..1.")]
     confused_with: list[Scored]
 
 
 @router.post("/predict", response_model=Answers, openapi_extra=PREDICT_BODY)
 async def predict(request: Request, service: TheService) -> dict[str, Any]:
-    """What the people in the photos are doing: multipart ``images``, one raw image, or JSON with base64."""
+    """Recognise actions in photos: multipart ``images``, one raw image, or JSON with base64."""
     contents, asked = await read_asked(request, service.settings)
     found = await service.answer(contents, asked.labels, asked.top_k, asked.coverage)
     return answers(service.recognizer.bundle.info.name, found)
@@ -80,7 +82,7 @@ async def predict(request: Request, service: TheService) -> dict[str, Any]:
 
 @router.post("/embed", response_model=Embeddings, openapi_extra=PREDICT_BODY)
 async def embed(request: Request, service: TheService) -> dict[str, Any]:
-    """The photos' embeddings, unit length; one that cannot be read has its error instead."""
+    """Embed photos as vectors of unit length; one that cannot be read has its error instead."""
     contents, _ = await read_asked(request, service.settings)
     found = await service.embed(contents)
     if all(isinstance(one, MediaError) for one in found):
@@ -91,14 +93,14 @@ async def embed(request: Request, service: TheService) -> dict[str, Any]:
 
 @router.get("/models", response_model=Models)
 async def models(service: TheService) -> dict[str, Any]:
-    """The model that answers: what it knows, how good it was measured to be, what from."""
+    """The model that answers: its labels, measured accuracy and origin."""
     await service.refresh()
     return {"models": [_about(service.recognizer)]}
 
 
 @router.get("/models/{name}", response_model=Model)
 async def model(name: _Name, service: TheService) -> dict[str, Any]:
-    """The same of one model, with its ``card`` in Markdown and its ``evaluation``: what its training measured, as
+    """The same for one model, with its ``card`` in Markdown and its ``evaluation``: what its training measured, as
     ``cliphar eval --report`` writes it, or null."""
     await service.refresh()
     bundle = service.recognizer.bundle
@@ -123,14 +125,14 @@ def _about(recognizer: Recognizer) -> dict[str, Any]:
 
 @router.get("/labels")
 async def vocabularies(service: TheService) -> dict[str, list[str]]:
-    """Named lists of labels: the ready ones and those put here."""
+    """Vocabularies, which are named lists of labels: the built-in ones and those put here."""
     await service.refresh()
     return {name: list(labels) for name, labels in service.state.vocabularies.items()}
 
 
 @router.get("/labels/{name}")
 async def vocabulary(name: _Name, service: TheService) -> list[str]:
-    """One list."""
+    """One vocabulary."""
     await service.refresh()
     known = service.state.vocabularies
     if name not in known:
@@ -142,7 +144,7 @@ async def vocabulary(name: _Name, service: TheService) -> list[str]:
 async def put_vocabulary(
     name: _Name, labels: Annotated[list[str], FailFast(), Body(min_length=1)], service: TheService
 ) -> list[str]:
-    """Keep a list of labels under a name; requests then give the name as ``labels``."""
+    """Keep a list of labels as a vocabulary; requests can then give its name as ``labels``."""
     chosen = service.labels(labels) or ()
     await service.change(service.state.put_vocabulary, name, chosen)
     return list(chosen)
@@ -150,20 +152,20 @@ async def put_vocabulary(
 
 @router.delete("/labels/{name}", status_code=204)
 async def delete_vocabulary(name: _Name, service: TheService) -> Response:
-    """Drop a list that was put here."""
+    """Delete a vocabulary that was put here."""
     return await _drop(service, service.state.delete_vocabulary, name)
 
 
 @router.get("/actions")
 async def actions(service: TheService) -> dict[str, int]:
-    """The actions that were taught, and from how many photos each."""
+    """The taught actions, and how many photos each was taught from."""
     await service.refresh()
     return service.recognizer.taught
 
 
 @router.post("/actions/{name}", response_model=Lesson, openapi_extra=form_body({"images": PHOTOS}))
 async def teach(name: _Name, request: Request, service: TheService) -> dict[str, Any]:
-    """Teach a new action from example photos, multipart ``images``: kept, and known from the next request on."""
+    """Teach an action from photos, multipart ``images``. It is kept, and known from the next request on."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise ProblemError(415, "send multipart/form-data with images")
     async with request.form(max_files=1000, max_fields=1000) as form:
@@ -175,7 +177,7 @@ async def teach(name: _Name, request: Request, service: TheService) -> dict[str,
 
 @router.delete("/actions/{name}", status_code=204)
 async def forget(name: _Name, service: TheService) -> Response:
-    """Forget an action that was taught."""
+    """Forget a taught action."""
     return await _drop(service, service.state.forget, name)
 
 

@@ -34,13 +34,13 @@ _DOCUMENTED: dict[str, Any] = {
 
 @router.get("", name="v2_server")
 async def server() -> dict[str, Any]:
-    """What this server is."""
+    """The server's name, version and extensions."""
     return {"name": "cliphar", "version": __version__, "extensions": ["binary_tensor_data"]}
 
 
 @router.get("/health/live", name="v2_live")
 async def live() -> dict[str, bool]:
-    """The process answers."""
+    """Whether the process answers."""
     return {"live": True}
 
 
@@ -85,7 +85,7 @@ async def metadata(model: str, service: TheService, version: str = _VERSION) -> 
 @router.get("/models/{model}/ready", name="v2_model_ready")
 @router.get("/models/{model}/versions/{version}/ready", name="v2_model_version_ready")
 async def model_ready(model: str, service: TheService, version: str = _VERSION) -> dict[str, Any]:
-    """Whether the model answers: 200, or 503, for many clients look at no more."""
+    """Whether the model answers: status 200 or 503, as many clients look at no more."""
     _check(service, model, version)
     return {"name": model} | await ready(service)
 
@@ -99,7 +99,7 @@ async def infer(
     version: str = _VERSION,
     inference_header_content_length: Annotated[str | None, Header(pattern=r"^\d{1,9}$")] = None,
 ) -> Response:
-    """Photos ``images`` (BYTES [N], base64 in JSON; or UINT8 [N,H,W,3]), and ``labels`` (BYTES [C]) if you like."""
+    """Photos ``images`` (BYTES [N], base64 in JSON; or UINT8 [N,H,W,3]), and optionally ``labels`` (BYTES [C])."""
     _check(service, model, version)
     if request.headers.get("content-encoding", "identity") != "identity":
         raise ProblemError(415, "send the body without compression")

@@ -50,7 +50,7 @@ async def video(
     multi_label: bool = False,
     fps: Annotated[float | None, Query(ge=0.01, le=60)] = None,
 ) -> StreamingResponse:
-    """What is done when: a clip as ``video`` of a form or as a raw ``video/*`` body; the rest in the query.
+    """Recognise what happens when in a clip, ``video`` of a form or a raw ``video/*`` body; the rest in the query.
 
     Lines are ``{"progress": {"time_s", "duration_s"}}``, ``{"segment": {...}}`` as soon as it is decided, and at last
     ``{"timeline": {...}}``, or ``{"error": ...}`` if not one frame can be read.
