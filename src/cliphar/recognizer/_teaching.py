@@ -6,8 +6,9 @@ handful of photos of one action has no covariance to speak of, so mean and covar
 photos, measured once and kept in the bundle: Hariharan et al., "Discriminative Decorrelation for Clustering and
 Classification", ECCV 2012 (https://doi.org/10.1007/978-3-642-33765-9_33).
 
-A taught vector is compared by cosine with vectors that came from text or from training. So it is given their mean
-and their spread on background photos: none has an advantage, and the bundle's calibration holds for it.
+A taught vector is compared by cosine with vectors that came from text or from training. So it is given their mean on
+background photos and, as far as a vector of unit length can have it, their spread: none has an advantage, and the
+bundle's calibration nearly holds for it.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def gda_vectors(
         priors: float32 [C,D], unit length: the labels' text (or earlier class) vectors.
         background: of the same image tower.
         like: float32 [K,D], the vectors that these are to be compared with; each is given their mean response to
-            the background and its spread. None: those of its own prior.
+            the background and, as far as unit length allows, its spread. None: those of its own prior.
         text_photos: what a prior is worth: with as many photos, both count the same.
     """
     centre = background.mean / np.linalg.norm(background.mean)

@@ -65,9 +65,10 @@ class LoopRecipe(Section):
     kept; 0 keeps none. ``patience`` stops after so many epochs without a better validation; 0 never. ``freeze`` holds
     patterns of parameter names, as ``image.backbone._blocks.[0-6].*``, that stay as they are. ``balanced`` draws every
     label equally often. ``mixup`` is the beta distribution's parameter, ``randaugment`` the number of operations a
-    photo, of ``magnitude`` 0..10; ``min_area`` is the least share of a photo that a crop keeps. ``checkpointing``
-    computes activations again instead of keeping them. ``deterministic`` asks the same of a GPU.
-    ``distributed`` says how several processes share the model, where torchrun or Ray starts them.
+    photo, of ``magnitude`` 0..10; ``min_area`` is the least share of a photo that a crop is drawn for: of another
+    shape than the photo, it is then cut at the edges, so that at 1 something is cut off too. ``checkpointing`` computes
+    activations again instead of keeping them. ``deterministic`` asks the same of a GPU. ``distributed`` says
+    how several processes share the model, where torchrun or Ray starts them.
     """
 
     epochs: int = Field(default=3, ge=1)

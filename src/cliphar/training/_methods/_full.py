@@ -1,4 +1,4 @@
-"""All weights, by the contrastive loss of pre-training, then interpolation with those that training started from.
+"""All weights, by labels and the contrastive loss of pre-training, then mixed with those that training started from.
 
 Goyal et al., "Finetune like you pretrain", CVPR 2023 (https://arxiv.org/abs/2212.00638): FLYP. Wortsman et al., "Robust
 fine-tuning of zero-shot models", CVPR 2022 (https://arxiv.org/abs/2109.01903): WiSE-FT; the share of the trained
