@@ -320,13 +320,26 @@ def test_bodies_in_chunks_take_the_room_that_they_need(clean_env: dict[str, str]
 def test_who_asks_too_often_is_still_answered_at_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    keys, answered = Keys(None, 60), 0
-    for _ in range(240):  # two a second
-        now += 0.5
-        with suppress(ProblemError):
-            keys.check(None, None, "10.0.0.1")
-            answered += 1
-    assert answered == 60 + 119
+    keys, answered = Keys(None, 60), [0, 0]
+    for turn, pause in enumerate((0.5, 0)):  # two a second; and after an hour's rest all at once
+        for _ in range(240):
+            now += pause
+            with suppress(ProblemError):
+                keys.check(None, None, "10.0.0.1")
+                answered[turn] += 1
+        now += 3600
+    assert answered == [60 + 119, 60]
+    keys = Keys(None, 2)
+    for caller in ("10.0.0.1", "10.0.0.1", *map(str, range(20_000))):
+        keys.check(None, None, caller)
+        if caller != "10.0.0.1":
+            with pytest.raises(ProblemError) as refused:  # who asks on is not forgotten among the many
+                keys.check(None, None, "10.0.0.1")
+    assert (refused.value.headers or {})["Retry-After"] == "30"
+    assert len(keys._tokens) == 10_000
+    keys.check(None, None, "19999")
+    with pytest.raises(ProblemError):
+        keys.check(None, None, "19999")
 
 
 def test_a_taken_port_is_one_line(clean_env: dict[str, str]) -> None:
@@ -484,6 +497,9 @@ def test_past_capacity_the_answer_is_no_at_once() -> None:
         with pytest.raises(ProblemError) as refused:
             await one.embed([b"\x04", b"\x05"], 10)
         assert (refused.value.status_code, "Retry-After" in (refused.value.headers or {})) == (503, True)
+        one.check_room(1, 10)
+        with pytest.raises(ProblemError, match="queue is full"):
+            one.check_room(1, 0.01)  # it would be worked off too late
         gate.set()
         assert len(await waiting) == 3
         assert len(await one.embed([b"\x04", b"\x05"], 10)) == 2

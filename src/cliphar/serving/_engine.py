@@ -241,8 +241,6 @@ class Engine:
     def _finish(works: Sequence[_Work], results: Sequence[Embedding | Exception]) -> None:
         for work, result in zip(works, results, strict=True):
             work.square = None
-            if work.done.done():
-                continue
             if isinstance(result, Exception) and not isinstance(result, MediaError):
                 work.done.set_exception(result)
                 work.done.exception()  # seen here too, for it may be that nobody waits any more
