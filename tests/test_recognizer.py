@@ -489,7 +489,7 @@ def test_predicting_needs_no_training_library(run_python: Callable[[str], str], 
 
 
 def test_the_package_has_only_its_public_names() -> None:
-    assert cliphar.Prediction is Prediction
+    assert cliphar.UsageError is UsageError
     for name in cliphar.__all__:
         assert getattr(cliphar, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):

@@ -16,14 +16,23 @@ from typing import TYPE_CHECKING, Any
 from cliphar._version import __version__
 
 if TYPE_CHECKING:
-    from cliphar.errors import BundleError, ClipharError, MediaError
+    from cliphar.errors import BundleError, ClipharError, MediaError, UsageError
     from cliphar.recognizer import Prediction, Recognizer, load
 
 # ONNX Runtime 1.32 gives the machine a number, kept in the home, and tells its makers of each session; read as it loads
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # and a Ray that is started here
 
-__all__ = ["BundleError", "ClipharError", "MediaError", "Prediction", "Recognizer", "__version__", "load"]
+__all__ = [
+    "BundleError",
+    "ClipharError",
+    "MediaError",
+    "Prediction",
+    "Recognizer",
+    "UsageError",
+    "__version__",
+    "load",
+]
 
 _HOMES = {
     "BundleError": "cliphar.errors",
@@ -31,6 +40,7 @@ _HOMES = {
     "MediaError": "cliphar.errors",
     "Prediction": "cliphar.recognizer",
     "Recognizer": "cliphar.recognizer",
+    "UsageError": "cliphar.errors",
     "load": "cliphar.recognizer",
 }
 
