@@ -224,6 +224,12 @@ def test_a_provider_that_is_not_present(runtime: OnnxRuntime) -> None:
             OnnxRuntime(runtime.bundle, provider=provider)
 
 
+def test_fewer_threads_than_one(runtime: OnnxRuntime) -> None:
+    for threads in (0, -1):
+        with pytest.raises(UsageError, match="give 1 or more"):
+            load_runtime(runtime.bundle, threads=threads)
+
+
 @pytest.mark.skipif(any(Path("/dev").glob("nvidia[0-9]*")), reason="needs a machine without a GPU of NVIDIA's")
 @pytest.mark.parametrize("provider", [None, "cuda"])
 def test_a_build_for_gpus_says_that_none_is_seen_and_takes_the_cpu(

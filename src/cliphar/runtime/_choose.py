@@ -62,9 +62,11 @@ def load_runtime(
         threads: CPU threads; None takes what the container's quota allows.
 
     Raises:
-        UsageError: the bundle has no such runtime, or its engine is not installed.
+        UsageError: the bundle has no such runtime, its engine is not installed, or ``threads`` is below 1.
         BundleError: it does not run here.
     """
+    if threads is not None and threads < 1:
+        raise UsageError(f"{threads} threads run nothing; give 1 or more, or None for as many as there may be")
     chosen = name or os.environ.get("CLIPHAR_RUNTIME") or None
     if chosen is None:
         chosen = "onnx" if provider else choose_runtime(bundle, threads).name
