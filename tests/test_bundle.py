@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import struct
@@ -102,17 +103,12 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
-    written = write_bundle(tmp_path / "b", make_info(), make_files())
-    read = read_bundle(tmp_path / "b")
+    written = write_bundle(str(tmp_path / "b"), make_info(), make_files())
+    read = read_bundle(str(tmp_path / "b"))
     assert read == written
     assert read.info.model_copy(update={"files": {}}) == make_info()
     assert sorted(read.info.files) == [HEAD, "image.onnx", "sub/plan.bin"]
     assert read.file("sub/plan.bin").read_bytes() == b"plan"
-
-
-def test_a_path_may_be_a_string(tmp_path: Path) -> None:
-    write_bundle(str(tmp_path / "b"), make_info(), make_files())
-    assert read_bundle(str(tmp_path / "b")).info.name == "tiny"
 
 
 def test_parents_of_the_target_are_made(tmp_path: Path) -> None:
@@ -156,14 +152,10 @@ def test_a_written_bundle_can_be_entered_by_others(tmp_path: Path) -> None:
     assert make_bundle(tmp_path / "b").stat().st_mode & 0o777 == 0o755
 
 
-def test_a_moved_bundle_still_reads(tmp_path: Path) -> None:
+def test_a_bundle_that_was_moved_or_is_behind_a_link_reads(tmp_path: Path) -> None:
     make_bundle(tmp_path / "b").rename(tmp_path / "elsewhere")
     assert read_bundle(tmp_path / "elsewhere").path == tmp_path / "elsewhere"
-
-
-def test_a_bundle_behind_a_link_reads(tmp_path: Path) -> None:
-    make_bundle(tmp_path / "b")
-    (tmp_path / "latest").symlink_to(tmp_path / "b", target_is_directory=True)
+    (tmp_path / "latest").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     assert read_bundle(tmp_path / "latest").info.name == "tiny"
 
 
@@ -235,7 +227,6 @@ def test_an_unknown_key_is_refused_by_name(tmp_path: Path) -> None:
     edit_json(root, surprise=1)
     message = refusal(root)
     assert "surprise" in message
-    assert "make the bundle again" in message
 
 
 def test_an_unknown_nested_key_is_refused_with_its_place(tmp_path: Path) -> None:
@@ -297,12 +288,9 @@ def test_impossible_values_are_refused(tmp_path: Path, changes: dict[str, Any]) 
     assert "make the bundle again" in message
 
 
-def test_repeated_labels_are_called_that() -> None:
+def test_repeated_labels_and_a_bad_template_are_named() -> None:
     with pytest.raises(ValidationError, match="labels repeat"):
         make_info(labels=("a", "b", "a"))
-
-
-def test_a_bad_template_is_quoted() -> None:
     with pytest.raises(ValidationError, match="a photo of nothing"):
         TextSpec(templates=("a photo of nothing",), context_length=8)
 
@@ -363,7 +351,6 @@ def test_a_missing_file_is_named(tmp_path: Path, verify: bool) -> None:
     (root / "sub" / "plan.bin").unlink()
     message = refusal(root, verify=verify)
     assert "lacks sub/plan.bin" in message
-    assert "again" in message
 
 
 @pytest.mark.parametrize("verify", [True, False])
@@ -521,7 +508,7 @@ def test_a_missing_source_leaves_everything_as_it_was(tmp_path: Path, there_befo
     assert [p.name for p in tmp_path.iterdir()] == (["b"] if there_before else [])
 
 
-@pytest.mark.parametrize("name", ["../evil", "../../evil", "sub/../../evil", "sub\\evil", "", "c:evil"])
+@pytest.mark.parametrize("name", ["../evil", "../../evil", "sub/../../evil", "sub\\evil", "", "c:evil", "/evil"])
 def test_writing_a_path_that_leaves_the_bundle_is_refused_before_anything_is_written(tmp_path: Path, name: str) -> None:
     root = make_bundle(tmp_path / "store" / "b")
     before = snapshot(tmp_path)
@@ -529,12 +516,6 @@ def test_writing_a_path_that_leaves_the_bundle_is_refused_before_anything_is_wri
         write_bundle(root, make_info(), make_files() | {name: b"evil"}, overwrite=True)
     assert snapshot(tmp_path) == before
     assert [p.name for p in (tmp_path / "store").iterdir()] == ["b"]
-
-
-def test_writing_an_absolute_path_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="leaves the bundle"):
-        write_bundle(tmp_path / "b", make_info(), {str(tmp_path / "evil"): b"evil"})
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_cannot_take_the_place_of_bundle_json(tmp_path: Path) -> None:
@@ -552,6 +533,21 @@ def test_what_cannot_be_read_back_is_not_put_in_place(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"metrics\.test\.values\.top1"):
         write_bundle(root, broken, make_files(), overwrite=True)
     assert snapshot(tmp_path) == before
+
+
+def test_what_cannot_take_its_place_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, rename = snapshot(make_bundle(tmp_path / "b")), Path.rename
+
+    def busy(self: Path, target: Path) -> Path:
+        if self.parent == target.parent:
+            raise OSError(errno.EBUSY, "busy")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    with pytest.raises(BundleError, match="is mounted"):
+        write_bundle(tmp_path / "b", make_info(), {}, overwrite=True)
+    assert snapshot(tmp_path / "b") == before
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
 
 
 def test_folders_of_other_writers_are_left_alone(tmp_path: Path) -> None:
