@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,8 @@ from cliphar.recognizer import load  # noqa: E402
 from cliphar.training import Surroundings, load_recipe, train  # noqa: E402
 from cliphar.training._base import find_base  # noqa: E402
 from cliphar.training._checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
+from cliphar.training._method_recipe import GdaSection  # noqa: E402
+from cliphar.training._methods._gda import gda  # noqa: E402
 
 COLOURS = {"jumping": (220, 40, 40), "running": (40, 200, 60), "sleeping_late": (50, 60, 220)}
 PHOTOS = 14
@@ -122,6 +125,27 @@ def test_every_method_makes_a_bundle_that_serves(recipe: Callable[..., Path], sh
     assert about.recipe["method"] == method
     assert about.recipe["data"]["source"] == "shapes"
     assert "torch" in about.versions
+
+
+def test_gda_of_many_photos_is_as_good_as_linear_discriminant_analysis() -> None:
+    random, count, targets = np.random.default_rng(0), 12, np.arange(1200) % 12
+    angle = np.arange(count) * 2 * np.pi / count
+    centres = np.c_[np.ones(count), 0.3 * np.cos(angle), 0.3 * np.sin(angle), random.normal(0, 0.09, (count, 21))]
+    noise = 0.03 * np.r_[0.2, 1, 1, np.full(21, 3)]
+
+    def photos() -> Any:
+        drawn = centres[targets] + random.normal(size=(1200, 24)) * noise
+        return (drawn / np.linalg.norm(drawn, axis=1, keepdims=True)).astype(np.float32)
+
+    seen, others, text = photos(), photos(), np.eye(24, dtype=np.float32)[:count]
+    material = {"features": lambda _: seen, "targets": targets, "rows": lambda _: np.arange(1200)}
+    words = {"text_vectors": text.copy, "recipe_as": lambda _: SimpleNamespace(gda=GdaSection(text_photos=0))}
+    bundle = SimpleNamespace(info=SimpleNamespace(files={}))
+    found = gda(SimpleNamespace(**material, **words, bundle=bundle))  # type: ignore[arg-type]
+    means = np.stack([seen[targets == c].mean(0) for c in range(count)])
+    weights = np.linalg.solve(np.cov((seen - means[targets]).T) + 1e-6 * np.eye(24), means.T)
+    best = ((others @ weights - (means * weights.T).sum(1) / 2).argmax(1) == targets).mean()
+    assert ((others @ found.vectors.T).argmax(1) == targets).mean() > best - 0.01
 
 
 def test_the_towers_of_the_shipped_model_come_back(base: Path) -> None:

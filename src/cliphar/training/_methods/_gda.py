@@ -22,13 +22,14 @@ _ENOUGH = 1000  # photos whose own covariance is better than a background's
 def gda(job: Job) -> Outcome:
     """Class vectors from the mean of each label's photos."""
     features, targets = job.features(TRAIN), job.targets[job.rows(TRAIN)]
-    has_background = BACKGROUND_FILE in job.bundle.info.files
-    if len(features) >= _ENOUGH or not has_background:
-        background = fit_background(features)
-    else:
-        background = read_background(job.bundle)
-    present = np.unique(targets)
+    present, own = np.unique(targets, return_inverse=True)
     means = np.stack([features[targets == c].mean(0) for c in present])
+    if len(features) >= _ENOUGH:
+        background = fit_background(features - means[own])  # within labels: what tells them apart is no noise
+    elif BACKGROUND_FILE in job.bundle.info.files:
+        background = read_background(job.bundle)
+    else:
+        background = fit_background(features)
     background = replace(background, mean=means.mean(0).astype(np.float32))  # these labels are told from each other
     vectors = job.text_vectors()  # what a label without a photo keeps
     vectors[present] = gda_vectors(
