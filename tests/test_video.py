@@ -217,12 +217,18 @@ def test_a_part_of_a_recording_and_slow_pictures_are_whole(tmp_path: Path, codec
 
 def test_what_nobody_saw_is_in_no_segment(fake: Recognizer) -> None:
     tracker = Tracker(choose(fake, None, 0.9, False, None))
-    red, green = np.eye(3, dtype=np.float32)[:2]
+    red, green, blue = colours = np.eye(3, dtype=np.float32)
     segments = [segment for k in range(40) for segment in tracker.push(k / 4, red, False)]
-    for k in range(40):
-        segments += tracker.push(3600 + k / 4, green, False)
-    segments += tracker.flush(3610)
-    assert [(s.label, s.start_s, s.end_s) for s in segments] == [("red", 0, 10), ("green", 3600, 3610)]
+    for k in range(80):
+        segments += tracker.push(3600 + k / 4, green if k < 40 else blue, False)
+    segments += tracker.flush(3620)
+    times = [(0, 10), (3600, 3609.875), (3609.875, 3620)]  # a change is halfway between two frames
+    assert [(s.label, s.start_s, s.end_s) for s in segments] == [
+        (n, *t) for n, t in zip(fake.labels, times, strict=True)
+    ]
+    assert [s.score for s in segments] == pytest.approx([one.score for one in fake.score(colours)])
+    slow = Tracker(choose(fake, None, 0.9, False, 0.01))
+    assert [slow.push(100 * k, red, False) for k in range(3)] == [[], [], []]
 
 
 def test_of_several_actions_one_that_flickers_is_none_at_its_first_time_either(fake: Recognizer) -> None:
@@ -331,7 +337,7 @@ def test_a_camera_that_was_away_says_nothing_of_that_time(fake: Recognizer) -> N
 
 def test_bad_requests_are_refused_at_the_call(tmp_path: Path, fake: Recognizer) -> None:
     path = film(tmp_path / "clip.mp4", [RED])
-    for wrong in ({"fps": 0}, {"coverage": 1.0}, {"labels": []}):
+    for wrong in ({"fps": 0}, {"fps": 61}, {"coverage": 1.0}, {"labels": []}):
         with pytest.raises(UsageError):
             stream_video(fake, path, **wrong)  # type: ignore[arg-type]
 
