@@ -132,7 +132,7 @@ def test_wrong_calls(cli: Cli, photos: list[Path], tmp_path: Path) -> None:
         assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
 
 
-def test_a_training_in_two_processes(cli: Cli, tmp_path: Path) -> None:
+def test_a_training_in_two_processes(cli: Cli, clean_env: dict[str, str], tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     for label, colour in (("jumping", (220, 40, 40)), ("running", (40, 60, 220))):
         (tmp_path / "data" / label).mkdir(parents=True)
@@ -149,6 +149,11 @@ def test_a_training_in_two_processes(cli: Cli, tmp_path: Path) -> None:
         "wise": {"shares": [1.0]},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    command = [sys.executable, "-m", "cliphar", "train", "recipe.yaml", "--ray", "2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=clean_env, cwd=tmp_path) as stopped:
+        assert any("TrainController" in line for line in stopped.stderr or ())
+        stopped.terminate()
+        assert stopped.wait(120) == 143
     done = cli("train", "recipe.yaml", "--ray", "2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "both is ready at runs/both"

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,10 @@ def train_on_ray(recipe: Recipe, workers: int, *, resume: bool = False) -> Bundl
     started = not ray.is_initialized()
     try:
         if started:
+            ours = signal.getsignal(signal.SIGTERM)
             ray.init(log_to_driver=True, include_dashboard=False)
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, ours)  # Ray's own prints a trace and aborts
         use_gpu = ray.cluster_resources().get("GPU", 0) >= workers  # type: ignore[no-untyped-call]
         with tempfile.TemporaryDirectory() as storage:
             TorchTrainer(
@@ -69,6 +74,8 @@ def train_on_ray(recipe: Recipe, workers: int, *, resume: bool = False) -> Bundl
                 scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
                 run_config=RunConfig(name=recipe.name, storage_path=storage),
             ).fit()
+    except SystemExit as stopped:  # Ray Train takes Ctrl-C, and then calls it a success
+        raise KeyboardInterrupt from stopped
     except Exception as error:
         if isinstance(error, ClipharError):
             raise
