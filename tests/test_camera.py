@@ -25,7 +25,7 @@ from PIL import Image
 av = pytest.importorskip("av")
 
 from cliphar.errors import MediaError  # noqa: E402
-from cliphar.media import Camera, is_camera  # noqa: E402
+from cliphar.media import Camera, VideoReader, is_camera  # noqa: E402
 from serving_process import bounded, free_port  # noqa: E402
 
 RED, BLUE = (220, 20, 20), (20, 20, 220)
@@ -271,3 +271,8 @@ def test_a_camera_is_watched_alone(clean_env: dict[str, str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=clean_env, timeout=120, check=False)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_several_clips_are_not_a_video(tmp_path: Path) -> None:
+    with pytest.raises(MediaError, match="cannot take list as a video"):
+        VideoReader([tmp_path])  # type: ignore[arg-type]

@@ -327,8 +327,12 @@ def _open(source: VideoLike, name: str) -> InputContainer:
                 raise MediaError(f"{path} is empty (0 bytes)")
             # a name such as "concat:a|b" or "http:x" is a file's name here, never a protocol
             opened: Any = f"file:{path}"
+        elif isinstance(source, bytes):
+            opened = io.BytesIO(source)
+        elif hasattr(source, "read"):
+            opened = source
         else:
-            opened = io.BytesIO(source) if isinstance(source, bytes) else source
+            raise MediaError(f"cannot take {type(source).__name__} as a video; give one path, bytes or open file")
         container: InputContainer = av.open(opened, "r", metadata_errors="replace", options=options)
         return container
     except PermissionError as error:
