@@ -63,7 +63,7 @@ def test_predict_json(cli: Run, photos: list[Path]) -> None:
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["path"] for row in rows] == [str(photo) for photo in photos]
     for row in rows:
-        assert list(row) == ["path", "label", "score", "set", "top", "evidence"]
+        assert list(row) == ["path", "label", "score", "set", "top"]
         assert {entry["label"] for entry in row["top"]} <= {"taking a photo", "riding a bike", "smiling"}
         assert len(row["top"]) == 2
         assert row["score"] == row["top"][0]["score"]
@@ -168,7 +168,7 @@ def test_nothing_that_can_be_read(cli: Run, tmp_path: Path) -> None:
     for out in ("a.csv", "a.parquet"):
         done = cli("predict", "missing.jpg", "--out", out)
         assert (done.returncode, done.stdout, len(error_lines(done))) == (1, "", 1)
-    columns = ["path", "label", "score", "set", "top", "evidence"]
+    columns = ["path", "label", "score", "set", "top"]
     assert (tmp_path / "a.csv").read_text().split() == [",".join(columns)]
     parquet = pytest.importorskip("pyarrow.parquet")
     assert parquet.read_table(tmp_path / "a.parquet").column_names == columns

@@ -17,7 +17,7 @@ from cliphar.errors import MediaError, UsageError, printable
 if TYPE_CHECKING:
     from cliphar.recognizer import Prediction
 
-__all__ = ["Writer", "check_target", "named_error", "progress", "show"]
+__all__ = ["Writer", "check_target", "named_error", "progress", "row_of", "show"]
 
 _BAR = 24
 
@@ -78,6 +78,12 @@ def progress(total: int, *, quiet: bool) -> Iterator[Callable[[], None]]:
         yield lambda: bar.advance(task)
 
 
+def row_of(path: str, prediction: Prediction) -> dict[str, Any]:
+    """What scripts depend on, no more and no less."""
+    told = prediction.to_dict()
+    return {"path": path} | {key: told[key] for key in ("label", "score", "set", "top")}
+
+
 class Writer:
     """Writes answers to a file that appears whole at the end, or, if the work breaks off, with what was done.
 
@@ -99,7 +105,7 @@ class Writer:
     def add(self, path: str, prediction: Prediction) -> None:
         """Take one answer."""
         if self._path is not None:
-            self._rows.append({"path": path} | prediction.to_dict())
+            self._rows.append(row_of(path, prediction))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -118,8 +124,7 @@ class Writer:
                 pyarrow, parquet = _pyarrow()
                 score = [("label", pyarrow.string()), ("score", pyarrow.float64())]
                 lists = [("set", pyarrow.list_(pyarrow.string())), ("top", pyarrow.list_(pyarrow.struct(score)))]
-                columns = [("path", pyarrow.string()), *score, *lists, ("evidence", pyarrow.float64())]
-                schema = pyarrow.schema(columns)  # the same without any answer
+                schema = pyarrow.schema([("path", pyarrow.string()), *score, *lists])  # the same without any answer
                 parquet.write_table(pyarrow.Table.from_pylist(self._rows, schema=schema), target)
             else:
                 with target.open("w", encoding="utf-8", newline="") as file:
@@ -130,10 +135,10 @@ class Writer:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in self._rows)
             return
         table = csv.writer(file)
-        table.writerow(["path", "label", "score", "set", "top", "evidence"])
+        table.writerow(["path", "label", "score", "set", "top"])
         for row in self._rows:
             top = "; ".join(f"{entry['label']} {entry['score']}" for entry in row["top"])
-            table.writerow([row["path"], row["label"], row["score"], "; ".join(row["set"]), top, row["evidence"]])
+            table.writerow([row["path"], row["label"], row["score"], "; ".join(row["set"]), top])
 
 
 def _pyarrow() -> tuple[Any, Any]:

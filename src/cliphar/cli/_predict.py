@@ -44,7 +44,7 @@ def predict(
     threads: Threads = None,
 ) -> None:
     """Recognise what people are doing in photos."""
-    from cliphar.cli._output import Writer, named_error, progress, show
+    from cliphar.cli._output import Writer, named_error, progress, row_of, show
     from cliphar.recognizer import load
 
     chosen = chosen_labels(labels, labels_file)
@@ -71,7 +71,7 @@ def predict(
                     continue
                 writer.add(shown, answer)
                 if as_json:
-                    print(json.dumps({"path": shown} | answer.to_dict(), ensure_ascii=False), flush=True)
+                    print(json.dumps(row_of(shown, answer), ensure_ascii=False), flush=True)
                 else:
                     show(shown, answer)
     if failed:

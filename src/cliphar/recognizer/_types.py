@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -34,9 +35,9 @@ class Prediction:
 
     @classmethod
     def from_dict(cls, told: Mapping[str, Any]) -> Prediction:
-        """The answer of its JSON form, as of a service or of a line of ``cliphar predict --json``."""
+        """The answer of its JSON form; ``cliphar predict`` writes no evidence, so that of its lines is nan."""
         top = tuple(Score(one["label"], one["score"]) for one in told["top"])
-        return cls(told["label"], told["score"], tuple(told["set"]), top, told["evidence"])
+        return cls(told["label"], told["score"], tuple(told["set"]), top, told.get("evidence", math.nan))
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form; scores and evidence to six digits."""
