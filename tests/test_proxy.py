@@ -61,9 +61,8 @@ def host(place: Path, ports: tuple[int, int, int]) -> Iterator[str]:
     # and one that takes the prefix off, and little at once
     bare = f"client_max_body_size 1m; proxy_pass http://127.0.0.1:{api}/;"
     shown = shown[: shown.rindex("}")] + f"location /cliphar/bare/ {{ {bare} }}\n}}"
-    folders = "".join(
-        f"{kind}_temp_path {place}/{kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    )
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    folders = "".join(f"{kind}_temp_path {place}/{kind};\n" for kind in kinds)
     config = place / "nginx.conf"
     config.write_text(
         f"daemon off;\nuser root;\npid {place}/pid;\nerror_log {place}/error;\nevents {{}}\n"
@@ -72,11 +71,8 @@ def host(place: Path, ports: tuple[int, int, int]) -> Iterator[str]:
     up = [sys.executable, "-m", "cliphar", "up", "--port", str(api), "--page-port", str(page)]
     up += ["--root-path", "/cliphar/api", "--base-path", "/cliphar"]
     kept = {k: v for k, v in os.environ.items() if k != "MODEL_PATH" and not k.startswith("CLIPHAR_")}
-    environment = kept | {
-        "PYTHONPATH": str(ROOT / "src"),
-        "CLIPHAR_HOME": str(place / "home"),
-        "CLIPHAR_RUNTIME": "onnx",
-    }
+    own = {"PYTHONPATH": str(ROOT / "src"), "CLIPHAR_HOME": str(place / "home"), "CLIPHAR_RUNTIME": "onnx"}
+    environment = kept | own
     with (
         subprocess.Popen(["nginx", "-c", str(config)]) as nginx,
         subprocess.Popen(up, env=environment, stdout=subprocess.PIPE, text=True) as process,
