@@ -23,6 +23,8 @@ from cliphar.models import ClipTower  # noqa: E402
 from cliphar.training import SpaceRecipe  # noqa: E402
 from cliphar.training._adapt import adapt  # noqa: E402
 from cliphar.training._corpus import Corpus  # noqa: E402
+from cliphar.training._teacher import look as keep_tokens  # noqa: E402
+from cliphar.training._teacher import token_maps  # noqa: E402
 
 WIDTH, HEADS, PATCH, LAYERS, DIM = 128, 2, 56, 3, 16
 
@@ -162,6 +164,9 @@ def test_the_tower_answers_as_the_file_does_changed_or_not(
     assert ((before * after).sum(1) < 0.9).all()
     changed = export_teacher_graph(weights, changes)
     assert ((after * run(changed, weights, photos[:4])).sum(1) > 0.99).all()
+    other = ClipTower(teacher_tensors(weights), 1)
+    other.apply_changes(changes)
+    assert ((after * look(other, photos[:4])).sum(1) > 0.999).all()
     assert len(changed.SerializeToString()) < 2 * sum(value.size for value in changes.values()) + 60_000
     info = make_info(name="clip", embedding_dim=DIM, image=ImageSpec(size=224))
     files = {"image.onnx": changed.SerializeToString(), weights.name: weights}
@@ -227,3 +232,10 @@ def test_actions_are_told_apart_better_and_an_interrupted_run_goes_on(
     for name, value in whole.items():
         np.testing.assert_allclose(again[name], value, atol=1e-5)
     assert not list(tmp_path.rglob("*.ckpt"))
+    tower = ClipTower(tensors, 1)
+    tokens, seen = keep_tokens(tower, corpus, np.arange(count), 1.0, tmp_path / "teacher.npy", said.append)
+    assert np.allclose((seen * look(tower, photos)).sum(1), 1, atol=1e-3)
+    assert tokens.shape == (count, 17, WIDTH)
+    maps = token_maps(tokens)
+    assert maps.shape == (count, 16, WIDTH)
+    assert maps[..., -1].std() > 2 * maps[..., 0].std()  # the largest component last

@@ -20,9 +20,10 @@ from cliphar.models import ImageTower, SentenceEncoder, TextProjection  # noqa: 
 from cliphar.recognizer import Recognizer  # noqa: E402
 from cliphar.runtime import OnnxRuntime  # noqa: E402
 from cliphar.training import MiniRecipe, SpaceRecipe, StepReport, load_recipe  # noqa: E402
+from cliphar.training._augment import Crop  # noqa: E402
 from cliphar.training._checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from cliphar.training._corpus import TRAIN, VAL, Corpus  # noqa: E402
-from cliphar.training._distill import DistillData, distill  # noqa: E402
+from cliphar.training._distill import DistillData, _places, distill, soft_labels  # noqa: E402
 from cliphar.training._head import train_head  # noqa: E402
 from cliphar.training._method_recipe import FullRecipe, HeadRecipe  # noqa: E402
 from cliphar.training._recipe import DistillRecipe  # noqa: E402
@@ -43,8 +44,9 @@ def _unit(rows: int, seed: int = 0, dim: int = 32) -> np.ndarray:
 @pytest.fixture
 def data() -> DistillData:
     pixels = np.random.default_rng(0).integers(0, 256, (12, 70, 80, 3), np.uint8)
-    targets = np.array([0, 1, 2, -1] * 3)
-    return DistillData(lambda i: pixels[i], _unit(12), targets, _unit(3, 1), _unit(20, 2))
+    labels = soft_labels(np.array([0, 1, 2, -1] * 3), _unit(12, 3, 3), TINY)
+    maps = np.random.default_rng(4).normal(size=(12, 9, 8)).astype(np.float16)
+    return DistillData(lambda i: pixels[i], _unit(12), maps, 1.0, labels, _unit(3, 1), _unit(20, 2))
 
 
 def _distilled(
@@ -54,7 +56,7 @@ def _distilled(
     options = {"identity": "", "log": lambda _: None} | options
     torch.manual_seed(0)
     tower = ImageTower("lite0", 32, drop_path=drop_path)
-    distill(tower, data, np.arange(12), recipe, checkpoint=checkpoint, seed=0, **options)
+    distill(tower, data, recipe, checkpoint=checkpoint, seed=0, **options)
     return tower.project.weight.detach()
 
 
@@ -99,15 +101,31 @@ def test_distilling_changes_only_what_is_not_frozen(data: DistillData, tmp_path:
     torch.manual_seed(0)
     tower = ImageTower("lite0", 32)
     before = {name: value.clone() for name, value in tower.state_dict().items()}
-    average = distill(
-        tower, data, np.arange(12), TINY, checkpoint=tmp_path / "state", identity="", seed=0, log=lambda _: None
-    )
+    average = distill(tower, data, TINY, checkpoint=tmp_path / "state", identity="", seed=0, log=lambda _: None)
     changed = {name for name, value in tower.state_dict().items() if not torch.equal(before[name], value)}
     frozen = ("backbone._conv_stem", "backbone._bn0", "backbone._blocks.0.", "backbone._blocks.1.")
     assert not [name for name in changed if name.startswith(frozen)]
     trainable = {name for name, p in tower.named_parameters() if not name.startswith(frozen)}
     assert trainable <= changed
     assert torch.isfinite(average(torch.zeros(1, 3, 64, 64))).all()
+
+
+def test_each_place_of_a_view_is_told_what_the_teacher_saw_there() -> None:
+    side = (np.arange(20) + 0.5) / 10 - 1  # of the teacher's view, the middle square of a wide photo
+    across = np.stack(np.broadcast_arrays(side, side[:, None]), -1).reshape(1, 400, 2).astype(np.float16)
+    photo, vectors = np.zeros((100, 200, 3), np.uint8), _unit(1)
+    data = DistillData(lambda _: photo, vectors, across, 1.0, vectors, vectors, vectors)
+    for crop, x in (
+        (Crop(50, 0, 150, 100, flipped=False), [-0.75, -0.25, 0.25, 0.75]),
+        (Crop(50, 0, 150, 100, flipped=True), [0.75, 0.25, -0.25, -0.75]),
+        (Crop(0, 0, 100, 100, flipped=False), [None, None, -0.75, -0.25]),
+    ):
+        places, looked = _places(data, np.array([0]), [crop], 4)
+        assert looked[0, 0].tolist() == [float(one is not None) for one in x]
+        for column, wanted in enumerate(x):
+            if wanted is not None:
+                assert torch.allclose(places[0, 0, :, column], torch.tensor(wanted), atol=0.02)
+        assert torch.allclose(places[0, 1, :, 3], torch.tensor([-0.75, -0.25, 0.25, 0.75]), atol=0.02)
 
 
 def test_replicas_sum_to_the_whole_batch(data: DistillData, tmp_path: Path) -> None:

@@ -63,6 +63,13 @@ class ClipTower(nn.Module):
         seen = self.post_layernorm(self.layers[-1](tokens, seen=1)[:, 0].float())
         return F.normalize(seen @ self.projection.T, dim=-1)
 
+    @torch.no_grad()
+    def apply_changes(self, changes: Mapping[str, NDArray[np.float32]]) -> None:
+        """Take what ``changes`` of another tower gave."""
+        own = dict(self.named_parameters())
+        for name, value in changes.items():
+            own[name.removeprefix("encoder.")].copy_(torch.from_numpy(value))
+
     def changes(self) -> dict[str, NDArray[np.float32]]:
         """What was trained, by its name in ``tensors``; ``scale`` takes the place of ``weight`` there."""
         trained = {name: value for name, value in self.named_parameters() if value.requires_grad}

@@ -96,14 +96,14 @@ class _MBConv(nn.Module):
 
 
 class EfficientNetLite(nn.Module):
-    """Backbone to pooled features.
+    """Backbone to features of each place.
 
     Args:
         scale: ``lite0``, ``lite1`` or ``lite2``.
         drop_path: stochastic depth of the last block, growing linearly from 0 at the first.
 
-    ``forward`` takes float [N,3,H,W] in [-1, 1] and returns float [N, 1280]. ``recompute`` trains with less memory
-    and more time: the blocks' activations are computed again instead of kept.
+    ``forward`` takes float [N,3,H,W] in [-1, 1] and returns float [N,1280,H/32,W/32], rounded up. ``recompute`` trains
+    with less memory and more time: the blocks' activations are computed again instead of kept.
     """
 
     out_features = _HEAD
@@ -147,5 +147,4 @@ class EfficientNetLite(nn.Module):
         x = F.relu6(self._bn0(self._conv_stem(x)))
         for block in self._blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.recompute and self.training else block(x)
-        x = F.relu6(self._bn1(self._conv_head(x)))
-        return x.mean((2, 3))
+        return F.relu6(self._bn1(self._conv_head(x)))

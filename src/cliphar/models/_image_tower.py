@@ -26,8 +26,15 @@ class ImageTower(nn.Module):
         self._frozen: list[nn.Module] = []
 
     def forward(self, images: Tensor) -> Tensor:
-        features: Tensor = self.backbone(images / 127.5 - 1.0)
-        return F.normalize(self.project(features), dim=-1)
+        return self.embed(self.features(images))
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the backbone sees at each place: float [N,1280,H/32,W/32], rounded up."""
+        return self.backbone(images / 127.5 - 1.0)  # type: ignore[no-any-return]
+
+    def embed(self, features: Tensor) -> Tensor:
+        """Embeddings, float [N, out_features], unit length, of ``features``."""
+        return F.normalize(self.project(features.mean((2, 3))), dim=-1)
 
     def freeze_stem(self, blocks: int) -> None:
         """Keep the stem and the first ``blocks`` blocks as they are: no gradients, fixed batch statistics."""

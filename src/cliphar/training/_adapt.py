@@ -9,29 +9,23 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from cliphar.bundle import whole_file
-from cliphar.export import TEACHER_SIZE
-from cliphar.media import to_square
 from cliphar.models import ClipTower
 from cliphar.training._checkpoint import load_checkpoint, save_checkpoint
 from cliphar.training._corpus import TRAIN, VAL, Corpus
 from cliphar.training._head import train_head
 from cliphar.training._recipe import SpaceRecipe
+from cliphar.training._teacher import look
 
 __all__ = ["adapt"]
 
@@ -63,7 +57,9 @@ def adapt(
     tower = ClipTower(tensors, how.layers)
     rows = np.concatenate([corpus.select(part=TRAIN), corpus.select(source="actions", part=VAL)])
     folder = recipe.data.cache / corpus.sha256[:16]
-    tokens, before = _look(tower, corpus, rows, recipe, folder, log)
+    key = json.dumps([rows.tolist(), recipe.teacher.max_aspect, how.layers])
+    file = folder / f"tokens-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
+    tokens, before = look(tower, corpus, rows, recipe.teacher.max_aspect, file, log)
     targets = corpus.targets(rows, corpus.actions)
     train, val = corpus.part[rows] == TRAIN, corpus.part[rows] == VAL
     acted, others = np.flatnonzero(train & (targets >= 0)), np.flatnonzero(train & (targets < 0))
@@ -134,42 +130,6 @@ def adapt(
         save_checkpoint(checkpoint, parts | {"identity": identity, "epoch": epoch + 1})
     checkpoint.unlink(missing_ok=True)
     return followed.tower.changes()
-
-
-def _look(
-    tower: ClipTower,
-    corpus: Corpus,
-    rows: NDArray[np.int64],
-    recipe: SpaceRecipe,
-    folder: Path,
-    log: Callable[[str], None],
-) -> tuple[NDArray[np.int16], NDArray[np.float32]]:
-    """What the lower layers make of each photo, bfloat16's bits [N,T,W], on disk; and embeddings, float32 [N,D]."""
-    decides = json.dumps([rows.tolist(), recipe.teacher.max_aspect, recipe.adapt.layers])
-    key = hashlib.sha256(decides.encode()).hexdigest()[:16]
-    files = folder / f"tokens-{key}.npy", folder / f"tokens-{key}.z.npy"
-    if not files[1].exists():
-        started = time.perf_counter()
-        parts = []
-        with whole_file(files[0]) as partial:
-            for at in range(0, len(rows), _CHUNK):
-                photos = (Image.fromarray(corpus.photo(int(row))) for row in rows[at : at + _CHUNK])
-                squares = np.stack([to_square(photo, TEACHER_SIZE, recipe.teacher.max_aspect) for photo in photos])
-                seen = tower.tokens(torch.from_numpy(squares))
-                if not at:
-                    kept = open_memmap(partial, "w+", np.int16, (len(rows), *seen.shape[1:]))
-                    with partial.open("r+b") as file:  # a disk that is full ends a write to mapped pages by SIGBUS
-                        os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
-                kept[at : at + _CHUNK] = seen.view(torch.int16).numpy()
-                with torch.no_grad():
-                    parts.append(tower(seen).numpy())
-                done = min(at + _CHUNK, len(rows))
-                if done == len(rows) or at // _CHUNK % 32 == 31:
-                    log(f"adapt: {done}/{len(rows)} photos, {done / (time.perf_counter() - started):.1f} a second")
-            kept.flush()
-        with whole_file(files[1]) as partial:
-            np.save(partial, np.concatenate(parts))
-    return np.load(files[0], mmap_mode="r"), np.load(files[1])
 
 
 def _read(tokens: NDArray[np.int16], numbers: NDArray[np.int64]) -> Tensor:

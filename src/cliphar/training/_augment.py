@@ -6,13 +6,14 @@ Random resized crops and flips; RandAugment: Cubuk et al., 2020 (https://arxiv.o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 
-__all__ = ["random_frames"]
+__all__ = ["Crop", "random_crop", "random_frames"]
 
 _GREY = (127, 127, 127)
 
@@ -40,6 +41,31 @@ _OPERATIONS: tuple[Callable[[Image.Image, float, int], Image.Image], ...] = (
 )
 
 
+class Crop(NamedTuple):
+    """A part of a photo, in its pixels, and whether it is seen mirrored."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+    flipped: bool
+
+    def of(self, frame: NDArray[np.uint8], size: int) -> Image.Image:
+        """The part of uint8 [H,W,3], squeezed to ``size`` x ``size`` pixels."""
+        image = Image.fromarray(frame).resize((size, size), Image.Resampling.BICUBIC, box=self[:4])
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.flipped else image
+
+
+def random_crop(shape: Sequence[int], min_area: float, random: np.random.Generator) -> Crop:
+    """A part of [H,W,...] of at least this share of the area, its aspect between 3:4 and 4:3."""
+    height, width = shape[:2]
+    area = width * height * random.uniform(min_area, 1.0)
+    aspect = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+    crop_width, crop_height = min(width, math.sqrt(area * aspect)), min(height, math.sqrt(area / aspect))
+    left, top = random.uniform(0, width - crop_width), random.uniform(0, height - crop_height)
+    return Crop(left, top, left + crop_width, top + crop_height, random.random() < 0.5)
+
+
 def random_frames(
     frames: NDArray[np.uint8],
     size: int,
@@ -50,19 +76,11 @@ def random_frames(
     random: np.random.Generator,
 ) -> NDArray[np.uint8]:
     """uint8 [T,H,W,3] -> uint8 [T,size,size,3]: the same crop, flip and operations for every frame."""
-    height, width = frames.shape[1:3]
-    area = width * height * random.uniform(min_area, 1.0)
-    aspect = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
-    crop_width, crop_height = min(width, math.sqrt(area * aspect)), min(height, math.sqrt(area / aspect))
-    left, top = random.uniform(0, width - crop_width), random.uniform(0, height - crop_height)
-    box = (left, top, left + crop_width, top + crop_height)
-    flipped = random.random() < 0.5
+    crop = random_crop(frames.shape[1:], min_area, random)
     chosen = [(int(random.integers(len(_OPERATIONS))), int(random.choice((-1, 1)))) for _ in range(operations)]
 
     def view(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        image = Image.fromarray(frame).resize((size, size), Image.Resampling.BICUBIC, box=box)
-        if flipped:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        image = crop.of(frame, size)
         for number, sign in chosen:
             image = _OPERATIONS[number](image, magnitude / 10, sign)
         return np.asarray(image)

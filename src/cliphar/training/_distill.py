@@ -1,10 +1,11 @@
 """Teach a small image tower a large one's space, and the labels along with it.
 
 Feature distillation (Hinton et al., 2015; for CLIP, Wu et al., "TinyCLIP", 2023): the student's embedding is pulled
-towards the teacher's (cosine), and the student must rank a bank of texts as the teacher does (KL). Labelled photos
-also train through a softmax over class vectors. Mixup (Zhang et al., 2018), random resized crops, flips, colour
-jitter and cutout (DeVries and Taylor, 2017); progressive resizing (Howard); an
-exponential moving average of the weights is what is kept.
+towards the teacher's (cosine), and the student must rank a bank of texts as the teacher does (KL). At each place of its
+view it must see what the teacher's tokens see there (Romero et al., "FitNets", 2015), which tells of every photo some
+thirty times as much as one embedding. Labelled photos also train through a softmax over class vectors. Mixup (Zhang et
+al., 2018), random resized crops, flips, colour jitter and cutout (DeVries and Taylor, 2017); progressive resizing
+(Howard); an exponential moving average of the weights is what is kept.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,26 +28,41 @@ from torch import Tensor, nn
 
 from cliphar.errors import UsageError
 from cliphar.models import ImageTower
-from cliphar.training._augment import random_frames
+from cliphar.training._augment import Crop, random_crop
 from cliphar.training._checkpoint import load_checkpoint, save_checkpoint
 from cliphar.training._recipe import DistillRecipe
 
-__all__ = ["DistillData", "distill", "embed"]
+__all__ = ["DistillData", "distill", "embed", "soft_labels"]
+
+_TEACHER_SCALE = 40.0  # at about which its answers are calibrated
 
 
 @dataclass(frozen=True)
 class DistillData:
     """What the student learns from.
 
-    ``photos`` gives photo i as uint8 RGB [H,W,3]; ``teacher`` is float32 [N,D], unit length; ``targets`` int64 [N]
-    is each photo's class or -1; ``class_vectors`` float32 [C,D] and ``bank`` float32 [B,D] are unit length.
+    ``photos`` gives photo i of N as uint8 RGB [H,W,3]; ``teacher`` is float32 [N,D], unit length; ``maps``, float16
+    [N,P*P,M], is what the teacher sees at each place of the photo, cropped to ``max_aspect``; ``targets``, float32
+    [N,C], are probabilities of the classes, zeros for a photo without a label; ``class_vectors`` float32 [C,D] and
+    ``bank`` float32 [B,D] are unit length.
     """
 
     photos: Callable[[int], NDArray[np.uint8]]
     teacher: NDArray[np.float32]
-    targets: NDArray[np.int64]
+    maps: NDArray[np.float16]
+    max_aspect: float
+    targets: NDArray[np.float32]
     class_vectors: NDArray[np.float32]
     bank: NDArray[np.float32]
+
+
+def soft_labels(targets: NDArray[np.int64], cosines: NDArray[np.float32], recipe: DistillRecipe) -> NDArray[np.float32]:
+    """Probabilities, float32 [N,C], of classes int64 [N], smoothed, and of the teacher's ``cosines`` [N,C] to the
+    classes, in the shares that the recipe says; zeros where the class is -1."""
+    classes = cosines.shape[1]
+    hard = np.eye(classes, dtype=np.float32)[targets] * (1 - recipe.label_smoothing) + recipe.label_smoothing / classes
+    soft = F.softmax(_TEACHER_SCALE * torch.from_numpy(cosines), -1).numpy()
+    return np.where(targets[:, None] < 0, np.float32(0), (1 - recipe.soft) * hard + recipe.soft * soft)
 
 
 def _jitter(images: Tensor, random: np.random.Generator) -> Tensor:
@@ -66,50 +83,75 @@ def _jitter(images: Tensor, random: np.random.Generator) -> Tensor:
     return images
 
 
-def _batches(
-    data: DistillData, chosen: NDArray[np.int64], size: int, recipe: DistillRecipe, seed: int
-) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
-    """Augmented uint8-valued float batches and their photo numbers; decoded ahead on threads."""
+class _Batch(NamedTuple):
+    """``images`` uint8-valued float [N,3,S,S]; ``teacher`` [N,D] and ``targets`` [N,C] as in ``DistillData``;
+    ``places`` [N,M,K,K], what the teacher sees at each place of the view, ``looked`` [N,K,K], how much of it it saw."""
+
+    images: Tensor
+    teacher: Tensor
+    targets: Tensor
+    places: Tensor
+    looked: Tensor
+
+
+def _grid(crop: Crop, shape: Sequence[int], max_aspect: float, cells: int) -> NDArray[np.float32]:
+    """Where the middles of a view's cells are in the teacher's view, [cells,cells,2], its edges at -1 and 1."""
+    height, width = shape[:2]
+    seen_width, seen_height = min(width, max_aspect * height), min(height, max_aspect * width)
+    along = (np.arange(cells) + 0.5) / cells
+    x = crop.left + (1 - along if crop.flipped else along) * (crop.right - crop.left) - (width - seen_width) / 2
+    y = crop.top + along * (crop.bottom - crop.top) - (height - seen_height) / 2
+    across, down = np.meshgrid(2 * x / seen_width - 1, 2 * y / seen_height - 1)
+    return np.stack([across, down], -1).astype(np.float32)
+
+
+def _places(data: DistillData, numbers: NDArray[np.int64], crops: list[Crop], cells: int) -> tuple[Tensor, Tensor]:
+    shapes = (data.photos(int(i)).shape for i in numbers)
+    grids = [_grid(crop, shape, data.max_aspect, 2 * cells) for crop, shape in zip(crops, shapes, strict=True)]
+    grid = torch.from_numpy(np.stack(grids))
+    side = math.isqrt(data.maps.shape[1])
+    maps = torch.from_numpy(data.maps[numbers].astype(np.float32)).transpose(1, 2).reshape(len(numbers), -1, side, side)
+    looked = F.avg_pool2d((grid.abs().amax(-1) <= 1).float(), 2)
+    return F.avg_pool2d(F.grid_sample(maps, grid, padding_mode="border", align_corners=False), 2), looked
+
+
+def _batches(data: DistillData, size: int, recipe: DistillRecipe, seed: int) -> Iterator[_Batch]:
+    """Augmented; decoded ahead on a thread."""
     random = np.random.default_rng(seed)
-    order = random.permutation(chosen)
+    order = random.permutation(len(data.teacher))
     full = len(order) // recipe.batch_size * recipe.batch_size
     parts = order[:full].reshape(-1, recipe.batch_size)
+    teacher, targets = torch.from_numpy(data.teacher), torch.from_numpy(data.targets)
 
-    def make(job: tuple[NDArray[np.int64], int]) -> Tensor:
+    def make(job: tuple[NDArray[np.int64], int]) -> _Batch:
         numbers, job_seed = job
         local = np.random.default_rng(job_seed)
-        views = [
-            random_frames(
-                data.photos(int(i))[None],
-                size,
-                min_area=recipe.min_area,
-                operations=0,
-                magnitude=0,
-                random=local,
-            )
-            for i in numbers
-        ]
-        images = torch.from_numpy(np.concatenate(views)).permute(0, 3, 1, 2).float()
-        return _jitter(images, local).contiguous(memory_format=torch.channels_last)
+        photos = [data.photos(int(i)) for i in numbers]
+        crops = [random_crop(photo.shape, recipe.min_area, local) for photo in photos]
+        views = [np.asarray(crop.of(photo, size)) for crop, photo in zip(crops, photos, strict=True)]
+        images = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).float()
+        images = _jitter(images, local).contiguous(memory_format=torch.channels_last)
+        return _Batch(images, teacher[numbers], targets[numbers], *_places(data, numbers, crops, -(-size // 32)))
 
     jobs = [(numbers, int(random.integers(2**62))) for numbers in parts]
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(make, jobs[0])
-        for k, (numbers, _) in enumerate(jobs):
-            images = ahead.result()
+        for k in range(len(jobs)):
+            batch = ahead.result()
             if k + 1 < len(jobs):
                 ahead = pool.submit(make, jobs[k + 1])
-            yield images, numbers
+            yield batch
 
 
 class _Student(nn.Module):
     """The tower with its class vectors, and the loss of a batch; replicas share weights but not gradients."""
 
-    def __init__(self, tower: ImageTower, class_vectors: Tensor, bank: Tensor, recipe: DistillRecipe) -> None:
+    def __init__(self, tower: ImageTower, data: DistillData, recipe: DistillRecipe) -> None:
         super().__init__()
         self.tower, self.recipe = tower, recipe
-        self.class_vectors = nn.Parameter(class_vectors)
-        self.register_buffer("bank", bank, persistent=False)
+        self.places = nn.Conv2d(tower.backbone.out_features, data.maps.shape[2], 1)
+        self.class_vectors = nn.Parameter(torch.from_numpy(data.class_vectors.copy()))
+        self.register_buffer("bank", torch.from_numpy(data.bank), persistent=False)
 
     def replica(self) -> _Student:
         twin = copy.deepcopy(self)
@@ -117,19 +159,20 @@ class _Student(nn.Module):
             own.data = shared.data
         return twin
 
-    def loss(self, images: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
-        """Sum over the batch; ``targets`` is float [N,C], rows of zeros where a photo has no label."""
+    def loss(self, batch: _Batch) -> Tensor:
+        """Sum over the batch."""
         recipe, scale = self.recipe, self.recipe.logit_scale
-        z = self.tower(images)
+        features = self.tower.features(batch.images)
+        z = self.tower.embed(features)
         bank: Tensor = self.get_buffer("bank")
-        feature = 1 - (z * teacher).sum(-1)
-        wanted = F.log_softmax(scale * teacher @ bank.T, -1)
+        feature = 1 - (z * batch.teacher).sum(-1)
+        unlike = 1 - F.cosine_similarity(self.places(features), batch.places, dim=1)
+        place = (unlike * batch.looked).sum((1, 2)) / batch.looked.sum((1, 2)).clamp(min=1)
+        wanted = F.log_softmax(scale * batch.teacher @ bank.T, -1)
         ranks = F.kl_div(F.log_softmax(scale * z @ bank.T, -1), wanted, log_target=True, reduction="none").sum(-1)
-        logits = F.log_softmax(scale * z @ F.normalize(self.class_vectors, dim=-1).T, -1)
-        spread = targets.sum(1, keepdim=True) / targets.shape[1]
-        label = -(targets.lerp(spread, recipe.label_smoothing) * logits).sum(-1)
-        parts = recipe.feature_weight * feature + recipe.rank_weight * ranks + recipe.label_weight * label
-        total: Tensor = parts.sum()
+        label = -(batch.targets * F.log_softmax(scale * z @ F.normalize(self.class_vectors, dim=-1).T, -1)).sum(-1)
+        parts = recipe.feature_weight * feature + recipe.place_weight * place
+        total: Tensor = (parts + recipe.rank_weight * ranks + recipe.label_weight * label).sum()
         return total
 
 
@@ -139,7 +182,11 @@ def _optimizer(student: _Student, recipe: DistillRecipe) -> torch.optim.AdamW:
         [
             {"params": [p for p in backbone if p.ndim > 1], "lr": recipe.lr, "weight_decay": recipe.weight_decay},
             {"params": [p for p in backbone if p.ndim == 1], "lr": recipe.lr, "weight_decay": 0.0},
-            {"params": student.tower.project.parameters(), "lr": recipe.lr * 2, "weight_decay": recipe.weight_decay},
+            {
+                "params": [*student.tower.project.parameters(), *student.places.parameters()],
+                "lr": recipe.lr * 2,
+                "weight_decay": recipe.weight_decay,
+            },
             {"params": [student.class_vectors], "lr": recipe.lr * 0.1, "weight_decay": 0.0},
         ]
     )
@@ -148,7 +195,6 @@ def _optimizer(student: _Student, recipe: DistillRecipe) -> torch.optim.AdamW:
 def distill(
     tower: ImageTower,
     data: DistillData,
-    train: NDArray[np.int64],
     recipe: DistillRecipe,
     *,
     checkpoint: Path,
@@ -159,7 +205,7 @@ def distill(
 ) -> ImageTower:
     """Train ``tower`` in place and return its moving average.
 
-    An epoch is one pass over ``train`` (photo numbers). A checkpoint is written after each epoch and taken up again if
+    An epoch is one pass over the photos. A checkpoint is written after each epoch and taken up again if
     there is one; ``identity`` is a digest of all that must be the same for that. ``validate`` is shown the moving
     average, with its class vectors, float [C,D], after each epoch and returns what to log.
 
@@ -171,12 +217,12 @@ def distill(
     """
     tower.freeze_stem(recipe.frozen_blocks)
     tower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    student = _Student(tower, torch.from_numpy(data.class_vectors.copy()), torch.from_numpy(data.bank), recipe)
+    student = _Student(tower, data, recipe)
     average = copy.deepcopy(student)
     optimizer = _optimizer(student, recipe)
     rates = [group["lr"] for group in optimizer.param_groups]
     sizes = [size for size, epochs in recipe.schedule for _ in range(epochs)]
-    per_epoch = len(train) // recipe.batch_size
+    per_epoch = len(data.teacher) // recipe.batch_size
     step, first = 0, 0
     state = load_checkpoint(checkpoint)
     if state is not None:
@@ -193,14 +239,12 @@ def distill(
     generators = [torch.Generator() for _ in replicas]  # they run at once, and must not draw from one
     for replica, generator in zip(replicas, generators, strict=True):
         replica.tower.backbone.draw_from(generator)
-    teacher, targets = torch.from_numpy(data.teacher), torch.from_numpy(data.targets)
     threads_before = torch.get_num_threads()
     torch.set_num_threads(1)
     with ThreadPoolExecutor(recipe.replicas, initializer=torch.set_num_threads, initargs=(1,)) as pool:
 
-        def backward(job: tuple[_Student, Tensor, Tensor, Tensor]) -> float:
-            replica, *inputs = job
-            loss = replica.loss(*inputs) / recipe.batch_size
+        def backward(replica: _Student, share: _Batch) -> float:
+            loss = replica.loss(share) / recipe.batch_size
             loss.backward()  # type: ignore[no-untyped-call]
             return float(loss.detach())
 
@@ -209,18 +253,16 @@ def distill(
             for replica in replicas:
                 replica.tower.train_unfrozen()
             random = np.random.default_rng((seed, epoch))
-            for images, numbers in _batches(data, train, sizes[epoch], recipe, seed * 1000 + epoch):
+            for batch in _batches(data, sizes[epoch], recipe, seed * 1000 + epoch):
                 cosine = 0.5 * (1 + math.cos(math.pi * step / (per_epoch * len(sizes))))
                 ramp = min(1.0, (step + 1) / recipe.warmup_steps)
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * ramp * (0.02 + 0.98 * cosine)
-                batch = _mixup(
-                    images, teacher[numbers], _one_hot(targets[numbers], len(data.class_vectors)), recipe, random
-                )
+                mixed = _mixup(batch, recipe, random)
                 for number, generator in enumerate(generators):
                     generator.manual_seed(((seed << 40) + (epoch << 30) + (step << 8) + number) % 2**63)
-                shares = zip(replicas, *(tensor.chunk(len(replicas)) for tensor in batch), strict=True)
-                total_loss += sum(pool.map(backward, shares))
+                shares = (_Batch(*part) for part in zip(*(one.chunk(len(replicas)) for one in mixed), strict=True))
+                total_loss += sum(pool.map(backward, replicas, shares))
                 for replica in replicas[1:]:
                     for own, other in zip(student.parameters(), replica.parameters(), strict=True):
                         if other.grad is not None and own.grad is not None:
@@ -254,23 +296,15 @@ def distill(
     return average.tower
 
 
-def _one_hot(targets: Tensor, classes: int) -> Tensor:
-    return F.one_hot(targets.clamp(min=0), classes).float() * (targets >= 0)[:, None]
-
-
-def _mixup(
-    images: Tensor, teacher: Tensor, targets: Tensor, recipe: DistillRecipe, random: np.random.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
+def _mixup(batch: _Batch, recipe: DistillRecipe, random: np.random.Generator) -> _Batch:
     if not recipe.mixup:
-        return images, teacher, targets
+        return batch
     share = float(random.beta(recipe.mixup, recipe.mixup))
     share = max(share, 1 - share)
-    other = torch.from_numpy(random.permutation(len(images)))
-    return (
-        images.mul(share).add_(images[other], alpha=1 - share).contiguous(memory_format=torch.channels_last),
-        F.normalize(share * teacher + (1 - share) * teacher[other], dim=-1),
-        share * targets + (1 - share) * targets[other],
-    )
+    other = torch.from_numpy(random.permutation(len(batch.images)))
+    images, teacher, targets, places = (share * one + (1 - share) * one[other] for one in batch[:4])
+    images = images.contiguous(memory_format=torch.channels_last)
+    return _Batch(images, F.normalize(teacher, dim=-1), targets, places, batch.looked * batch.looked[other])
 
 
 @torch.no_grad()

@@ -108,7 +108,7 @@ class DistillRecipe(Section):
 
     ``schedule`` is pairs of pixels and epochs; the finished tower takes photos of ``size`` pixels, a little more than
     it was trained on (Touvron et al., "Fixing the train-test resolution discrepancy", 2019). The weights are of the
-    three losses.
+    four losses; ``soft`` is the share of a label that is what the teacher takes the photo for.
     """
 
     backbone: Literal["lite0", "lite1", "lite2"] = "lite1"
@@ -116,7 +116,7 @@ class DistillRecipe(Section):
     frozen_blocks: int = Field(default=7, ge=0)
     drop_path: float = Field(default=0.1, ge=0, lt=1)
     size: int = Field(default=192, ge=64)
-    schedule: tuple[tuple[int, int], ...] = ((128, 8), (160, 5))
+    schedule: tuple[tuple[int, int], ...] = ((128, 8), (160, 7), (192, 3))
     batch_size: int = Field(default=64, ge=2)
     replicas: int = Field(default=2, ge=1)
     lr: float = Field(default=6e-4, gt=0, le=5e-3)
@@ -128,8 +128,10 @@ class DistillRecipe(Section):
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
     logit_scale: float = Field(default=30.0, gt=0)
     feature_weight: float = Field(default=3.0, ge=0)
+    place_weight: float = Field(default=4.0, ge=0)
     rank_weight: float = Field(default=1.0, ge=0)
     label_weight: float = Field(default=1.0, ge=0)
+    soft: float = Field(default=0.5, ge=0, le=1)
 
     @model_validator(mode="after")
     def _shares_are_even(self) -> DistillRecipe:

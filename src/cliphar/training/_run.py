@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.numpy import save
+from safetensors.numpy import load_file, save
 
 from cliphar.bundle import (
     Bundle,
@@ -38,18 +38,18 @@ from cliphar.export import (
 )
 from cliphar.labels import glossary
 from cliphar.media import to_square
-from cliphar.models import ImageTower
+from cliphar.models import ClipTower, ImageTower
 from cliphar.recognizer import BACKGROUND_FILE, Recognizer, fit_background, to_predictions
 from cliphar.runtime import OnnxRuntime
 from cliphar.training._adapt import adapt
 from cliphar.training._corpus import TEST, TRAIN, VAL, Corpus, build_corpus
-from cliphar.training._distill import DistillData, distill, embed
+from cliphar.training._distill import DistillData, distill, embed, soft_labels
 from cliphar.training._fetch import fetch_imagenet, fetch_sentence_encoder
 from cliphar.training._head import train_head
 from cliphar.training._provenance import provenance
 from cliphar.training._recipe import MiniRecipe, SpaceRecipe
 from cliphar.training._sources import LIMITS, MINI_SOURCES, SPACE_SOURCES
-from cliphar.training._teacher import teacher_embeddings, teacher_weights
+from cliphar.training._teacher import look, teacher_embeddings, teacher_weights, token_maps
 from cliphar.training._text import Sentences, build_sentences, train_projection
 
 __all__ = ["run"]
@@ -63,6 +63,7 @@ TEMPLATES = (
     "a person {}",
 )
 _BACKGROUND_PHOTOS = 1200
+_CHANGES = "changes.safetensors"  # of a space's tower: what a student's teacher is made of
 _UNFITTED = Calibration(logit_scale=50.0, conformal=((0.9, 1.0),), unknown_below=-1.0, photos=1)
 Log = Callable[[str], None]
 
@@ -70,13 +71,11 @@ Log = Callable[[str], None]
 def run(recipe: SpaceRecipe | MiniRecipe, log: Log) -> Bundle:
     """Train by ``recipe`` and write its bundle to ``recipe.output``."""
     corpus = build_corpus(recipe.data, log)
+    return _space(recipe, corpus, log) if isinstance(recipe, SpaceRecipe) else _mini(recipe, corpus, log)
+
+
+def _space(recipe: SpaceRecipe, corpus: Corpus, log: Log) -> Bundle:
     teacher = teacher_embeddings(corpus, recipe.teacher, recipe.data.cache, log)
-    if isinstance(recipe, SpaceRecipe):
-        return _space(recipe, corpus, teacher, log)
-    return _mini(recipe, corpus, teacher, log)
-
-
-def _space(recipe: SpaceRecipe, corpus: Corpus, teacher: NDArray[np.float32], log: Log) -> Bundle:
     sentence_graph, tokenizer = build_sentences(recipe.text, fetch_sentence_encoder(recipe.text.encoder, log), corpus)
     sentences = Sentences(sentence_graph, tokenizer, recipe.text.context_length)
     trained = [label for label in corpus.sports if label not in corpus.held_out] + corpus.actions
@@ -107,20 +106,29 @@ def _space(recipe: SpaceRecipe, corpus: Corpus, teacher: NDArray[np.float32], lo
         words = towers.embed_words(corpus.actions)
     changes = adapt(teacher_tensors(weights), corpus, words, recipe, log)
     files["image.onnx"] = export_teacher_graph(weights, changes).SerializeToString()
+    files[_CHANGES] = save(changes)
     return _finish(recipe, corpus, info, files, log)
 
 
-def _mini(recipe: MiniRecipe, corpus: Corpus, teacher: NDArray[np.float32], log: Log) -> Bundle:
+def _mini(recipe: MiniRecipe, corpus: Corpus, log: Log) -> Bundle:
     space = find_bundle(recipe.space)
     texts = Recognizer(space, OnnxRuntime(space))
+    rows, folder = corpus.select(part=TRAIN), recipe.data.cache / corpus.sha256[:16]
+    large = ClipTower(teacher_tensors(teacher_weights(recipe.teacher, recipe.data.cache, log)), 1)
+    large.apply_changes(load_file(space.file(_CHANGES)))
+    decides = json.dumps([rows.tolist(), recipe.teacher.max_aspect, space.info.files[_CHANGES].sha256])
+    file = folder / f"teacher-{hashlib.sha256(decides.encode()).hexdigest()[:16]}.npy"
+    tokens, teacher = look(large, corpus, rows, recipe.teacher.max_aspect, file, log)
     trained = corpus.actions + [label for label in corpus.sports if label not in corpus.held_out]
     captions = [corpus.captions[i][0] for i in corpus.select(source="captioned", part=TRAIN)[:600]]
     others = [name for name in glossary() if name not in corpus.held_out]
     data = DistillData(
-        photos=corpus.photo,
+        photos=lambda i: corpus.photo(int(rows[i])),
         teacher=teacher,
-        targets=corpus.targets(np.arange(len(corpus.keys)), trained),
-        class_vectors=texts.embed_labels(trained),
+        maps=token_maps(tokens),
+        max_aspect=recipe.teacher.max_aspect,
+        targets=soft_labels(corpus.targets(rows, trained), teacher @ texts.embed_labels(trained).T, recipe.distill),
+        class_vectors=texts.embed_words(trained),
         bank=np.concatenate([texts.runtime.encode_text(captions), texts.embed_labels(others)]),
     )
     torch.manual_seed(recipe.seed)
@@ -141,14 +149,13 @@ def _mini(recipe: MiniRecipe, corpus: Corpus, teacher: NDArray[np.float32], log:
         unseen = (sports == corpus.targets(val[~known], corpus.held_out)).mean()
         return f"actions {hits:.3f} unseen sports {unseen:.3f}"
 
-    checkpoint = recipe.data.cache / corpus.sha256[:16] / f"{recipe.name}.ckpt"
+    checkpoint = folder / f"{recipe.name}.ckpt"
     settings = recipe.model_dump(mode="json", exclude={"output", "description", "space", "data", "head"})
-    space_files = [space.info.files[name].sha256 for name in ("text.onnx", "head.safetensors")]
+    space_files = [space.info.files[name].sha256 for name in ("text.onnx", "head.safetensors", _CHANGES)]
     decides = json.dumps([settings, corpus.sha256, corpus.part.tolist(), space_files])
     tower = distill(
         tower,
         data,
-        corpus.select(part=TRAIN),
         recipe.distill,
         checkpoint=checkpoint,
         identity=hashlib.sha256(decides.encode()).hexdigest(),

@@ -1,7 +1,8 @@
-"""The teacher's embeddings of every photo, computed once and kept."""
+"""What the teacher sees in every photo, computed once and kept."""
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -10,16 +11,23 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
+import torch
+import torch.nn.functional as F
+from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 from PIL import Image
 
 from cliphar.bundle import fetch_teacher, sha256_file, whole_file
 from cliphar.export import TEACHER_SIZE, export_teacher_graph
 from cliphar.media import to_square
+from cliphar.models import ClipTower
 from cliphar.training._corpus import Corpus
 from cliphar.training._recipe import TeacherRecipe
 
-__all__ = ["teacher_embeddings", "teacher_weights"]
+__all__ = ["look", "teacher_embeddings", "teacher_weights", "token_maps"]
+
+_CHUNK = 32
+_COMPONENTS, _SAMPLE = 128, 3000
 
 
 def teacher_weights(recipe: TeacherRecipe, cache: Path, log: Callable[[str], None]) -> Path:
@@ -58,3 +66,60 @@ def teacher_embeddings(
             rate = (end - first) / (time.perf_counter() - started)
             log(f"teacher: {end}/{count} photos, {rate:.1f} a second")
     return np.concatenate(parts)
+
+
+def look(
+    tower: ClipTower,
+    corpus: Corpus,
+    rows: NDArray[np.int64],
+    max_aspect: float,
+    file: Path,
+    log: Callable[[str], None],
+) -> tuple[NDArray[np.int16], NDArray[np.float32]]:
+    """What the tower's lower layers make of each photo, bfloat16's bits [N,T,W], and embeddings, float32 [N,D].
+
+    Both are kept at ``file`` and beside it, and taken from there if they are there.
+    """
+    embeddings = file.with_suffix(".z.npy")
+    if not embeddings.exists():
+        started = time.perf_counter()
+        parts = []
+        with whole_file(file) as partial:
+            for at in range(0, len(rows), _CHUNK):
+                photos = (Image.fromarray(corpus.photo(int(row))) for row in rows[at : at + _CHUNK])
+                squares = np.stack([to_square(photo, TEACHER_SIZE, max_aspect) for photo in photos])
+                seen = tower.tokens(torch.from_numpy(squares))
+                if not at:
+                    kept = open_memmap(partial, "w+", np.int16, (len(rows), *seen.shape[1:]))
+                    with partial.open("r+b") as opened:  # a disk that is full ends a write to mapped pages by SIGBUS
+                        os.posix_fallocate(opened.fileno(), 0, partial.stat().st_size)
+                kept[at : at + _CHUNK] = seen.view(torch.int16).numpy()
+                with torch.no_grad():
+                    parts.append(tower(seen).numpy())
+                done = min(at + _CHUNK, len(rows))
+                if done == len(rows) or at // _CHUNK % 32 == 31:
+                    log(f"teacher: {done}/{len(rows)} photos, {done / (time.perf_counter() - started):.1f} a second")
+            kept.flush()
+        with whole_file(embeddings) as partial:
+            np.save(partial, np.concatenate(parts))
+    return np.load(file, mmap_mode="r"), np.load(embeddings)
+
+
+def token_maps(tokens: NDArray[np.int16]) -> NDArray[np.float16]:
+    """Of what ``look`` gave, the places' tokens, normalised, in their first principal components: [N,T-1,128]."""
+
+    def places(rows: NDArray[np.int64] | slice) -> torch.Tensor:
+        seen = torch.from_numpy(np.ascontiguousarray(tokens[rows, 1:])).view(torch.bfloat16).float()
+        return F.layer_norm(seen, seen.shape[-1:])
+
+    some = np.random.default_rng(0).choice(len(tokens), min(len(tokens), _SAMPLE), replace=False)
+    sample = torch.cat(
+        [places(part)[:, ::12].flatten(0, 1) for part in np.array_split(np.sort(some), 100) if len(part)]
+    )
+    mean = sample.mean(0)
+    _, basis = torch.linalg.eigh((sample - mean).T @ (sample - mean) / len(sample))
+    basis = basis[:, -_COMPONENTS:]
+    maps = np.empty((len(tokens), tokens.shape[1] - 1, basis.shape[1]), np.float16)
+    for at in range(0, len(tokens), _CHUNK):
+        maps[at : at + _CHUNK] = ((places(slice(at, at + _CHUNK)) - mean) @ basis).numpy()
+    return maps
