@@ -197,7 +197,7 @@ def _unlike(bundle: Bundle, name: str, answers: dict[str, NDArray[np.float32]]) 
     if not parity or "cosine_min" not in parity or "onnx" not in answers:
         return None
     cosine = float((answers["onnx"] * answers[name]).sum(1).mean())
-    if cosine >= parity["cosine_min"]:
+    if cosine >= parity["cosine_min"] - 1e-5:  # of float32 embeddings the last digits differ
         return None
     return f"its answers are unlike the reference's here: mean cosine {cosine:.3f}, proved {parity['cosine_min']:.3f}"
 
