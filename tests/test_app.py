@@ -481,7 +481,7 @@ def test_a_service_answers_where_there_is_one(
         assert min(measure_round_trips(backend)) > 0
         about = backend.about()
         assert (about.name, about.evaluation) == ("mini", None)
-        assert about.metrics["known"].n == 652
+        assert about.metrics["known"].n == 674
         frame = np.asarray(Image.open(photos[-1]).convert("RGB"))
         watch = backend.watch(["unknown"])
         for _ in range(3):  # not "no answer": there is one
