@@ -119,7 +119,9 @@ def _mini(recipe: MiniRecipe, corpus: Corpus, log: Log) -> Bundle:
     decides = json.dumps([rows.tolist(), recipe.teacher.max_aspect, space.info.files[_CHANGES].sha256])
     file = folder / f"teacher-{hashlib.sha256(decides.encode()).hexdigest()[:16]}.npy"
     tokens, teacher = look(large, corpus, rows, recipe.teacher.max_aspect, file, log)
-    trained = corpus.actions + [label for label in corpus.sports if label not in corpus.held_out]
+    met = [label for label in corpus.sports if label not in corpus.held_out]
+    trained = corpus.actions + met
+    vectors = np.concatenate([texts.embed_labels(corpus.actions), texts.embed_labels(met)])  # the actions' as trained
     captions = [corpus.captions[i][0] for i in corpus.select(source="captioned", part=TRAIN)[:600]]
     others = [name for name in glossary() if name not in corpus.held_out]
     data = DistillData(
@@ -127,7 +129,7 @@ def _mini(recipe: MiniRecipe, corpus: Corpus, log: Log) -> Bundle:
         teacher=teacher,
         maps=token_maps(tokens),
         max_aspect=recipe.teacher.max_aspect,
-        targets=soft_labels(corpus.targets(rows, trained), teacher @ texts.embed_labels(trained).T, recipe.distill),
+        targets=soft_labels(corpus.targets(rows, trained), teacher @ vectors.T, recipe.distill),
         class_vectors=texts.embed_words(trained),
         bank=np.concatenate([texts.runtime.encode_text(captions), texts.embed_labels(others)]),
     )
