@@ -233,7 +233,7 @@ def test_actions_are_told_apart_better_and_an_interrupted_run_goes_on(
         np.testing.assert_allclose(again[name], value, atol=1e-5)
     assert not list(tmp_path.rglob("*.ckpt"))
     tower = ClipTower(tensors, 1)
-    tokens, seen = keep_tokens(tower, corpus, np.arange(count), 1.0, tmp_path / "teacher.npy", said.append)
+    tokens, seen = keep_tokens(tower, corpus, np.arange(count), 1.0, "small", tmp_path, said.append)
     assert np.allclose((seen * look(tower, photos)).sum(1), 1, atol=1e-3)
     assert tokens.shape == (count, 17, WIDTH)
     maps = token_maps(tokens)

@@ -113,12 +113,11 @@ def _space(recipe: SpaceRecipe, corpus: Corpus, log: Log) -> Bundle:
 def _mini(recipe: MiniRecipe, corpus: Corpus, log: Log) -> Bundle:
     space = find_bundle(recipe.space)
     texts = Recognizer(space, OnnxRuntime(space))
-    rows, folder = corpus.select(part=TRAIN), recipe.data.cache / corpus.sha256[:16]
+    rows = corpus.select(part=TRAIN)
     large = ClipTower(teacher_tensors(teacher_weights(recipe.teacher, recipe.data.cache, log)), 1)
     large.apply_changes(load_file(space.file(_CHANGES)))
-    decides = json.dumps([rows.tolist(), recipe.teacher.max_aspect, space.info.files[_CHANGES].sha256])
-    file = folder / f"teacher-{hashlib.sha256(decides.encode()).hexdigest()[:16]}.npy"
-    tokens, teacher = look(large, corpus, rows, recipe.teacher.max_aspect, file, log)
+    which = space.info.files[_CHANGES].sha256
+    tokens, teacher = look(large, corpus, rows, recipe.teacher.max_aspect, which, recipe.data.cache, log)
     met = [label for label in corpus.sports if label not in corpus.held_out]
     trained = corpus.actions + met
     vectors = np.concatenate([texts.embed_labels(corpus.actions), texts.embed_labels(met)])  # the actions' as trained
@@ -151,7 +150,7 @@ def _mini(recipe: MiniRecipe, corpus: Corpus, log: Log) -> Bundle:
         unseen = (sports == corpus.targets(val[~known], corpus.held_out)).mean()
         return f"actions {hits:.3f} unseen sports {unseen:.3f}"
 
-    checkpoint = folder / f"{recipe.name}.ckpt"
+    checkpoint = recipe.data.cache / corpus.sha256[:16] / f"{recipe.name}.ckpt"
     settings = recipe.model_dump(mode="json", exclude={"output", "description", "space", "data", "head"})
     space_files = [space.info.files[name].sha256 for name in ("text.onnx", "head.safetensors", _CHANGES)]
     decides = json.dumps([settings, corpus.sha256, corpus.part.tolist(), space_files])

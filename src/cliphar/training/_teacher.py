@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import tempfile
 import time
@@ -73,13 +75,16 @@ def look(
     corpus: Corpus,
     rows: NDArray[np.int64],
     max_aspect: float,
-    file: Path,
+    which: int | str,
+    cache: Path,
     log: Callable[[str], None],
 ) -> tuple[NDArray[np.int16], NDArray[np.float32]]:
     """What the tower's lower layers make of each photo, bfloat16's bits [N,T,W], and embeddings, float32 [N,D].
 
-    Both are kept at ``file`` and beside it, and taken from there if they are there.
+    Both are kept in ``cache``, by the photos and by ``which`` tower it is, and taken from there if they are there.
     """
+    decides = json.dumps([rows.tolist(), max_aspect, which])
+    file = cache / corpus.sha256[:16] / f"tokens-{hashlib.sha256(decides.encode()).hexdigest()[:16]}.npy"
     embeddings = file.with_suffix(".z.npy")
     if not embeddings.exists():
         started = time.perf_counter()
