@@ -43,16 +43,9 @@ def ports() -> tuple[int, int, int]:
 def host(place: Path, ports: tuple[int, int, int]) -> Iterator[str]:
     """https://127.0.0.1:PORT, when the API answers there and the page does."""
     api, page, front = ports
-    certificate = ["-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=host"]
-    files = [
-        "-addext",
-        "subjectAltName=IP:127.0.0.1",
-        "-keyout",
-        str(place / "host.key"),
-        "-out",
-        str(place / "host.crt"),
-    ]
-    subprocess.run(["openssl", "req", *certificate, *files], check=True, capture_output=True)
+    request = "-x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=host -addext subjectAltName=IP:127.0.0.1"
+    files = ["-keyout", place / "host.key", "-out", place / "host.crt"]
+    subprocess.run(["openssl", "req", *request.split(), *files], check=True, capture_output=True)
     text = (ROOT / "docs" / "serving.md").read_text()
     found = re.search(r"^    map \$http_upgrade.*?^    }$", text, re.DOTALL | re.MULTILINE)
     assert found
@@ -72,10 +65,9 @@ def host(place: Path, ports: tuple[int, int, int]) -> Iterator[str]:
     up += ["--root-path", "/cliphar/api", "--base-path", "/cliphar"]
     kept = {k: v for k, v in os.environ.items() if k != "MODEL_PATH" and not k.startswith("CLIPHAR_")}
     own = {"PYTHONPATH": str(ROOT / "src"), "CLIPHAR_HOME": str(place / "home"), "CLIPHAR_RUNTIME": "onnx"}
-    environment = kept | own
     with (
         subprocess.Popen(["nginx", "-c", str(config)]) as nginx,
-        subprocess.Popen(up, env=environment, stdout=subprocess.PIPE, text=True) as process,
+        subprocess.Popen(up, env=kept | own, stdout=subprocess.PIPE, text=True) as process,
     ):
         assert process.stdout is not None
         try:
@@ -161,10 +153,8 @@ def test_the_page_is_below_its_path(page: Page, host: str, photos: list[Path]) -
         page.get_by_role("button", name="Subtitles (WebVTT)").click()
     assert Path(download.value.path()).read_text().startswith("WEBVTT")
     page.get_by_role("link", name="Live").click()
-    start, now = (
-        page.frame_locator("iframe[title*=webrtc]").get_by_role("button", name="Start"),
-        page.get_by_text("Now: "),
-    )
+    start = page.frame_locator("iframe[title*=webrtc]").get_by_role("button", name="Start")
+    now = page.get_by_text("Now: ")
     start.wait_for()
     for _ in range(24):  # on a busy machine the first connection may be given up
         if now.is_visible():
