@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import cliphar
+from cliphar.errors import UsageError
 
 ROOT = Path(cliphar.__file__).resolve().parent
 # each room imports only those before it; errors and _version are free for all
@@ -174,3 +176,29 @@ def test_serving_rooms_never_name_torch_at_the_top(room: str) -> None:
                 assert not {a.name.split(".")[0] for a in node.names} & {"torch", "onnx", "scipy"}, short(file)
             elif isinstance(node, ast.ImportFrom):
                 assert (node.module or "").split(".")[0] not in {"torch", "onnx", "scipy"}, short(file)
+
+
+def test_importing_cliphar_costs_nothing(run_python: Callable[[str], str]) -> None:
+    code = "import sys, cliphar; print(cliphar.__version__, *{m.partition('.')[0] for m in sys.modules})"
+    version, *modules = run_python(code).split()
+    assert version == cliphar.__version__
+    assert not set(modules) & {"numpy", "onnxruntime", "torch", "PIL", "pydantic", "tokenizers", "scipy"}
+
+
+def test_predicting_needs_no_training_library(run_python: Callable[[str], str], photos: list[Path]) -> None:
+    code = (
+        "import sys, cliphar\n"
+        f"cliphar.load('mini').predict({str(photos[0])!r}, ['cooking', 'sleeping'])\n"
+        "print(*{m.partition('.')[0] for m in sys.modules})"
+    )
+    modules = set(run_python(code).split())
+    assert "onnxruntime" in modules
+    assert not modules & {"torch", "onnx", "scipy", "typer", "rich", "pyarrow"}
+
+
+def test_the_package_has_only_its_public_names() -> None:
+    assert cliphar.UsageError is UsageError
+    for name in cliphar.__all__:
+        assert getattr(cliphar, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = cliphar.nonsense

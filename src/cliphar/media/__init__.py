@@ -2,7 +2,16 @@
 
 from cliphar.media._camera import Camera, is_camera
 from cliphar.media._folders import files_in, is_hidden
-from cliphar.media._images import IMAGE_SUFFIXES, MAX_PIXELS, ImageLike, decode_image, is_image_name, several, to_square
+from cliphar.media._images import (
+    IMAGE_SUFFIXES,
+    MAX_PIXELS,
+    ImageLike,
+    decode_image,
+    is_image_name,
+    several,
+    still,
+    to_square,
+)
 from cliphar.media._video import VIDEO_SUFFIXES, Frame, VideoInfo, VideoLike, VideoReader, is_video_name
 
 __all__ = [
@@ -22,5 +31,6 @@ __all__ = [
     "is_image_name",
     "is_video_name",
     "several",
+    "still",
     "to_square",
 ]

@@ -18,7 +18,16 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from cliphar.errors import MediaError
 from cliphar.media._video import is_video_name
 
-__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "ImageLike", "decode_image", "is_image_name", "several", "to_square"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "MAX_PIXELS",
+    "ImageLike",
+    "decode_image",
+    "is_image_name",
+    "several",
+    "still",
+    "to_square",
+]
 
 ImageLike: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | NDArray[np.generic]
 
@@ -38,6 +47,8 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _WIDE_RANGES = {"I", "I;16", "I;16B", "I;16L", "I;16N", "F"}
+# each for a share of all PIL images: Pillow decodes none on two threads, as of one that is given twice
+_alone = tuple(threading.Lock() for _ in range(64))
 
 
 def is_image_name(name: str) -> bool:
@@ -56,6 +67,14 @@ def several(images: Any) -> Iterable[Any]:
         alone = isinstance(images, str | bytes | bytearray | memoryview | os.PathLike | Image.Image)
         alone = alone or hasattr(images, "read") or not isinstance(images, Iterable)
     return [images] if alone else images
+
+
+def still(image: Any) -> Any:
+    """The image as it is now: PIL's ImageSequence gives one object again and again, each time at its next frame."""
+    try:
+        return image.copy() if getattr(image, "is_animated", False) else image
+    except Exception:  # damaged: who decodes it says so
+        return image
 
 
 def decode_image(image: ImageLike, *, min_side: int = 0, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -78,7 +97,7 @@ def decode_image(image: ImageLike, *, min_side: int = 0, max_pixels: int = MAX_P
         _check_array(image)
         return _from_array(image, max_pixels)
     if isinstance(image, Image.Image):
-        with _media_errors("the image", max_pixels):
+        with _alone[id(image) // 16 % len(_alone)], _media_errors("the image", max_pixels):
             return _to_rgb(image, "the image", max_pixels)
     if isinstance(image, bytes):
         if not image:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from cliphar.bundle import Bundle, Calibration, find_bundle
 from cliphar.errors import MediaError, UsageError
 from cliphar.labels import clean_labels, prompts
-from cliphar.media import ImageLike, decode_image, several, to_square
+from cliphar.media import ImageLike, decode_image, several, still, to_square
 from cliphar.recognizer._scoring import mean_direction, to_predictions
 from cliphar.recognizer._taught import TAUGHT_FILE, Lesson, Taught, read_taught, write_taught
 from cliphar.recognizer._teaching import Background, gda_vectors, read_background
@@ -325,7 +325,7 @@ class Recognizer:
             except MediaError as error:
                 return error
 
-        source = iter(several(images))
+        source = map(still, several(images))
         pool = ThreadPoolExecutor(cpu_quota(), thread_name_prefix="decode")
         try:
             pending: deque[Future[NDArray[np.uint8] | MediaError]] = deque(
