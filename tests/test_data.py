@@ -20,6 +20,7 @@ from cliphar.data import (
     difference_hash,
     group_duplicates,
     list_labelled,
+    open_source,
     read_captioned,
     read_labelled,
     split_grouped,
@@ -345,6 +346,26 @@ def test_a_tar_needs_no_top_folder(tmp_path: Path, prefix: str) -> None:
 
 def test_photos_of_a_tar_without_a_label_folder_are_no_labelled_photos(tmp_path: Path) -> None:
     assert "LABEL/PHOTO" in refusal(read_labelled, pack(tmp_path / "d.tar", {"a.jpg": b"1", "b.jpg": b"2"}))
+
+
+def test_the_second_name_of_a_file_is_a_photo_too(tmp_path: Path) -> None:
+    folder = plant(tmp_path / "data", {"sit/a.jpg": b"1", "run/b.jpg": b"2"})
+    (folder / "run" / "a.jpg").hardlink_to(folder / "sit" / "a.jpg")
+    with tarfile.open(tmp_path / "d.tar", "w") as tar:
+        tar.add(folder, "data")
+    assert list(open_source(str(tmp_path / "d.tar")).read()) == list(open_source(str(folder)).read())
+
+
+def test_of_a_compressed_tar_nothing_is_unpacked_twice_for_its_order(tmp_path: Path) -> None:
+    names = [f"sit/{i}.jpg" for i in (3, 1, 2, 0)]
+    path = pack(tmp_path / "d.tar", dict.fromkeys(names, b"1"), mode="w:gz")
+    assert [photo.key for photo in open_source(str(path)).read()] == names
+
+
+def test_what_a_mac_puts_beside_each_file_of_a_shard_is_passed_over(tmp_path: Path) -> None:
+    tree = {"./._1.jpg": b"x", "./1.jpg": b"1", "./._1.cls": b"x", "./1.cls": b"sit"}
+    (photo,) = open_source(str(pack(tmp_path / "d.tar", tree))).read()
+    assert (photo.content, photo.label) == (b"1", "sit")
 
 
 def test_links_in_a_tar_are_passed_over(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from cliphar.data._sources import Photo, open_tar, read_captioned, tar_files
+from cliphar.data._sources import Photo, is_file, open_tar, read_captioned, tar_files
 from cliphar.errors import DataError, UsageError
 from cliphar.media import files_in, is_hidden, is_image_name, is_video_name
 
@@ -139,7 +139,7 @@ def _folder(path: Path, source: str) -> PhotoSource:
 def _members(path: Path) -> Iterator[tuple[str, bytes]]:
     with open_tar(path) as tar:
         for member in tar:
-            handle = tar.extractfile(member) if member.isfile() else None
+            handle = tar.extractfile(member) if is_file(member) and not is_hidden(member.name) else None
             if handle is not None:
                 yield member.name, handle.read()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import lzma
 import tarfile
@@ -14,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from cliphar.errors import DataError
 from cliphar.media import files_in, is_hidden, is_image_name, is_video_name
 
-__all__ = ["Photo", "list_labelled", "open_tar", "read_captioned", "read_labelled", "tar_files"]
+__all__ = ["Photo", "is_file", "list_labelled", "open_tar", "read_captioned", "read_labelled", "tar_files"]
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,27 @@ def open_tar(path: Path, *, whole: bool = True) -> Iterator[tarfile.TarFile]:
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a bad header for the end
                 raise tarfile.ReadError("bad header")
-    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+    # KeyError: a link to what is not in it
+    except (tarfile.TarError, EOFError, OSError, KeyError, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"{path} is damaged or cut short: {error}; copy it again") from error
 
 
+def is_file(member: tarfile.TarInfo) -> bool:
+    """Whether a tar holds this file's content; of a file with two names, it has the second as a hard link."""
+    return member.isfile() or member.islnk()
+
+
 def tar_files(path: Path, wanted: Callable[[str], bool] = lambda _: True) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of a tar's files, in the order of sorted paths; DataError as from :func:`open_tar`."""
+    """Names and contents of a tar's files, in the order of sorted paths, of a compressed tar in its own.
+
+    DataError as from :func:`open_tar`.
+    """
     with open_tar(path) as tar:
-        members = {member.name: member for member in tar if member.isfile() and wanted(member.name)}
-        for name in sorted(members, key=lambda name: PurePosixPath(name).parts):
+        members = {member.name: member for member in tar if is_file(member) and wanted(member.name)}
+        names = sorted(members, key=lambda name: PurePosixPath(name).parts)
+        if not isinstance(tar.fileobj, io.BufferedReader):  # compressed: a step back unpacks all before it again
+            names.sort(key=lambda name: members[name].offset)
+        for name in names:
             handle = tar.extractfile(members[name])
             if handle is not None:
                 yield name, handle.read()
@@ -84,7 +97,11 @@ def read_labelled(path: Path) -> list[Photo]:
     ]
     if not photos:
         raise DataError(f"no photos in {path}: expected LABEL/PHOTO files")
-    return photos
+    return _by_path(photos)
+
+
+def _by_path(photos: list[Photo]) -> list[Photo]:
+    return sorted(photos, key=lambda photo: PurePosixPath(photo.key).parts)
 
 
 def read_captioned(path: Path) -> list[Photo]:
@@ -109,7 +126,7 @@ def read_captioned(path: Path) -> list[Photo]:
     ]
     if not photos:
         raise DataError(f"no photos in {path}: none of those that captions.jsonl names is there")
-    return photos
+    return _by_path(photos)
 
 
 def _caption_row(line: bytes, where: str) -> tuple[str, tuple[str, ...]]:
