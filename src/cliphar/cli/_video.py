@@ -175,6 +175,8 @@ def _check(targets: list[Path], files: list[str]) -> None:
         check_target(target, ".csv", ".jsonl", ".mp4", ".png", ".vtt")
         if target.exists() and Path(files[0]).exists() and target.samefile(files[0]):
             raise UsageError(f"cannot write {target}: it is the video itself; give another name")
+        if target.suffix in (".mp4", ".png") and Path(files[0]).is_fifo():
+            raise UsageError(f"cannot write {target}: a pipe gives its pictures once; save the video to a file first")
 
 
 def _write(target: Path, path: str, timeline: Timeline) -> None:

@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Iterable
 
+from cliphar.labels import with_score
 from cliphar.timeline._types import Segment
 
 __all__ = ["to_csv", "to_webvtt"]
@@ -25,7 +26,7 @@ def to_csv(segments: Iterable[Segment]) -> str:
 def to_webvtt(segments: Iterable[Segment]) -> str:
     """Subtitles (W3C WebVTT), one cue a segment."""
     cues = [
-        f"{_clock(segment.start_s)} --> {_clock(segment.end_s)}\n{_escaped(segment.label)} {segment.score:.0%}\n"
+        f"{_clock(segment.start_s)} --> {_clock(segment.end_s)}\n{_escaped(with_score(segment.label, segment.score))}\n"
         for segment in segments
     ]
     return "\n".join(["WEBVTT\n", *cues])
