@@ -154,7 +154,8 @@ def _wilson(share: float, n: int) -> tuple[float, float]:
     """A bootstrap of a few photos, all answered rightly, would say that none ever will be answered wrongly."""
     z = 1.96
     middle, half = share + z**2 / (2 * n), z * (share * (1 - share) / n + (z / (2 * n)) ** 2) ** 0.5
-    return (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
+    low, high = (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
+    return max(0.0, low), min(1.0, high)  # a digit beyond, and none right would be "-0.000" of the photos
 
 
 def confident_mistakes(
