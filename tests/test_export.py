@@ -317,6 +317,16 @@ def test_another_place_keeps_what_was_exported_to_it_and_no_other_model_is_lost(
     assert (tmp_path / "other" / "image.onnx").read_bytes() == b"another"
 
 
+def test_a_bundle_is_not_replaced_from_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(packaged("mini"), tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    bundle = read_bundle(".")
+    with pytest.raises(UsageError, match=r"^\. cannot be replaced from inside"):
+        export_bundle(bundle, ["onnx-w8"])
+    with pytest.raises(BundleError, match="cannot be replaced from inside"):
+        write_bundle(".", bundle.info, {file: bundle.file(file) for file in bundle.info.files}, overwrite=True)
+
+
 def test_of_two_exports_at_once_neither_loses_what_the_other_added(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

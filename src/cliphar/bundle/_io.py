@@ -215,12 +215,14 @@ def write_bundle(
         overwrite: replace a bundle that is already there.
 
     Raises:
-        BundleError: ``target`` exists and is not to be replaced, or is no bundle; or a file's path leaves the bundle.
+        BundleError: ``target`` exists and is not to be replaced, or is no bundle or ``.``; or a file's path leaves it.
     """
     root = _nameable(Path(target))
     for name in files:
         if not is_inside(name):
             raise BundleError(f"path {name!r} leaves the bundle; give one below it, with forward slashes")
+    if root.name in ("", ".."):  # a folder is replaced by renaming it
+        raise BundleError(f"{root} cannot be replaced from inside; go out of it and give the folder's name")
     if root.exists():
         if not overwrite:
             raise BundleError(f"{root} exists; choose another place or ask to overwrite it")

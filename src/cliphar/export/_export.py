@@ -71,6 +71,8 @@ def export_bundle(
         raise UsageError(f"cannot export to '{', '.join(unknown)}'; choose among {', '.join(TARGETS)}")
     home = out or (store() / bundle.info.name if bundle.path.parent == packaged("mini").parent else bundle.path)
     home = home.resolve() if home.is_symlink() else home  # the link stays, and what it names is extended
+    if home.name in ("", ".."):  # said before the work
+        raise UsageError(f"{home} cannot be replaced from inside; go out of it and give the folder's name")
     # a copy in the store may be damaged or of another version; a bundle in place is what was read, or has changed since
     replace = out is None and not (home.exists() and home.samefile(bundle.path))
     origin, bundle = bundle, _standing(bundle, home, replace=replace)
