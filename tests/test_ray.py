@@ -47,6 +47,7 @@ def test_photos_and_shards_are_answered_in_parts_that_are_kept(cli: Cli, photos:
     with tarfile.open(tmp_path / "shard.tar", "w") as shard:
         shard.add(photos[0], "inside.jpg")
         shard.add(__file__, "notes.txt")
+        shard.add(__file__, "._inside.jpg")
     whole = (tmp_path / "shard.tar").read_bytes()
     second = whole.index(b"notes.txt")
     (tmp_path / "bad.tar").write_bytes(whole[:second] + b"?" + whole[second + 1 :])

@@ -74,7 +74,7 @@ class _Worker:
 def _photos(paths: list[str]) -> Iterator[tuple[str, str | bytes]]:
     """Names and photos: files, and what shards (tar files) hold."""
     from cliphar.data import open_tar
-    from cliphar.media import is_image_name
+    from cliphar.media import is_hidden, is_image_name
 
     for path in paths:
         if not path.endswith(".tar"):
@@ -82,7 +82,8 @@ def _photos(paths: list[str]) -> Iterator[tuple[str, str | bytes]]:
             continue
         with open_tar(Path(path)) as shard:
             for member in shard:
-                content = shard.extractfile(member) if is_image_name(member.name) else None
+                wanted = is_image_name(member.name) and not is_hidden(member.name)
+                content = shard.extractfile(member) if wanted else None
                 if content is not None:
                     yield f"{path}/{member.name}", content.read()
 
