@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +21,7 @@ pytest.importorskip("torch")
 
 from cliphar.bundle import Bundle, find_bundle, list_models, packaged, read_bundle, write_bundle  # noqa: E402
 from cliphar.errors import BundleError, DataError, UsageError  # noqa: E402
-from cliphar.export import TARGETS, Added, export_bundle, float_graph, write_layout  # noqa: E402
+from cliphar.export import TARGETS, Added, export_bundle, float_graph, read_proof, write_layout  # noqa: E402
 from cliphar.recognizer import load  # noqa: E402
 from cliphar.runtime import OnnxRuntime, choose_runtime, load_runtime  # noqa: E402
 
@@ -325,6 +326,24 @@ def test_a_bundle_is_not_replaced_from_inside(tmp_path: Path, monkeypatch: pytes
         export_bundle(bundle, ["onnx-w8"])
     with pytest.raises(BundleError, match="cannot be replaced from inside"):
         write_bundle(".", bundle.info, {file: bundle.file(file) for file in bundle.info.files}, overwrite=True)
+
+
+def test_of_many_photos_no_more_are_held_than_prove(
+    tmp_path: Path, photos: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cliphar.export._photos._CALIBRATION", 4)
+    monkeypatch.setattr("cliphar.export._photos._VERIFICATION", 12)
+    (tmp_path / "sit").mkdir()
+    for number in range(40):  # a fifth cannot be read, and others take their places
+        content = photos[0].read_bytes() if number % 5 else b""
+        (tmp_path / "sit" / f"{number}.jpg").write_bytes(content + bytes(2**20))
+    bundle = find_bundle("mini")
+    tracemalloc.start()
+    proof = read_proof(bundle, tmp_path)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (len(proof.calibration), len(proof.verification), proof.photos) == (4, 12, 16)
+    assert most < 20 * 2**20
 
 
 def test_of_two_exports_at_once_neither_loses_what_the_other_added(

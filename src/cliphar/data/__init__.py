@@ -6,7 +6,15 @@ from cliphar.data._clips import clip_frames, embed_clips
 from cliphar.data._copy import copy_parts
 from cliphar.data._duplicates import difference_hash, group_duplicates
 from cliphar.data._readers import SPLITS, PhotoSource, is_clip_name, open_source
-from cliphar.data._sources import Photo, list_labelled, open_tar, read_captioned, read_labelled
+from cliphar.data._sources import (
+    Photo,
+    labelled_keys,
+    list_labelled,
+    open_tar,
+    read_captioned,
+    read_labelled,
+    stream_labelled,
+)
 from cliphar.data._split import assign_parts, split_grouped
 
 __all__ = [
@@ -24,6 +32,7 @@ __all__ = [
     "embed_clips",
     "group_duplicates",
     "is_clip_name",
+    "labelled_keys",
     "list_labelled",
     "load_photos",
     "open_source",
@@ -32,4 +41,5 @@ __all__ = [
     "read_captioned",
     "read_labelled",
     "split_grouped",
+    "stream_labelled",
 ]

@@ -15,7 +15,17 @@ from pathlib import Path, PurePosixPath
 from cliphar.errors import DataError
 from cliphar.media import files_in, is_hidden, is_image_name, is_video_name
 
-__all__ = ["Photo", "is_file", "list_labelled", "open_tar", "read_captioned", "read_labelled", "tar_files"]
+__all__ = [
+    "Photo",
+    "is_file",
+    "labelled_keys",
+    "list_labelled",
+    "open_tar",
+    "read_captioned",
+    "read_labelled",
+    "stream_labelled",
+    "tar_files",
+]
 
 
 @dataclass(frozen=True)
@@ -84,17 +94,33 @@ def _files(path: Path, wanted: Callable[[str], bool] = lambda _: True) -> Iterat
         raise DataError(f"no photos at {path}: it is neither a folder nor a tar file; check the path")
 
 
-def read_labelled(path: Path) -> list[Photo]:
-    """Photos of a folder or tar whose files lie at LABEL/PHOTO; DataError if there are none."""
+def stream_labelled(path: Path, wanted: Callable[[str], bool]) -> Iterator[Photo]:
+    """Photos of a folder or tar whose files lie at LABEL/PHOTO, as :func:`tar_files` does; only those are read whose
+    key is wanted."""
 
-    def wanted(name: str) -> bool:
+    def is_labelled(name: str) -> bool:
         folder = PurePosixPath(name).parent.name
         return is_image_name(name) and folder != "" and not is_hidden("/".join(name.split("/")[-2:]))
 
-    photos = [
-        Photo(name, content, label=PurePosixPath(name).parent.name.replace("_", " "))
-        for name, content in _files(path, wanted)
-    ]
+    for name, content in _files(path, lambda name: is_labelled(name) and wanted(name)):
+        yield Photo(name, content, label=PurePosixPath(name).parent.name.replace("_", " "))
+
+
+def labelled_keys(path: Path) -> list[str]:
+    """The keys of what :func:`read_labelled` reads, in that order."""
+    keys: list[str] = []
+
+    def note(key: str) -> bool:
+        keys.append(key)
+        return False
+
+    list(stream_labelled(path, note))
+    return sorted(keys, key=lambda key: PurePosixPath(key).parts)
+
+
+def read_labelled(path: Path) -> list[Photo]:
+    """Photos of a folder or tar whose files lie at LABEL/PHOTO; DataError if there are none."""
+    photos = list(stream_labelled(path, lambda _: True))
     if not photos:
         raise DataError(f"no photos in {path}: expected LABEL/PHOTO files")
     return _by_path(photos)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cliphar.bundle import Bundle, packaged
-from cliphar.data import Photo, read_labelled
+from cliphar.data import labelled_keys, stream_labelled
 from cliphar.errors import DataError, MediaError
 from cliphar.media import decode_image, to_square
 
@@ -27,7 +28,7 @@ class Proof:
 
     ``truth`` is the number of each verification photo's label among the bundle's, int64 [N], and ``rehearsal`` that
     of the calibration photos; None where the photos' folders are not the bundle's labels. ``photos`` is how many
-    photos the squares were cut from.
+    they were cut from.
     """
 
     calibration: NDArray[np.uint8]
@@ -43,7 +44,7 @@ def read_proof(bundle: Bundle, source: Path | None) -> Proof:
     Args:
         bundle: whose input size and labels they are for.
         source: a folder or a tar of photos, in LABEL/PHOTO if accuracy is to be measured; None takes crops of the
-            package's own three photos, calibration and verification from different crops.
+            package's own three photos, others to calibrate than to verify.
 
     Raises:
         DataError: fewer than 16 photos can be read.
@@ -51,36 +52,37 @@ def read_proof(bundle: Bundle, source: Path | None) -> Proof:
     if source is None:
         return _from_samples(bundle)
     spec = bundle.info.image
-    found = read_labelled(source)
-    order = np.random.default_rng(0).permutation(len(found))
-    squares: dict[int, NDArray[np.uint8]] = {}
-    for i in order:
-        if len(squares) == _CALIBRATION + _VERIFICATION:
-            break
-        try:
-            photo = decode_image(found[i].content, min_side=spec.size)
-        except MediaError:
-            continue
-        squares[int(i)] = to_square(photo, spec.size, spec.max_aspect)
+    keys = labelled_keys(source)  # all photos may be more than memory holds
+    order = [keys[i] for i in np.random.default_rng(0).permutation(len(keys))]
+    squares = dict[str, NDArray[np.uint8]]()
+    labels = dict[str, str | None]()
+    left = order
+    while left and (lacking := _CALIBRATION + _VERIFICATION - len(squares)):
+        chosen, left = set(left[:lacking]), left[lacking:]
+        for photo in stream_labelled(source, chosen.__contains__):
+            with suppress(MediaError):
+                image = decode_image(photo.content, min_side=spec.size)
+                squares[photo.key] = to_square(image, spec.size, spec.max_aspect)
+                labels[photo.key] = photo.label
     if len(squares) < 16:
         raise DataError(f"{source} holds {len(squares)} readable photos; give at least 16, better 500")
-    kept = list(squares)
+    kept = [key for key in order if key in squares]
     calibration = kept[::5][:_CALIBRATION]
-    verification = sorted(set(kept) - set(calibration))
+    verification = [key for key in keys if key in squares and key not in calibration]
     return Proof(
-        np.stack([squares[i] for i in calibration]),
-        np.stack([squares[i] for i in verification]),
-        _truth(bundle, [found[i] for i in calibration]),
-        _truth(bundle, [found[i] for i in verification]),
+        np.stack([squares[key] for key in calibration]),
+        np.stack([squares[key] for key in verification]),
+        _truth(bundle, [labels[key] for key in calibration]),
+        _truth(bundle, [labels[key] for key in verification]),
         len(kept),
     )
 
 
-def _truth(bundle: Bundle, photos: list[Photo]) -> NDArray[np.int64] | None:
+def _truth(bundle: Bundle, labels: list[str | None]) -> NDArray[np.int64] | None:
     number = {label: i for i, label in enumerate(bundle.info.labels)}
-    if not all(photo.label in number for photo in photos):
+    if not all(label in number for label in labels):
         return None
-    return np.array([number[str(photo.label)] for photo in photos], np.int64)
+    return np.array([number[str(label)] for label in labels], np.int64)
 
 
 def _from_samples(bundle: Bundle) -> Proof:
