@@ -434,6 +434,14 @@ def test_captioned_photos(tmp_path: Path, kind: str) -> None:
     ]
 
 
+@pytest.mark.parametrize("prefix", ["", "./", "set/"])
+def test_captioned_photos_of_one_name_in_two_folders(tmp_path: Path, prefix: str) -> None:
+    listing = "".join(json.dumps({"file": f"{one}/1.jpg", "captions": [one]}) + "\n" for one in "ab").encode()
+    tree = {"captions.jsonl": listing, "a/1.jpg": b"a", "b/1.jpg": b"b"}
+    found = open_source(str(pack(tmp_path / "c.tar", tree, prefix))).read()
+    assert [(photo.content, photo.captions) for photo in found] == [(b"a", ("a",)), (b"b", ("b",))]
+
+
 def test_missing_captions_say_what_was_expected(tmp_path: Path) -> None:
     message = refusal(read_captioned, plant(tmp_path / "data", {"a.jpg": b"1"}))
     assert "no captions.jsonl" in message

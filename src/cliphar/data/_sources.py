@@ -145,11 +145,14 @@ def read_captioned(path: Path) -> list[Photo]:
         if line.strip():
             name, its = _caption_row(line, f"line {number} of captions.jsonl in {path}")
             captions[name] = its
-    photos = [
-        Photo(name, content, captions=captions[PurePosixPath(name).name])
-        for name, content in files.items()
-        if PurePosixPath(name).name in captions
-    ]
+    top = PurePosixPath(listing).parent
+    photos: list[Photo] = []
+    for name, content in files.items():
+        pure = PurePosixPath(name)
+        beside = pure.relative_to(top).as_posix() if pure.is_relative_to(top) else name
+        found = captions.get(beside, captions.get(pure.name))  # by its path from there, else by its name alone
+        if found is not None:
+            photos.append(Photo(name, content, captions=found))
     if not photos:
         raise DataError(f"no photos in {path}: none of those that captions.jsonl names is there")
     return _by_path(photos)
