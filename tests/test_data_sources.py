@@ -89,7 +89,7 @@ def as_manifest(suffix: str, between: str = ",") -> Callable[[Path], str]:
             for file in sorted(folder.rglob("*.jpg"))
         ]
         path = folder.parent / f"list{suffix}"
-        if suffix == ".csv":
+        if suffix.lower() == ".csv":
             with path.open("w", newline="") as file:
                 table = csv.DictWriter(file, rows[0], delimiter=between)
                 table.writeheader()
@@ -119,7 +119,7 @@ def as_hub(folder: Path) -> str:
     datasets = pytest.importorskip("datasets")
     files = sorted(folder.rglob("*.jpg"))
     features = datasets.Features({"image": datasets.Image(), "labels": datasets.ClassLabel(names=list(LABELS))})
-    rows = {"image": [str(f) for f in files], "labels": [f.parent.name for f in files]}
+    rows = {"image": [*map(str, files), None], "labels": [*(f.parent.name for f in files), None]}
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(folder.parent / "saved")
     return str(folder.parent / "saved")
 
@@ -129,7 +129,7 @@ MAKERS = [
     as_tar,
     as_zip,
     as_manifest(".csv"),
-    as_manifest(".csv", ";"),
+    as_manifest(".CSV", ";"),
     as_manifest(".jsonl"),
     as_manifest(".parquet"),
     as_shards,

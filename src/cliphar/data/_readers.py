@@ -81,7 +81,7 @@ def open_source(source: str) -> PhotoSource:  # noqa: PLR0911 - one for each kin
         return _folder(path, source)
     if not path.is_file():
         raise DataError(f"no data at {source}: there is no such file or folder; check the path")
-    if path.suffix in (".csv", ".jsonl", ".parquet"):
+    if path.suffix.lower() in (".csv", ".jsonl", ".parquet"):
         return _manifest(path, source)
     if tarfile.is_tarfile(path):
         return _shards([path], source) if _has_samples(path) else _tar(path, source)
@@ -277,7 +277,7 @@ def _manifest(path: Path, source: str) -> PhotoSource:
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         try:
             from pyarrow import parquet
         except ImportError as error:
@@ -293,7 +293,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         raise DataError(f"cannot read {path}: it is not UTF-8 text; a spreadsheet saves it as 'CSV UTF-8'") from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error}") from error
-    if path.suffix == ".csv":
+    if path.suffix.lower() == ".csv":
         between = max(",;\t", key=text.partition("\n")[0].count)  # a spreadsheet's depends on the country
         try:
             yield from csv.DictReader(io.StringIO(text), delimiter=between)
@@ -333,7 +333,8 @@ def _hub(name: str, source: str) -> PhotoSource:
             plain = data.cast_column(image[part], datasets.Image(decode=False))
             for number, row in enumerate(plain):
                 cell, label = row[image[part]], row.get("label", row.get("labels"))
-                content = cell["bytes"] or Path(cell["path"]).read_bytes()
+                # a row may lack its photo
+                content = b"" if cell is None else cell["bytes"] or Path(cell["path"]).read_bytes()
                 about = row | {"label": names[label] if names and label is not None and label >= 0 else label}
                 about["split"] = part if len(parts) > 1 else row.get("split")
                 # a name with a suffix, so that a copy of it is known for a photo
