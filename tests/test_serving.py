@@ -74,6 +74,7 @@ def test_three_kinds_of_body(api: str, photos: list[Path]) -> None:
         {"json": {"images": [encoded], "labels": ["sleeping", "eating"], "top_k": 1}},
         {"files": {"images": content}, "params": {"labels": "sleeping, eating", "top_k": 1}},
         {"json": {"images": [encoded]}, "params": {"labels": "sleeping, eating", "top_k": 1}},
+        {"json": {"images": [base64.encodebytes(content).decode()], "labels": "sleeping,eating", "top_k": 1}},
         {"json": {"images": [f"data:image/jpeg;base64,{encoded}"], "labels": "sleeping,eating", "top_k": 1}},
         {
             "content": content,
@@ -173,6 +174,10 @@ def test_other_refusals(api: str) -> None:
     assert problem(httpx.post(f"{api}/v1/predict", files=many), 413)
     misspelt = httpx.post(f"{api}/v1/actions/waving", files={"image": b"x"})
     assert "did you mean 'images'?" in problem(misspelt, 422)
+    beside = httpx.post(f"{api}/v1/predict", files=[("images", b"x"), ("images", (None, "photo.jpg"))])
+    assert "one that is no file" in problem(beside, 422)
+    as_file = httpx.post(f"{api}/v1/predict", files={"images": b"x", "labels": b"cooking"})
+    assert "labels came as a file" in problem(as_file, 422)
 
 
 # --- earlier clients

@@ -114,11 +114,11 @@ PREDICT_BODY: dict[str, Any] = form_body(
 
 
 def decode_base64(text: str) -> bytes:
-    """Bytes of base64 text or a data: URL; ProblemError 422 if it is neither."""
+    """Bytes of base64 text, which may have line breaks, or a data: URL; ProblemError 422 if it is neither."""
     if text.startswith("data:"):
         text = text.partition(",")[2]
     try:
-        return base64.b64decode(text, validate=True)
+        return base64.b64decode(text.replace("\n", "").replace("\r", ""), validate=True)
     except (binascii.Error, ValueError) as error:
         raise ProblemError(422, f"an image is not base64: {error}") from error
 
@@ -171,11 +171,13 @@ async def _json(request: Request, settings: Settings) -> Any:
 
 
 async def photos_of(form: FormData, *others: str) -> list[bytes]:
-    """The files ``images`` of a form that may have other fields too; ProblemError 422 if there are none."""
+    """The files ``images`` of a form that may have other fields too; ProblemError 422 if there are none, or one of
+    them is text: it would have no answer, and the others another's."""
     refuse_unknown(form, "images", *others)
-    contents = [await part.read() for part in form.getlist("images") if isinstance(part, UploadFile)]
-    if not contents:
-        raise ProblemError(422, "the form has no image; send each as a file 'images': -F images=@photo.jpg")
+    parts = form.getlist("images")
+    contents = [await part.read() for part in parts if isinstance(part, UploadFile)]
+    if not contents or len(contents) < len(parts):
+        raise ProblemError(422, "the form has no image, or one that is no file; send each so: -F images=@photo.jpg")
     return contents
 
 
@@ -190,7 +192,11 @@ def refuse_unknown(fields: Iterable[str], *known: str) -> None:
 
 def _question(fields: FormData | Any) -> dict[str, Any]:
     question: dict[str, Any] = {name: fields[name] for name in ("top_k", "coverage") if name in fields}
-    labels = _one_or_many([label for label in fields.getlist("labels") if isinstance(label, str)])
+    given = fields.getlist("labels")
+    texts = [label for label in given if isinstance(label, str)]
+    if len(texts) < len(given):  # else they would be answered as if they were not there
+        raise ProblemError(422, "labels came as a file; send them as text: -F 'labels=cooking, sleeping'")
+    labels = _one_or_many(texts)
     return question if labels is None else question | {"labels": labels}
 
 
