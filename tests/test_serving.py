@@ -214,8 +214,9 @@ def test_a_model_tells_of_itself(api: str) -> None:
 
 def test_vocabularies_and_actions_are_kept(api: str, photos: list[Path], samples: Path) -> None:
     with Client(api) as client:
-        client.put_vocabulary("mine", ["mowing the lawn", "posing for a portrait"])
-        assert client.vocabularies()["mine"] == ["mowing the lawn", "posing for a portrait"]
+        for given in (["mowing the lawn", "posing for a portrait"], "mowing the lawn, posing for a portrait"):
+            client.put_vocabulary("mine", given)
+            assert client.vocabularies()["mine"] == ["mowing the lawn", "posing for a portrait"]
         lesson = client.teach("being a cat", [samples / "cat.jpg"])
         assert lesson["photos"] == 1
         assert client.model()["taught"] == {"being a cat": 1}

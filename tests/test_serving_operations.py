@@ -420,6 +420,7 @@ def test_traces_go_where_the_variables_say(env: dict[str, str], photos: list[Pat
 
 class _Busy(BaseHTTPRequestHandler):
     asked = 0
+    said = b'{"timeline": {}}\n'
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["content-length"]))
@@ -427,7 +428,7 @@ class _Busy(BaseHTTPRequestHandler):
         self.send_response(503 if self.asked == 1 else 200)
         self.send_header("Retry-After", "1")
         self.end_headers()
-        self.wfile.write(b'{"timeline": {}}\n')
+        self.wfile.write(self.said)
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -441,6 +442,14 @@ def test_a_clip_is_sent_again_to_a_service_that_reads_others() -> None:
             assert _Busy.asked == 2
             with pytest.raises(ClipharError, match="not as cliphar does"):
                 client.predict(b"photo")
+            for said, why in (
+                (b"<html>", "not as cliphar does"),
+                (b'{"progress": {}}\n', "ends before the timeline"),
+                (b'{"progress": {}}\n{"timel', "ends before the timeline"),
+            ):
+                _Busy.said = said
+                with pytest.raises(ClipharError, match=why):
+                    list(client.video(b"clip"))
         service.shutdown()
 
 

@@ -16,6 +16,7 @@ from urllib.parse import quote
 import httpx
 
 from cliphar.errors import ClipharError, MediaError, UsageError
+from cliphar.labels import clean_labels
 from cliphar.media import several
 from cliphar.recognizer import Prediction
 
@@ -208,14 +209,20 @@ class Client(_Calls[httpx.Client]):
         content = _read(clip)
         query = {"coverage": str(coverage)} | _labels(labels)
         with closing(self._send("POST", "/v1/video", stream=True, params=query, files={"video": content})) as response:
+            told: dict[str, Any] = {}
             try:
                 for line in response.iter_lines():
-                    told: dict[str, Any] = json.loads(line)
+                    told = json.loads(line)
                     if "error" in told:
                         raise MediaError(told["error"])
                     yield told
             except httpx.TransportError as error:
                 raise self._unreachable(error) from error
+            except ValueError as error:  # no JSON, or a line that was cut
+                if not told:
+                    raise self._foreign() from error
+            if "timeline" not in told:  # some proxies end an answer well where the service broke it off
+                raise ClipharError(f"the answer of {self._url} ends before the timeline; send the clip again")
 
     def model(self) -> dict[str, Any]:
         """The model that answers: name, labels, what was taught, metrics."""
@@ -232,7 +239,7 @@ class Client(_Calls[httpx.Client]):
 
     def put_vocabulary(self, name: str, labels: Sequence[str]) -> None:
         """Keep a list of labels under a name."""
-        self._call("PUT", self._path("labels", name), json=list(labels))
+        self._call("PUT", self._path("labels", name), json=clean_labels(labels))
 
     def teach(self, name: str, photos: Photos) -> dict[str, Any]:
         """Teach an action; how well it works, as ``Lesson.to_dict`` has it."""
@@ -304,7 +311,7 @@ class AsyncClient(_Calls[httpx.AsyncClient]):
 
     async def put_vocabulary(self, name: str, labels: Sequence[str]) -> None:
         """Keep a list of labels under a name."""
-        await self._call("PUT", self._path("labels", name), json=list(labels))
+        await self._call("PUT", self._path("labels", name), json=clean_labels(labels))
 
     async def teach(self, name: str, photos: Photos) -> dict[str, Any]:
         """See :meth:`Client.teach`."""
