@@ -262,6 +262,13 @@ def test_workers_that_write_in_the_same_tick_of_the_clock_agree(mini: Recognizer
     assert {"a", "b", "c"} <= set(other.vocabularies)
 
 
+@pytest.mark.parametrize("content", ["", "[]", '{"a": 5}', '{"a": null}', '{"a": []}', '{"a": ["unknown"]}'])
+def test_vocabularies_that_a_hand_made_wrong_are_one_line(mini: Recognizer, tmp_path: Path, content: str) -> None:
+    (tmp_path / "vocabularies.json").write_text(content)
+    with pytest.raises(ClipharError, match=r"^vocabularies\.json in the state directory cannot be used: .*; mend it"):
+        State(tmp_path, mini.fork())
+
+
 def test_what_cannot_be_kept_is_not_known(mini: Recognizer, photos: list[Path], tmp_path: Path) -> None:
     pupil = mini.fork()
     state = State(tmp_path, pupil)

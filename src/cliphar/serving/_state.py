@@ -57,8 +57,10 @@ class State:
                 try:
                     content = json.loads(self._vocabularies.read_text(encoding="utf-8"))
                     self._named = {name: clean_labels(labels) for name, labels in content.items()}
-                except (OSError, ValueError, AttributeError) as error:
-                    raise ClipharError("vocabularies.json in the state directory is damaged; remove it") from error
+                except (OSError, ValueError, AttributeError, TypeError, UsageError) as error:
+                    raise ClipharError(
+                        f"vocabularies.json in the state directory cannot be used: {error}; mend it or remove it"
+                    ) from error
             if self._changed(self._taught):
                 self._recognizer.load_taught(self._taught, replace=True)
 
