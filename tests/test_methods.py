@@ -40,6 +40,7 @@ from cliphar.recognizer import load  # noqa: E402
 from cliphar.training import Surroundings, load_recipe, train  # noqa: E402
 from cliphar.training._base import find_base  # noqa: E402
 from cliphar.training._checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
+from cliphar.training._distributed import ManyProcesses  # noqa: E402
 from cliphar.training._method_recipe import GdaSection  # noqa: E402
 from cliphar.training._methods._gda import gda  # noqa: E402
 
@@ -164,6 +165,7 @@ def clip_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "embed_dim": 48,
         "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8},
         "text_cfg": {"context_length": 16, "vocab_size": 8000, "width": 32, "heads": 2, "layers": 2},
+        "init_logit_bias": -10,
     }
     torch.manual_seed(0)
     model = import_open_clip().CLIP(**config).eval()
@@ -205,6 +207,16 @@ def changed_weights(before: Path, after: Bundle) -> set[str]:
     return {name for name in start if not torch.equal(start[name], end[name])}
 
 
+@pytest.fixture
+def ddp(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One process alone, which yet asks that all that is trained gets a gradient."""
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    monkeypatch.setattr("cliphar.training._train.open_ranks", ManyProcesses)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("ddp")
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_clips_own_towers_are_both_trained(recipe: Callable[..., Path], clip_base: Path, method: str) -> None:
     sections = {"wise": {"shares": [1.0]}} if method == "full" else {}

@@ -54,7 +54,9 @@ def train_towers(
     trained = nn.ModuleDict({"image": towers.image} | ({"text": text} if text is not None else {}))
     trained.requires_grad_(True)
     if towers.text is not None:
-        towers.text.model.logit_scale.requires_grad_(False)  # cosines are scaled by what it says, and that stays
+        for name, value in towers.text.model.named_parameters(recurse=False):
+            # scale and, of SigLIP, bias of pre-training's loss: cosines are scaled by what it says, and that stays
+            value.requires_grad_(not name.startswith("logit_"))
     prepare(trained)
     freeze(objective, recipe.train.freeze)
     if recipe.train.checkpointing:
