@@ -265,6 +265,7 @@ def test_every_ready_recipe_loads(file: Path) -> None:
         ("train.accumulate=3", "not a multiple"),
         ("train.lr=inf", "finite"),
         ("data.val=0.9", "data.val"),
+        ("data.seed=-1", "data.seed"),
         ("track=[mlflow", "is not YAML"),
         ("contrastive=0 classes=0", "no loss"),
     ],

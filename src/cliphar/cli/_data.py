@@ -104,7 +104,7 @@ def split(
     out: Annotated[Path, typer.Option("--out", "-o", help="The new folder, with train/LABEL/PHOTO and so on.")],
     val: Annotated[float, typer.Option(help="Share of each label kept for calibration.")] = 0.08,
     test: Annotated[float, typer.Option(help="Share of each label kept for the reported figures.")] = 0.08,
-    seed: Annotated[int, typer.Option(help="Seed of the split; recipes use 7.")] = 7,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the split; recipes use 7.")] = 7,
     cache: _Cache = _CACHE,
 ) -> None:
     """Copy labelled photos into train, val and test.
