@@ -496,8 +496,8 @@ def test_a_service_answers_where_there_is_one(
         backend.teach("saluting", shown)
         backend.keep()
         assert backend.taught == {"saluting": len(shown)}
-        with pytest.raises(UsageError, match="forget it first"):
-            backend.teach("saluting", shown)
+        with pytest.raises(UsageError, match="'saluting' was taught already; forget it first"):
+            backend.teach("Saluting_", shown)  # the same to the service
         backend.forget("saluting")
         assert "saluting" not in backend.labels
         assert watch(frame).top[0].label in labels

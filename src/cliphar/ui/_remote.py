@@ -21,6 +21,7 @@ from websockets.sync.client import ClientConnection, connect
 from cliphar.bundle import Metrics
 from cliphar.client import Client
 from cliphar.errors import ClipharError, MediaError, UsageError
+from cliphar.labels import clean_labels
 from cliphar.recognizer import Lesson, Prediction, Score
 from cliphar.timeline import Progress, Segment, Timeline
 from cliphar.ui._backend import About, Photo, Watch
@@ -106,8 +107,9 @@ class RemoteBackend:
         """The service knows it at once; to discard it is to have the service forget it."""
         if self._trial:
             self.discard()
-        if name in self.taught:
-            raise UsageError(f"'{name}' was taught already; forget it first, or choose another name")
+        (label,) = clean_labels([name])
+        if there := [one for one in self.taught if one.casefold() == label.casefold()]:  # as the service compares names
+            raise UsageError(f"'{there[0]}' was taught already; forget it first, or choose another name")
         told = self._client.teach(name, [photo.data for photo in photos])
         self._trial, self._told_at = told["name"], -_FRESH_S
         return Lesson(
