@@ -598,6 +598,27 @@ def test_a_taught_name_may_have_a_comma(script: AppTest) -> None:
     assert script.multiselect(key="photo_actions").value[-3:] == ["opening a door, slowly", "waving", "nodding"]
 
 
+def test_a_clip_is_answered_anew_once_an_action_is_taught() -> None:
+    def page() -> None:
+        from types import SimpleNamespace
+
+        import streamlit as st
+
+        from cliphar.timeline import Timeline
+        from cliphar.ui._session import know_action
+        from cliphar.ui._video import _read
+
+        answers = iter([Timeline(1, (), 1, 1), Timeline(2, (), 1, 1)])
+        st.session_state.backend = SimpleNamespace(where="here", labels=("saluting",), video=lambda *_: [next(answers)])
+        seen = [_read(b"clip", ("saluting",), 0.9).duration_s for _ in range(2)]
+        know_action("saluting")
+        st.session_state.seen = [*seen, _read(b"clip", ("saluting",), 0.9).duration_s]
+
+    script = AppTest.from_function(page, default_timeout=120).run()
+    assert not script.exception
+    assert script.session_state["seen"] == [1, 1, 2]
+
+
 def test_what_was_refused_moves_nothing_when_it_goes(script: AppTest) -> None:
     places = len(script.main.children)  # the browser makes anew what moves, without what was being typed into it
     script.session_state["refused"] = "no answer"

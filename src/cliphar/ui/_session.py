@@ -144,6 +144,7 @@ def _lists() -> dict[str, list[str]]:
 def know_action(name: str, *, known: bool = True) -> None:
     """Add an action to the list of what the model knows, and choose that list; or take one off."""
     lists, state = _lists(), st.session_state
+    state.timelines, state.camera_asked = {}, None  # a list that has the word already is answered otherwise from now on
     lists.setdefault(_KNOWN, [])
     for shelf in (lists, state.ready_lists):
         others = [label for label in shelf.get(_KNOWN, []) if label != name]
