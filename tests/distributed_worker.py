@@ -110,7 +110,10 @@ def main(kind: str, folder: Path, name: str, stop_after: int) -> None:
         fit(objective, Batches([items], recipe, SIDE, 0, ranks.rank, ranks.world), recipe, run, validate)
     worst = gradients_agree(ranks) if ranks.world > 1 else 0.0
     if ranks.rank == 0:
-        (folder / f"{name}.json").write_text(json.dumps({"curve": curve, "worst": worst}), encoding="utf-8")
+        # what one process may do while the others wait for it; torch's own bound is thirty minutes
+        patience = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout if ranks.world > 1 else None
+        written = {"curve": curve, "worst": worst, "patience_s": patience and patience.total_seconds()}
+        (folder / f"{name}.json").write_text(json.dumps(written), encoding="utf-8")
         save_file({key: value.contiguous() for key, value in objective.state_dict().items()}, folder / f"{name}.st")
     leave_ranks(0)
 

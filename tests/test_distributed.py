@@ -50,6 +50,7 @@ def test_two_processes_train_as_one(alone: dict[str, Any], tmp_path: Path, kind:
     assert both["curve"] == pytest.approx(alone["curve"], rel=1e-4)
     same_weights(both["weights"], alone["weights"])
     assert both["worst"] < 1e-6
+    assert both["patience_s"] == 86400
 
 
 @pytest.mark.parametrize(("first", "second"), [("fsdp", "one"), ("ddp", "fsdp")])

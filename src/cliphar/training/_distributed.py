@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -20,7 +21,10 @@ from torch import Tensor, nn
 
 from cliphar.training._ranks import OneProcess, Ranks
 
-__all__ = ["ManyProcesses", "leave_ranks", "open_ranks"]
+__all__ = ["PATIENCE", "ManyProcesses", "leave_ranks", "open_ranks"]
+
+# all but one wait while photos are read and the bundle is written: torch would have NCCL abort them after ten minutes
+PATIENCE = timedelta(days=1)
 
 
 class _Gather(torch.autograd.Function):
@@ -111,7 +115,7 @@ def open_ranks(kind: str) -> Ranks:
         on_gpu = torch.cuda.is_available()
         if on_gpu:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("nccl" if on_gpu else "gloo")
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
     return ManyProcesses(kind)
 
 
