@@ -21,7 +21,7 @@ from cliphar.training._augment import random_frames  # noqa: E402
 from cliphar.training._batches import Batch, Batches, TrainItems  # noqa: E402
 from cliphar.training._contrast import ContrastObjective, Losses  # noqa: E402
 from cliphar.training._gradient import freeze  # noqa: E402
-from cliphar.training._loop import Run, Surroundings, fit  # noqa: E402
+from cliphar.training._loop import Run, Surroundings, fit, pick_device  # noqa: E402
 from cliphar.training._method_recipe import LoopRecipe, LoraSection  # noqa: E402
 from cliphar.training._methods._lora import adapt, merge  # noqa: E402
 from cliphar.training._rates import learning_rate  # noqa: E402
@@ -275,6 +275,18 @@ def test_wrong_settings_are_refused_by_name(override: str, said: str) -> None:
         load_recipe(RECIPES / "full.yaml", tuple(override.split()))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_gpu_is_taken_where_each_process_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert str(pick_device(LoopRecipe())) == "cuda:1"
+    assert str(pick_device(LoopRecipe(device="cpu"))) == "cpu"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert str(pick_device(LoopRecipe())) == "cpu"
+    with pytest.raises(UsageError, match="torch sees 2 for 3 processes here; use auto or cpu"):
+        pick_device(LoopRecipe(device="cuda"))
 
 
 def test_a_terminal_that_is_closed_stops_a_training_as_a_signal_does_unless_nohup_has_it_ignored(

@@ -25,6 +25,7 @@ __all__ = ["PATIENCE", "ManyProcesses", "leave_ranks", "open_ranks"]
 
 # all but one wait while photos are read and the bundle is written: torch would have NCCL abort them after ten minutes
 PATIENCE = timedelta(days=1)
+_CPU = torch.device("cpu")
 
 
 class _Gather(torch.autograd.Function):
@@ -56,7 +57,7 @@ class ManyProcesses(OneProcess):
         self.kind = kind
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         on_gpu = dist.get_backend() == "nccl"
-        self._device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
+        self._device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else _CPU
 
     def wrap(self, module: nn.Module) -> tuple[nn.Module, nn.Module]:
         """See :class:`Ranks`."""
@@ -65,15 +66,18 @@ class ManyProcesses(OneProcess):
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated|Grad strides do not match")
             # batch norms keep their statistics, so there are no buffers to bring in line
             return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False), module
+        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(self._device.type, (self.world,))  # by itself it takes GPUs where there are any
 
         sharded = copy.deepcopy(module)  # the whole one stays, to be validated and exported
         for part in sharded.modules():
             if type(part) is nn.ModuleList:  # and not the list of a weight's parametrisations
                 for block in part:
                     if any(p.requires_grad for p in block.parameters()):
-                        fully_shard(block)
-        fully_shard(sharded)
+                        fully_shard(block, mesh=mesh)
+        fully_shard(sharded, mesh=mesh)
         return sharded, sharded
 
     def gather(self, rows: Tensor) -> Tensor:
@@ -107,15 +111,14 @@ class ManyProcesses(OneProcess):
         dist.barrier()
 
 
-def open_ranks(kind: str) -> Ranks:
-    """This process among those that torchrun (or Ray) started with it: NCCL with a GPU each, else gloo."""
+def open_ranks(kind: str = "ddp", device: torch.device = _CPU) -> Ranks:
+    """This process, which trains on ``device``, among those that torchrun (or Ray) started with it: by NCCL or gloo."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return OneProcess()
     if not dist.is_initialized():
-        on_gpu = torch.cuda.is_available()
-        if on_gpu:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     return ManyProcesses(kind)
 
 

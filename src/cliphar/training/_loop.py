@@ -125,14 +125,16 @@ def stop_on_signals(stop: list[int]) -> Iterator[None]:
 
 
 def pick_device(recipe: LoopRecipe) -> torch.device:
-    """The device that the recipe asks for; sets what ``deterministic`` needs.
+    """The device that the recipe asks for, by itself a GPU if each process has one; sets what ``deterministic`` needs.
 
     Raises:
-        UsageError: a GPU is asked for and there is none.
+        UsageError: a GPU is asked for and there is none for each process.
     """
-    if recipe.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("train.device is cuda, but torch sees no GPU here; use auto or cpu")
-    use_gpu = recipe.device != "cpu" and torch.cuda.is_available()
+    gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if recipe.device == "cuda" and gpus < processes:
+        seen = f"{gpus} for {processes} processes" if gpus else "no GPU"
+        raise UsageError(f"train.device is cuda, but torch sees {seen} here; use auto or cpu")
+    use_gpu = recipe.device != "cpu" and gpus >= processes
     if recipe.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False

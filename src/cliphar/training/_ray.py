@@ -62,7 +62,8 @@ def train_on_ray(recipe: Recipe, workers: int, *, resume: bool = False) -> Bundl
             ray.init(log_to_driver=True, include_dashboard=False)
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, ours)  # Ray's own prints a trace and aborts
-        use_gpu = ray.cluster_resources().get("GPU", 0) >= workers  # type: ignore[no-untyped-call]
+        on_cpu = isinstance(recipe, GradientRecipe) and recipe.train.device == "cpu"
+        use_gpu = not on_cpu and ray.cluster_resources().get("GPU", 0) >= workers  # type: ignore[no-untyped-call]
         with tempfile.TemporaryDirectory() as storage:
             TorchTrainer(
                 _work,

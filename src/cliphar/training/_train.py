@@ -12,7 +12,7 @@ from cliphar.evaluation import write_report
 from cliphar.training._distributed import open_ranks
 from cliphar.training._gradient import checkpoint_of
 from cliphar.training._job import Job, Outcome, open_job
-from cliphar.training._loop import Stopped, Surroundings, refuse_unasked
+from cliphar.training._loop import Stopped, Surroundings, pick_device, refuse_unasked
 from cliphar.training._method_recipe import GradientRecipe, MethodRecipe
 from cliphar.training._methods import METHODS
 from cliphar.training._package import package
@@ -36,7 +36,7 @@ def train(recipe: Recipe, around: Surroundings | None = None) -> Bundle:
     gradient = recipe if isinstance(recipe, GradientRecipe) else None
     if gradient:  # before photos are read and a tracker has a run that fails
         refuse_unasked(checkpoint, around.resume)
-    ranks = open_ranks(gradient.train.distributed if gradient else "ddp")
+    ranks = open_ranks(gradient.train.distributed, pick_device(gradient.train)) if gradient else open_ranks()
     if ranks.world > 1 and not gradient:
         what = recipe.method if isinstance(recipe, MethodRecipe) else recipe.kind
         raise UsageError(f"'{what}' runs in one process, without torchrun")
