@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ torch = pytest.importorskip("torch", reason="training needs the [train] extra")
 
 from torch import Tensor, nn  # noqa: E402
 
+from cliphar.bundle import find_bundle  # noqa: E402
 from cliphar.data import PhotoSet  # noqa: E402
 from cliphar.errors import UsageError  # noqa: E402
 from cliphar.models import ImageTower  # noqa: E402
@@ -24,6 +27,7 @@ from cliphar.training._gradient import freeze  # noqa: E402
 from cliphar.training._loop import Run, Surroundings, fit, pick_device  # noqa: E402
 from cliphar.training._method_recipe import LoopRecipe, LoraSection  # noqa: E402
 from cliphar.training._methods._lora import adapt, merge  # noqa: E402
+from cliphar.training._package import _provenance  # noqa: E402
 from cliphar.training._rates import learning_rate  # noqa: E402
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -287,6 +291,22 @@ def test_a_gpu_is_taken_where_each_process_has_one(monkeypatch: pytest.MonkeyPat
     assert str(pick_device(LoopRecipe())) == "cpu"
     with pytest.raises(UsageError, match="torch sees 2 for 3 processes here; use auto or cpu"):
         pick_device(LoopRecipe(device="cuda"))
+
+
+def test_a_gpu_that_took_no_part_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
+
+    def hardware(recipe: str, *overrides: str) -> str:
+        loaded: Any = load_recipe(RECIPES / recipe, overrides)
+        photos: Any = SimpleNamespace(sha256="0" * 64)
+        job: Any = SimpleNamespace(recipe=loaded, bundle=find_bundle("mini"), photos=photos, around=Surroundings())
+        return _provenance(job).hardware
+
+    assert hardware("full.yaml").endswith(", 1 x H200")
+    assert "H200" not in hardware("full.yaml", "train.device=cpu")
+    assert "H200" not in hardware("probe.yaml")
 
 
 def test_a_terminal_that_is_closed_stops_a_training_as_a_signal_does_unless_nohup_has_it_ignored(

@@ -36,7 +36,8 @@ from cliphar.evaluation import (
 from cliphar.recognizer import BACKGROUND_FILE, TAUGHT_FILE, Prediction, Recognizer, fit_background, to_predictions
 from cliphar.runtime import OnnxRuntime
 from cliphar.training._job import TEST, TRAIN, VAL, Job, Outcome, embed_rows
-from cliphar.training._method_recipe import TemporalRecipe
+from cliphar.training._loop import pick_device
+from cliphar.training._method_recipe import GradientRecipe, TemporalRecipe
 from cliphar.training._provenance import provenance
 
 __all__ = ["package"]
@@ -163,5 +164,6 @@ def _provenance(job: Job) -> Provenance:
     for section, key in ((settings["data"], "source"), (settings, "captions")):
         if section.get(key):
             section[key] = printable(Path(section[key]).name)
-    gpus = f", {job.around.ranks.world} x {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    on_gpu = isinstance(job.recipe, GradientRecipe) and pick_device(job.recipe.train).type == "cuda"
+    gpus = f", {job.around.ranks.world} x {torch.cuda.get_device_name()}" if on_gpu else ""
     return provenance(settings, job.photos.sha256, job.recipe.seed, gpus)
