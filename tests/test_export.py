@@ -580,6 +580,10 @@ def test_the_command(tmp_path: Path, clean_env: dict[str, str]) -> None:
     )
     assert wrong.returncode == 2
     assert wrong.stderr.count("\n") == 1
+    command[command.index("--out") + 1] = str(tmp_path / "repository")
+    layout = subprocess.run([*command, "--to", "triton"], capture_output=True, text=True, env=clean_env, check=False)
+    told = {"target": "triton", "added": True, "path": str(tmp_path / "repository")}
+    assert json.loads(layout.stdout) == told, layout.stderr
 
 
 def test_a_trained_bundle_has_a_model_in_plain_torch_to_be_compared_with() -> None:

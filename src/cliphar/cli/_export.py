@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from cliphar.errors import UsageError
+from cliphar.errors import UsageError, printable
 
 __all__ = ["export"]
 
@@ -49,7 +49,9 @@ def export(
     if set(targets) & set(LAYOUTS):
         if len(targets) > 1 or out is None:
             raise UsageError(f"--to {to}: a server's layout is written alone, with --out DIR")
-        print(f"{targets[0]}: {write_layout(find_bundle(model), targets[0], out, runtime=runtime)}")
+        place = write_layout(find_bundle(model), targets[0], out, runtime=runtime)
+        written = {"target": targets[0], "added": True, "path": printable(str(place))}
+        print(json.dumps(written) if as_json else f"{targets[0]}: {place}")
         return
     bundle, outcomes = export_bundle(
         find_bundle(model),
