@@ -60,7 +60,7 @@ model: {existingClaim: models, path: mine}
 state: {existingClaim: state}
 autoscaling: {enabled: true, queueImages: 8}
 gpu: {enabled: true, runtimeClassName: nvidia}
-ingress: {enabled: true, host: api.example, tlsSecret: tls, className: nginx, annotations: {a: b}}
+ingress: {enabled: true, host: '*.api.example', tlsSecret: tls, className: nginx, annotations: {a: b}}
 networkPolicy: {from: [{podSelector: {}}], egress: [{ports: [{port: 4318}]}]}
 serviceMonitor: {enabled: true, labels: {release: prometheus}}
 page:
