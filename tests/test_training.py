@@ -85,6 +85,8 @@ def test_a_setting_may_be_any_folder(monkeypatch: pytest.MonkeyPatch, given: str
         ("distill.learning_rate=1", "unknown key"),
         ("distill.schedul=[]", "did you mean schedule?"),
         ("distill.lr=0.5", "distill.lr"),
+        ("seed=-1", "seed"),
+        ("data.seed=-1", "data.seed"),
         ("distill.replicas=9", "not a multiple of replicas 9"),
         ("distill.backbone=resnet", "lite0"),
         ("nonsense", "key=value"),

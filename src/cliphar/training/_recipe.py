@@ -19,6 +19,7 @@ from cliphar.training._method_recipe import (
     MethodRecipe,
     ProbeRecipe,
     Section,
+    Seed,
     TemporalRecipe,
     ZeroShotRecipe,
 )
@@ -51,7 +52,7 @@ class DataRecipe(Section):
     test: float = Field(default=0.08, gt=0, lt=0.5)
     held_out_sports: int = Field(default=30, ge=2)
     captioned_val: int = Field(default=500, ge=10)
-    seed: int = 7
+    seed: Seed = 7
     cache: Path = Path("runs/cache")
 
 
@@ -144,7 +145,7 @@ class _TowerRecipe(Section):
     kind: str  # first, as a checkpoint's identity depends on the order
     name: str
     description: str
-    seed: int = 0
+    seed: Seed = 0
     output: Path
     data: DataRecipe
     teacher: TeacherRecipe = TeacherRecipe()
