@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import signal
 import subprocess
@@ -39,7 +38,6 @@ from cliphar.models import (  # noqa: E402
 from cliphar.recognizer import load  # noqa: E402
 from cliphar.training import Surroundings, load_recipe, train  # noqa: E402
 from cliphar.training._base import find_base  # noqa: E402
-from cliphar.training._checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from cliphar.training._distributed import ManyProcesses  # noqa: E402
 from cliphar.training._method_recipe import GdaSection  # noqa: E402
 from cliphar.training._methods._gda import gda  # noqa: E402
@@ -379,23 +377,6 @@ def test_a_label_that_no_model_can_be_asked_about_is_refused(recipe: Callable[..
         run(recipe("gda"), f"data.source={tmp_path / 'set'}")
 
 
-def test_a_full_disk_and_a_damaged_checkpoint_are_named(tmp_path: Path) -> None:
-    file = tmp_path / "state"
-    bounds = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for room in (0, 100_000):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, bounds[1]))  # as on a disk that is full
-        try:
-            with pytest.raises(OSError, match=f"File too large: '{file}'"):
-                save_checkpoint(file, {"weights": torch.ones(1_000_000)})
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, bounds)
-    assert not list(tmp_path.iterdir())  # it is full enough
-    for content in (b"", b"PK\3\4", b"no checkpoint"):
-        file.write_bytes(content)
-        with pytest.raises(UsageError, match="state is damaged"):
-            load_checkpoint(file)
-
-
 def test_a_killed_run_ends_where_a_whole_one_does(recipe: Callable[..., Path], clip_base: Path) -> None:
     loop = {"epochs": 3, "size": 32, "checkpoint_minutes": 0, "mixup": 0.2, "randaugment": 1, "balanced": True}
     sections = {"base": str(clip_base), "train": loop, "wise": {"shares": [0.5, 1.0]}}
@@ -428,3 +409,23 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(recipe: Callable
     )
     assert one == same
     assert one != other
+
+
+def test_other_captions_are_another_training(recipe: Callable[..., Path], shapes: Path, tmp_path: Path) -> None:
+    source = tmp_path / "captioned"
+    shutil.copytree(shapes / "jumping", source)
+
+    def caption(text: str) -> None:
+        lines = (json.dumps({"file": f"{i}.png", "captions": [f"{text} {i}"]}) for i in range(PHOTOS))
+        (source / "captions.jsonl").write_text("\n".join(lines))
+
+    caption("somebody jumps")
+    file = recipe("full", captions=str(source), classes=0.0)
+    assert interrupt(file, 1, signal.SIGTERM)[0] == 128 + signal.SIGTERM
+    caption("nobody moves")
+    with pytest.raises(UsageError, match="another recipe"):
+        run(file, resume=True)
+    caption("somebody jumps")
+    said: list[str] = []
+    run(file, resume=True, log=said.append)
+    assert any(line.startswith("resumed after step") for line in said)

@@ -1,5 +1,6 @@
 import os
 import pty
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -175,6 +176,23 @@ def test_checkpoints_are_whole_or_absent(tmp_path: Path) -> None:
     state = load_checkpoint(file)
     assert state is not None
     assert state["step"] == 3
+
+
+def test_a_full_disk_and_a_damaged_checkpoint_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "state"
+    bounds = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in (0, 100_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, bounds[1]))  # as on a disk that is full
+        try:
+            with pytest.raises(OSError, match=f"File too large: '{file}'"):
+                save_checkpoint(file, {"weights": torch.ones(1_000_000)})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, bounds)
+    assert not list(tmp_path.iterdir())  # it is full enough
+    for content in (b"", b"PK\3\4", b"no checkpoint"):
+        file.write_bytes(content)
+        with pytest.raises(UsageError, match="state is damaged"):
+            load_checkpoint(file)
 
 
 def test_a_head_separates_what_its_text_does_not() -> None:

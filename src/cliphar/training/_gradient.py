@@ -77,7 +77,7 @@ def train_towers(
     validation = _Validation(job, objective, size)
     run = Run(
         checkpoint=checkpoint_of(recipe.output),
-        identity=job.identity,
+        identity=job.identity + "".join(one.photos.sha256 for one in items[1:]),
         seed=recipe.seed,
         lr=lr,
         device=device,
