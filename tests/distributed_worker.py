@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from cliphar.training._batches import Batch, Batches, TrainItems
 from cliphar.training._contrast import ContrastObjective, Losses
-from cliphar.training._distributed import leave_ranks, open_ranks
+from cliphar.training._distributed import ManyProcesses, leave_ranks, open_ranks
 from cliphar.training._loop import Run, StepReport, Stopped, Surroundings, fit
 from cliphar.training._method_recipe import LoopRecipe
 
@@ -110,8 +110,8 @@ def main(kind: str, folder: Path, name: str, stop_after: int) -> None:
         fit(objective, Batches([items], recipe, SIDE, 0, ranks.rank, ranks.world), recipe, run, validate)
     worst = gradients_agree(ranks) if ranks.world > 1 else 0.0
     if ranks.rank == 0:
-        # what one process may do while the others wait for it; torch's own bound is thirty minutes
-        patience = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout if ranks.world > 1 else None
+        group = ranks.waiting._get_backend(torch.device("cpu")) if isinstance(ranks, ManyProcesses) else None
+        patience = group and group.options._timeout  # torch's own bound is thirty minutes, of NCCL ten
         written = {"curve": curve, "worst": worst, "patience_s": patience and patience.total_seconds()}
         (folder / f"{name}.json").write_text(json.dumps(written), encoding="utf-8")
         save_file({key: value.contiguous() for key, value in objective.state_dict().items()}, folder / f"{name}.st")

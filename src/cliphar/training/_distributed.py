@@ -21,10 +21,8 @@ from torch import Tensor, nn
 
 from cliphar.training._ranks import OneProcess, Ranks
 
-__all__ = ["PATIENCE", "ManyProcesses", "leave_ranks", "open_ranks"]
+__all__ = ["ManyProcesses", "leave_ranks", "open_ranks"]
 
-# all but one wait while photos are read and the bundle is written: torch would have NCCL abort them after ten minutes
-PATIENCE = timedelta(days=1)
 _CPU = torch.device("cpu")
 
 
@@ -58,6 +56,11 @@ class ManyProcesses(OneProcess):
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         on_gpu = dist.get_backend() == "nccl"
         self._device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else _CPU
+        # all but one wait while photos are read and the bundle is written, longer than steps that hang may take
+        self.waiting = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+
+    def __deepcopy__(self, _: dict[int, Any]) -> ManyProcesses:
+        return self  # a copied module gathers among the same processes
 
     def wrap(self, module: nn.Module) -> tuple[nn.Module, nn.Module]:
         """See :class:`Ranks`."""
@@ -101,14 +104,14 @@ class ManyProcesses(OneProcess):
     def first(self) -> Iterator[None]:
         """See :class:`Ranks`."""
         if self.rank:
-            dist.barrier()
+            self.wait()
         yield
         if not self.rank:
-            dist.barrier()
+            self.wait()
 
     def wait(self) -> None:
         """See :class:`Ranks`."""
-        dist.barrier()
+        dist.barrier(self.waiting)
 
 
 def open_ranks(kind: str = "ddp", device: torch.device = _CPU) -> Ranks:
@@ -118,7 +121,7 @@ def open_ranks(kind: str = "ddp", device: torch.device = _CPU) -> Ranks:
     if not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return ManyProcesses(kind)
 
 

@@ -16,7 +16,6 @@ from typing import Any
 
 from cliphar.bundle import Bundle, read_bundle
 from cliphar.errors import ClipharError, UsageError
-from cliphar.training._distributed import PATIENCE
 from cliphar.training._loop import Surroundings
 from cliphar.training._method_recipe import GradientRecipe, MethodRecipe
 from cliphar.training._recipe import Recipe
@@ -72,7 +71,7 @@ def train_on_ray(recipe: Recipe, workers: int, *, resume: bool = False) -> Bundl
                     "resume": resume,
                     "folder": str(Path.cwd()),
                 },
-                torch_config=TorchConfig("nccl" if use_gpu else "gloo", timeout_s=int(PATIENCE.total_seconds())),
+                torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
                 scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
                 run_config=RunConfig(name=recipe.name, storage_path=storage),
             ).fit()
