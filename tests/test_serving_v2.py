@@ -113,6 +113,10 @@ BAD = {
     "inputs of another kind": (b'{"inputs":[3]}', {}),
     "no inputs": (b'{"inputs":null}', {}),
     "inputs in a list": (b'{"inputs":[[1]]}', {}),
+    "half of a surrogate": (
+        b'{"inputs":[{"name":"\\ud800","shape":[1],"datatype":"BYTES","parameters":{"binary_data_size":9}}]}',
+        {},
+    ),
 }
 
 

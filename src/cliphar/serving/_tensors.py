@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 from pydantic.json_schema import SkipJsonSchema
+from pydantic_core import from_json
 
 from cliphar.serving._problems import ProblemError, said
 
@@ -79,7 +80,7 @@ def read_infer(body: bytes, header_length: str | None) -> Infer:
         cut = len(body) if header_length is None else int(header_length)
         if not 0 <= cut <= len(body):
             raise ValueError("Inference-Header-Content-Length is longer than the body")
-        content = json.loads(body[:cut])
+        content = from_json(body[:cut])
         for tensor in content.get("inputs", []):
             tensor.pop("raw", None)
         infer = Infer.model_validate(content)
