@@ -209,7 +209,7 @@ def changed_weights(before: Path, after: Bundle) -> set[str]:
 def ddp(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One process alone, which yet asks that all that is trained gets a gradient."""
     torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
-    monkeypatch.setattr("cliphar.training._train.open_ranks", ManyProcesses)
+    monkeypatch.setattr("cliphar.training._train.open_ranks", lambda kind, _: ManyProcesses(kind))
     yield
     torch.distributed.destroy_process_group()
 
