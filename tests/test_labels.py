@@ -34,6 +34,7 @@ from cliphar.labels import (
         (["faire du vélo", "自転車に乗る", "🚴"], ("faire du vélo", "自転車に乗る", "🚴")),
         (["unknown pleasures"], ("unknown pleasures",)),
         (["a\u00a0b"], ("a b",)),
+        (["faire du ve\u0301lo", "faire du v\u00e9lo"], ("faire du v\u00e9lo",)),  # a Mac's spelling, and ours
     ],
 )
 def test_labels_are_cleaned_in_order(given_labels: list[str] | str, expected: tuple[str, ...]) -> None:

@@ -102,7 +102,7 @@ def read_labelled(data: Path, labels: tuple[str, ...] | None) -> tuple[_Listed, 
     """The photos and clips with their labels, and the labels to choose from."""
     from cliphar.data import list_labelled
 
-    listed = [(path, " ".join(label.split())) for path, label in list_labelled(data)]  # as labels are cleaned
+    listed = list_labelled(data)
     chosen = labels or tuple(sorted({label for _, label in listed}))
     stray = sorted({label for _, label in listed} - set(chosen))
     if stray:

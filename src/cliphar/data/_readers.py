@@ -29,6 +29,7 @@ from typing import Any
 
 from cliphar.data._sources import Photo, is_file, open_tar, read_captioned, tar_files
 from cliphar.errors import DataError, UsageError
+from cliphar.labels import clean_label
 from cliphar.media import files_in, is_hidden, is_image_name, is_video_name
 
 __all__ = ["SPLITS", "PhotoSource", "is_clip_name", "open_source"]
@@ -109,11 +110,7 @@ def _labelled(name: str, content: bytes) -> Photo | None:
     if len(parts) < 2 or not _is_media(name):
         return None
     split = _SPLIT_NAMES.get(parts[-3].lower()) if len(parts) > 2 else None
-    return Photo(name, content, label=_plain(parts[-2]) or None, split=split)
-
-
-def _plain(label: str) -> str:
-    return " ".join(label.replace("_", " ").split())
+    return Photo(name, content, label=clean_label(parts[-2]) or None, split=split)
 
 
 def _folder(path: Path, source: str) -> PhotoSource:
@@ -247,7 +244,7 @@ def _from_row(row: dict[str, Any], key: str, content: bytes, where: str) -> Phot
     return Photo(
         key,
         content,
-        label=None if label is None else _plain(str(label)) or None,
+        label=None if label is None else clean_label(str(label)) or None,
         captions=tuple(captions),
         split=_SPLIT_NAMES[str(split).lower()] if split else None,
     )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from cliphar.errors import DataError
+from cliphar.labels import clean_label
 from cliphar.media import files_in, is_hidden, is_image_name, is_video_name
 
 __all__ = [
@@ -103,7 +104,7 @@ def stream_labelled(path: Path, wanted: Callable[[str], bool]) -> Iterator[Photo
         return is_image_name(name) and folder != "" and not is_hidden("/".join(name.split("/")[-2:]))
 
     for name, content in _files(path, lambda name: is_labelled(name) and wanted(name)):
-        yield Photo(name, content, label=PurePosixPath(name).parent.name.replace("_", " "))
+        yield Photo(name, content, label=clean_label(PurePosixPath(name).parent.name))
 
 
 def labelled_keys(path: Path) -> list[str]:
@@ -182,7 +183,7 @@ def list_labelled(path: Path) -> list[tuple[Path, str]]:
         if not entry.exists():
             raise DataError(f"{entry} is a link to nothing, so a label may be missing; mend it or remove it")
     found = [
-        (file, file.parent.name.replace("_", " "))
+        (file, clean_label(file.parent.name))
         for folder in inside
         if folder.is_dir()
         for file in sorted(folder.iterdir())

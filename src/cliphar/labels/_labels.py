@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ __all__ = [
     "MAX_LABELS",
     "MAX_LABEL_LENGTH",
     "UNKNOWN",
+    "clean_label",
     "clean_labels",
     "describe",
     "glossary",
@@ -33,8 +35,16 @@ MAX_LABELS = 1000
 MAX_LABEL_LENGTH = 200
 
 
+def clean_label(label: str) -> str:
+    """The label trimmed, underscores and runs of blanks as one space, each letter with its accents as one sign (NFC).
+
+    A Mac names folders and what is in its archives by letters and accents apart; they look like what is typed.
+    """
+    return " ".join(unicodedata.normalize("NFC", label).replace("_", " ").split())
+
+
 def clean_labels(labels: Iterable[str]) -> tuple[str, ...]:
-    """Trim, turn underscores and runs of blanks into one space, drop empty ones and repeats; order is kept.
+    """Each by :func:`clean_label`, without empty ones and repeats; order is kept.
 
     Raises:
         UsageError: nothing is left, too many, or one is too long, is no Unicode text (half of a surrogate pair) or is
@@ -44,7 +54,7 @@ def clean_labels(labels: Iterable[str]) -> tuple[str, ...]:
     for label in labels:
         if not isinstance(label, str):
             raise UsageError(f"label {label!r} is no text; labels are actions in plain words")
-    cleaned = dict.fromkeys(" ".join(label.replace("_", " ").split()) for label in labels)
+    cleaned = dict.fromkeys(map(clean_label, labels))
     cleaned.pop("", None)
     if not cleaned:
         raise UsageError('no labels: give at least one action, as in --labels "cooking, riding a bike"')

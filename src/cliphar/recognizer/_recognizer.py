@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from cliphar.bundle import Bundle, Calibration, find_bundle
 from cliphar.errors import MediaError, UsageError
-from cliphar.labels import clean_labels, prompts
+from cliphar.labels import clean_label, clean_labels, prompts
 from cliphar.media import ImageLike, decode_image, several, still, to_square
 from cliphar.recognizer._scoring import mean_direction, to_predictions
 from cliphar.recognizer._taught import TAUGHT_FILE, Lesson, Taught, read_taught, write_taught
@@ -197,7 +197,7 @@ class Recognizer:
         Raises:
             UsageError: it was not taught.
         """
-        (label,) = self._as_learnt([" ".join(name.replace("_", " ").split())], self._taught)
+        (label,) = self._as_learnt([clean_label(name)], self._taught)
         with self._lock:
             if label not in self._taught:
                 known = ", ".join(self._taught) or "none"
