@@ -15,6 +15,7 @@ from safetensors.numpy import save
 from scipy.stats import binomtest
 
 from cliphar.bundle import Bundle, find_bundle, packaged, read_bundle, write_bundle
+from cliphar.cli._eval import answer_all, compare_with, read_labelled
 from cliphar.evaluation import (
     Evaluation,
     analyse,
@@ -30,7 +31,7 @@ from cliphar.evaluation import (
     reliability,
     write_report,
 )
-from cliphar.recognizer import Prediction, Score
+from cliphar.recognizer import Prediction, Recognizer, Score
 
 LABELS = ("a", "b", "c")
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -74,17 +75,6 @@ def test_reliability_adds_up_to_the_error() -> None:
     assert all(one.low <= one.confidence <= one.high for one in bins)
     error = sum(one.n / 500 * abs(one.accuracy - one.confidence) for one in bins)
     assert error == pytest.approx(expected_calibration_error(confidence, correct, bins=7))
-
-
-def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
-    random = np.random.default_rng(1)
-    held = 0
-    for trial in range(60):
-        best = ["a" if right else "b" for right in random.uniform(0, 1, 120) < 0.7]
-        low, high = analyse(answers(best), ["a"] * 120, LABELS, seed=trial).ci95["top1"]
-        held += low <= 0.7 <= high
-        assert high - low == pytest.approx(2 * 1.96 * (0.7 * 0.3 / 120) ** 0.5, rel=0.3)
-    assert held >= 52
 
 
 @pytest.mark.parametrize("right", [0, 9, 10, 20])
@@ -227,22 +217,8 @@ def test_eval_against_another_model_and_on_new_labels(cli: Cli, labelled: Path, 
     shutil.copytree(labelled, tmp_path / "new")
     for folder, name in (("calling", "juggling"), ("cycling", "knitting"), ("eating", "rowing")):
         (tmp_path / "new" / folder).rename(tmp_path / "new" / name)
-    done = cli(
-        *(
-            "eval",
-            "--data",
-            labelled,
-            "--against",
-            "mini",
-            "--novel",
-            "new",
-            "-r",
-            "out.html",
-            "-r",
-            "out.json",
-            "--json",
-        )
-    )
+    reports = ("-r", "out.html", "-r", "out.json")
+    done = cli("eval", "--data", labelled, "--against", "mini", "--novel", "new", *reports, "--json")
     assert (done.returncode, done.stderr) == (0, "")
     figures = json.loads(done.stdout)
     assert figures["against"] | {"p_value": 1.0, "difference": 0.0, "only_this": 0} == figures["against"]
@@ -255,6 +231,14 @@ def test_eval_against_another_model_and_on_new_labels(cli: Cli, labelled: Path, 
     plain = cli("eval", "--data", labelled, "--against", "mini")
     assert plain.returncode == 0
     assert "p = 1" in plain.stdout
+
+
+def test_a_photo_that_went_away_is_compared_of_neither(mini: Recognizer, labelled: Path) -> None:
+    listed, labels = read_labelled(labelled, None)
+    read, found, _ = answer_all(mini, listed, labels, 0.9, labelled)
+    read[0][0].unlink()
+    comparison, lost = compare_with(mini, read, found, labels, 0.9, labelled)
+    assert (comparison.difference, lost) == (0, 1)
 
 
 def test_eval_of_clips_among_photos(cli: Cli, labelled: Path, photos: list[Path], tmp_path: Path) -> None:
@@ -288,10 +272,11 @@ def test_eval_of_clips_among_photos(cli: Cli, labelled: Path, photos: list[Path]
 
 
 def test_wrong_calls_of_eval(cli: Cli, labelled: Path) -> None:
+    (labelled / "calling").rename(labelled / "Calling")  # the recogniser takes it for the same
     for arguments, said in (
         (("--report", "out.pdf"), ".html or .json"),
         (("--report", "nowhere/out.html"), "nowhere"),
-        (("--novel", labelled), "was trained on: calling"),
+        (("--novel", labelled), "was trained on: Calling, cycling, eating"),
     ):
         done = cli("eval", "--data", labelled, *arguments)
         assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)

@@ -20,11 +20,11 @@ from cliphar.errors import DataError, MediaError, UsageError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from cliphar.evaluation import Evaluation, Mistake
+    from cliphar.evaluation import Comparison, Evaluation, Mistake
     from cliphar.media import ImageLike
     from cliphar.recognizer import Prediction, Recognizer
 
-__all__ = ["answer_all", "evaluate", "read_labelled"]
+__all__ = ["answer_all", "compare_with", "evaluate", "read_labelled"]
 
 _FRAMES = 8  # of a clip, for a model that was trained on photos; what training takes too
 _Listed = list[tuple[Path, str]]
@@ -55,7 +55,7 @@ def evaluate(
     threads: Threads = None,
 ) -> None:
     """Measure a model on labelled photos or clips. Without --labels, it chooses among the folders' names."""
-    from cliphar.evaluation import Evaluation, analyse, compare, confident_mistakes, write_report
+    from cliphar.evaluation import Evaluation, analyse, confident_mistakes, write_report
     from cliphar.evaluation import evaluate as figures_of
     from cliphar.recognizer import load
 
@@ -65,7 +65,8 @@ def evaluate(
     recognizer = load(model, runtime=runtime, provider=provider, threads=threads)
     other = None if against is None else load(against, provider=provider, threads=threads)
     new, new_labels = ([], ()) if novel is None else read_labelled(novel, None)
-    trained = sorted(set(new_labels) & set(recognizer.labels))
+    learnt = {label.casefold() for label in recognizer.labels}  # as the recogniser compares them
+    trained = [label for label in new_labels if label.casefold() in learnt]
     if trained:
         raise UsageError(f"{novel} has labels that the model was trained on: {', '.join(trained[:5])}; remove them")
     read, answers, rate = answer_all(recognizer, listed, chosen, coverage, data)
@@ -73,8 +74,8 @@ def evaluate(
     failed = len(listed) - len(read)
     comparison = novel_report = None
     if other is not None:
-        _, others, _ = answer_all(other, read, chosen, coverage, data)
-        comparison = compare(answers, others, truth, other.bundle.info.name)
+        comparison, lost = compare_with(other, read, answers, chosen, coverage, data)
+        failed += lost
     if novel is not None:
         new_read, new_answers, _ = answer_all(recognizer, new, new_labels, coverage, novel)
         novel_report = figures_of(new_answers, [label for _, label in new_read])
@@ -108,7 +109,10 @@ def read_labelled(data: Path, labels: tuple[str, ...] | None) -> tuple[_Listed, 
     if stray:
         raise UsageError(f"{data} has folders that are not among the labels: {', '.join(stray[:5])}; add or move them")
     if len(chosen) < 2:
-        raise UsageError(f"'{chosen[0]}' is the only label of {data}, and every answer would be right; give --labels")
+        raise UsageError(
+            f"'{chosen[0]}' is the only label of {data}, and every answer would be right; "
+            "add folders of other labels, or name more with eval's --labels"
+        )
     return listed, chosen
 
 
@@ -143,6 +147,22 @@ def answer_all(
         raise DataError(f"none of the {len(listed)} photos in {data} could be read")
     answers = recognizer.score(np.stack(embedded), labels, coverage=coverage)
     return read, answers, len(answers) / (time.perf_counter() - started)
+
+
+def compare_with(
+    other: Recognizer, read: _Listed, answers: list[Prediction], labels: Sequence[str], coverage: float, data: Path
+) -> tuple[Comparison, int]:
+    """The answers to the photos and clips that were read beside another model's, and how many could not be read again.
+
+    Those are left out: whatever went away in the hours between, the rest was answered by both.
+    """
+    from cliphar.evaluation import compare
+
+    both, others, _ = answer_all(other, read, labels, coverage, data)
+    there = set(both)
+    ours = [answer for one, answer in zip(read, answers, strict=True) if one in there]
+    found = compare(ours, others, [label for _, label in both], other.bundle.info.name)
+    return found, len(read) - len(both)
 
 
 def _views(recognizer: Recognizer, paths: Iterable[Path]) -> Iterator[Sequence[ImageLike] | MediaError]:

@@ -189,31 +189,30 @@ def promote(
 ) -> None:
     """Replace a model if another is better. The same photos or clips decide, by McNemar's exact test."""
     from cliphar.bundle import write_bundle
-    from cliphar.cli._eval import answer_all, read_labelled
-    from cliphar.evaluation import compare
+    from cliphar.cli._eval import answer_all, compare_with, read_labelled
     from cliphar.recognizer import load
 
     listed, labels = read_labelled(data, None)
     recognizer = load(candidate)
     read, answers, _ = answer_all(recognizer, listed, labels, 0.9, data)
-    comparison = None
+    comparison, lost = None, 0
     if over.exists():
         current = load(over.resolve())  # a path, whatever its name
-        _, others, _ = answer_all(current, read, labels, 0.9, data)
-        comparison = compare(answers, others, [label for _, label in read], current.bundle.info.name)
+        comparison, lost = compare_with(current, read, answers, labels, 0.9, data)
     better = comparison is None or (comparison.difference > 0 and comparison.p_value <= level)
-    promoted = better and len(read) == len(listed)  # photos that cannot be read decide nothing
+    counted = len(read) - lost
+    promoted = better and counted == len(listed)  # photos that cannot be read decide nothing
     if promoted:
         bundle = recognizer.bundle
         write_bundle(over, bundle.info, {file: bundle.file(file) for file in bundle.info.files}, overwrite=True)
     against = None if comparison is None else comparison.to_dict()
     if as_json:
-        print(json.dumps({"promoted": promoted, "n": len(read), "against": against}))
+        print(json.dumps({"promoted": promoted, "n": counted, "against": against}))
     else:
         done = f"{recognizer.bundle.info.name} is now at {over}" if promoted else f"{over} stays as it is"
         why = ": nothing was there"
         if comparison is not None:
             why = f": top1 {comparison.difference:+.3f}, p = {comparison.p_value:.2g}"
         print(f"{done}{why}")
-    if len(read) < len(listed):
+    if counted < len(listed):
         raise typer.Exit(1)
