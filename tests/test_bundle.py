@@ -118,11 +118,8 @@ def test_parents_of_the_target_are_made(tmp_path: Path) -> None:
 def test_digests_and_sizes_are_those_of_the_files(tmp_path: Path) -> None:
     bundle = read_bundle(make_bundle(tmp_path / "b"))
     for name, entry in bundle.info.files.items():
-        assert (
-            entry.sha256
-            == hashlib.sha256(bundle.file(name).read_bytes()).hexdigest()
-            == sha256_file(bundle.path / name)
-        )
+        digest = hashlib.sha256(bundle.file(name).read_bytes()).hexdigest()
+        assert entry.sha256 == digest == sha256_file(bundle.path / name)
         assert entry.bytes == (bundle.path / name).stat().st_size
 
 
@@ -537,17 +534,19 @@ def test_what_cannot_be_read_back_is_not_put_in_place(tmp_path: Path) -> None:
 
 def test_what_cannot_take_its_place_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, rename = snapshot(make_bundle(tmp_path / "b")), Path.rename
+    ends = [OSError(errno.EBUSY, "busy"), KeyboardInterrupt("now")]
 
-    def busy(self: Path, target: Path) -> Path:
+    def end(self: Path, target: Path) -> Path:
         if self.parent == target.parent:
-            raise OSError(errno.EBUSY, "busy")
+            raise ends.pop()
         return rename(self, target)
 
-    monkeypatch.setattr(Path, "rename", busy)
-    with pytest.raises(BundleError, match="is mounted"):
-        write_bundle(tmp_path / "b", make_info(), {}, overwrite=True)
-    assert snapshot(tmp_path / "b") == before
-    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+    monkeypatch.setattr(Path, "rename", end)
+    for kind, said in ((KeyboardInterrupt, "now"), (BundleError, "is mounted")):
+        with pytest.raises(kind, match=said):
+            write_bundle(tmp_path / "b", make_info(), {}, overwrite=True)
+        assert snapshot(tmp_path / "b") == before
+        assert [p.name for p in tmp_path.iterdir()] == ["b"]
 
 
 def test_folders_of_other_writers_are_left_alone(tmp_path: Path) -> None:
@@ -560,16 +559,22 @@ def test_folders_of_other_writers_are_left_alone(tmp_path: Path) -> None:
     assert {name: after[name] for name in after if not name.startswith("b/")} == before
 
 
-def test_of_many_writers_that_may_not_overwrite_one_wins(tmp_path: Path) -> None:
+def complaints_of(writers: int, root: Path, **how: bool) -> list[str]:
+    """What each of many at once is told, or nothing."""
+
     def write(number: int) -> str:
         try:
-            write_bundle(tmp_path / "b", make_info(name=f"writer-{number}"), {"image.onnx": b"%d" % number})
+            write_bundle(root, make_info(name=f"writer-{number}"), {"image.onnx": b"%d" % number}, **how)
         except BundleError as error:
             return str(error)
         return ""
 
     with ThreadPoolExecutor(8) as pool:
-        complaints = list(pool.map(write, range(16)))
+        return list(pool.map(write, range(writers)))
+
+
+def test_of_many_writers_that_may_not_overwrite_one_wins(tmp_path: Path) -> None:
+    complaints = complaints_of(16, tmp_path / "b")
     assert complaints.count("") == 1
     assert read_bundle(tmp_path / "b").info.name == f"writer-{complaints.index('')}"
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
@@ -577,16 +582,7 @@ def test_of_many_writers_that_may_not_overwrite_one_wins(tmp_path: Path) -> None
 
 def test_many_writers_at_once_leave_one_whole_bundle_and_no_litter(tmp_path: Path) -> None:
     root = make_bundle(tmp_path / "b")
-
-    def write(number: int) -> str:
-        try:
-            write_bundle(root, make_info(name=f"writer-{number}"), {"image.onnx": b"%d" % number}, overwrite=True)
-        except BundleError as error:
-            return str(error)
-        return ""
-
-    with ThreadPoolExecutor(8) as pool:
-        complaints = list(pool.map(write, range(32)))
+    complaints = complaints_of(32, root, overwrite=True)
     bundle = read_bundle(root)
     number = int(bundle.info.name.removeprefix("writer-"))
     assert bundle.file("image.onnx").read_bytes() == b"%d" % number

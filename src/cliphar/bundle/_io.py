@@ -176,11 +176,13 @@ def _take_place(work: Path, target: Path, *, overwrite: bool) -> None:
             except OSError as error:
                 if not overwrite or error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or attempt == 99:
                     raise
-    except OSError as error:
+    except BaseException as error:  # Ctrl-C too, between the two renames
         with suppress(OSError):
             old.rename(target)
         if not any(aside.iterdir()) or target.exists():
             shutil.rmtree(aside, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
         why = f"{error.strerror}; see what writes there, then try again"
         if error.errno == errno.EBUSY:
             why = "it is mounted, and nothing can take a mount's place; give a folder inside it, or another"
