@@ -19,7 +19,7 @@ from cliphar.errors import ClipharError, UsageError
 
 __all__ = ["main"]
 
-# typer does not say where it keeps the base of its own usage errors
+# typer does not name the base of its usage errors
 _WrongUsage: type[Any] = typer.BadParameter.__mro__[1]
 
 
@@ -27,7 +27,7 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except BrokenPipeError:  # the reader of our output went away, as in "| head", and typer would exit with 1
+        except BrokenPipeError:  # the reader went away, as in "| head", and typer would exit with 1
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return None
 
@@ -79,22 +79,23 @@ def main() -> None:
 
     def stop(number: int, _frame: object) -> None:  # the same way out as Ctrl-C: what was done is written
         stopped.append(number)
-        if number != signal.SIGTERM:  # a terminal that closes sends it, and so does its shell: one is enough
+        if number != signal.SIGTERM:  # a closing terminal sends it, and so does its shell
             signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
         signal.signal(signal.SIGHUP, stop)
-    if sys.stdout is None:  # the shell's >&-
-        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - open to the end
+    # the shell's >&- and 2>&-: printed to None, a line goes to the other
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for names and labels in letters that its encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")  # for letters that its encoding lacks
     try:
         status = app(standalone_mode=False)
         sys.exit(128 + stopped[0] if stopped and status == 128 + signal.SIGINT else status)
     except _WrongUsage as error:
-        if "Usage:" in error.format_message():  # no arguments: the message is the help
+        if "Usage:" in error.format_message():  # no arguments: it is the help
             error.show()
             sys.exit(2)
         see = f"; see '{error.ctx.command_path} --help'" if error.ctx else ""  # an option's value left out: no ctx
@@ -107,5 +108,5 @@ def main() -> None:
         _end("no more threads may be started; raise 'ulimit -u', or docker's --pids-limit", 1)
     except OSError as error:
         with suppress(OSError):
-            sys.stdout.close()  # else tried again, and complained of, at the very end
+            sys.stdout.close()  # else tried again at the very end
         _end(f"{error}; see that there is room and permission to write", 1)
