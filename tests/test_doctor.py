@@ -37,9 +37,11 @@ def test_a_taken_port_and_too_many_threads_are_told_with_what_mends_them() -> No
 
 
 def test_a_port_that_is_none_is_told() -> None:
-    done = run(CLIPHAR_PORT="http")
+    done = run(CLIPHAR_PORT="http", CLIPHAR_APP_PORT="", TMPDIR="")
     assert done.returncode == 1
     assert "CLIPHAR_PORT=http is no port" in done.stdout
+    assert "CLIPHAR_APP_PORT" not in done.stdout  # set but empty is not set
+    assert "temporary files are written to /tmp" in done.stdout
 
 
 def test_the_gpu_s_first_missing_thing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,7 +163,7 @@ def _shared_memory(place: Path = Path("/dev/shm")) -> Finding:  # noqa: S108
 
 def _port(variable: str, default: int) -> Finding:
     """Whether the port that a server of ours would take is free. One that is taken may well be ours."""
-    value = os.environ.get(variable, str(default))
+    value = os.environ.get(variable) or str(default)  # empty is as good as none, as the servers have it
     if not value.isdigit() or int(value) > 65535:
         return False, f"{variable}={value} is no port", f"export {variable}={default}"
     with socket.socket() as probe:
@@ -207,7 +207,7 @@ def _folders() -> Iterator[Finding]:
     from cliphar.bundle import store
 
     state = os.environ.get("CLIPHAR_STATE")
-    yield _folder("temporary files are written to", Path(os.environ.get("TMPDIR", "/tmp")), "TMPDIR", "--tmpfs /tmp")  # noqa: S108
+    yield _folder("temporary files are written to", Path(os.environ.get("TMPDIR") or "/tmp"), "TMPDIR", "--tmpfs /tmp")  # noqa: S108
     yield _folder("models are stored in", store(), "CLIPHAR_HOME", "-v cliphar-models:/models")
     yield _folder(
         "what a service is taught is kept in",
