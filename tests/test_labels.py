@@ -2,11 +2,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cliphar.errors import UsageError
+from cliphar.evaluation import confusion_svg
 from cliphar.labels import (
     MAX_LABEL_LENGTH,
     MAX_LABELS,
@@ -170,3 +172,8 @@ def test_prompts_fill_every_template_and_add_descriptions() -> None:
 def test_what_is_unknown_is_shown_without_a_score() -> None:
     assert with_score("cooking", 0.874) == "cooking  87%"
     assert with_score("unknown", 0.874) == "unknown"
+
+
+def test_letters_of_twice_the_width_have_room_in_a_plot() -> None:
+    one = np.eye(1, dtype=np.int64)
+    assert confusion_svg(["自転車"], one).replace("自転車", "a bike") == confusion_svg(["a bike"], one)

@@ -191,16 +191,19 @@ def _seen(mistake: Mistake) -> Mistake:
 
 
 def _show(done: Evaluation) -> None:
+    from rich.cells import cell_len
+
     figures = done.figures()
     intervals = figures.pop("ci95")
     novel, against = figures.pop("novel", {}), figures.pop("against", {})
     for key, value in figures.items():
         ends = intervals.get(key)
         print(f"{key:<12}  {value:<9}" + (f"  {ends[0]:.3f} to {ends[1]:.3f}" if ends else ""))
-    width = max(5, *(len(one.label) for one in done.analysis.classes))
+    width = max(5, *(cell_len(one.label) for one in done.analysis.classes))
     print(f"\n{'label':<{width}}  photos  precision  recall     f1")
     for one in sorted(done.analysis.classes, key=lambda one: one.f1):
-        print(f"{one.label:<{width}}  {one.n:>6}  {one.precision:>9.3f}  {one.recall:>6.3f}  {one.f1:>5.3f}")
+        name = one.label + " " * (width - cell_len(one.label))
+        print(f"{name}  {one.n:>6}  {one.precision:>9.3f}  {one.recall:>6.3f}  {one.f1:>5.3f}")
     if novel:
         print(
             f"\nnew labels: top1 {novel['top1']:.3f} on {novel['n']} photos, harmonic mean {novel['harmonic_mean']:.3f}"

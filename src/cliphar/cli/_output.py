@@ -33,6 +33,7 @@ def show(path: str, prediction: Prediction) -> None:
     if not sys.stdout.isatty():
         print(f"{path}\t{prediction.label}\t{prediction.score:.4f}", flush=True)
         return
+    from rich.cells import cell_len
     from rich.console import Console
     from rich.text import Text
 
@@ -41,11 +42,11 @@ def show(path: str, prediction: Prediction) -> None:
     heading.append(f"  {prediction.label}", style="bold green" if prediction.label != "unknown" else "bold yellow")
     console.print(heading)
     room = console.width - len("      97.7%  in set ")
-    width = min(max(len(score.label) for score in prediction.top), max(1, room))
+    width = min(max(cell_len(score.label) for score in prediction.top), max(1, room))
     bar = max(0, min(_BAR, room - width))
     for label, score in prediction.top:
         filled = round(score * bar)
-        line = Text(f"  {label:<{width}}  ")
+        line = Text(f"  {label}{' ' * (width - cell_len(label))}  ")
         line.append("█" * filled, style="green")
         line.append("░" * (bar - filled), style="dim")
         line.append(f" {score:6.1%}")

@@ -7,6 +7,7 @@ from html import escape
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.cells import cell_len
 
 from cliphar.evaluation._metrics import Bin
 
@@ -54,7 +55,7 @@ def confusion_svg(labels: Sequence[str], confusion: NDArray[np.int64]) -> str:
     count = len(labels)
     cell = 34.0 if count <= 20 else max(10.0, 680.0 / count)
     font = min(12.0, cell * 0.85)
-    edge = 12 + 0.56 * font * max(map(len, labels))
+    edge = 12 + 0.56 * font * max(map(cell_len, labels))
     side = cell * count
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     parts = []
