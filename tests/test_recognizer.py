@@ -306,12 +306,12 @@ def test_the_json_form(mini: Recognizer, photos: list[Path]) -> None:
     answer = mini.predict(photos[0], top_k=3)
     plain = json.loads(json.dumps(answer.to_dict()))
     assert set(plain) == {"label", "score", "set", "top", "evidence"}
-    assert Prediction.from_dict(plain).to_dict() == plain
+    for told in (plain, {k: plain[k] for k in plain if k != "evidence"}):
+        assert Prediction.from_dict(told).to_dict() == told
     assert plain["label"] == answer.label
     assert plain["score"] == pytest.approx(answer.score, abs=1e-6)
     assert plain["set"] == list(answer.set)
-    assert [set(entry) for entry in plain["top"]] == [{"label", "score"}] * 3
-    assert [entry["label"] for entry in plain["top"]] == [label for label, _ in answer.top]
+    assert plain["top"] == [{"label": label, "score": round(score, 6)} for label, score in answer.top]
 
 
 # --- wrong calls

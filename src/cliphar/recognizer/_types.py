@@ -40,11 +40,11 @@ class Prediction:
         return cls(told["label"], told["score"], tuple(told["set"]), top, told.get("evidence", math.nan))
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form; scores and evidence to six digits."""
-        return {
+        """The JSON form; scores and evidence to six digits. Evidence of nan, which JSON lacks, is left out."""
+        told: dict[str, Any] = {
             "label": self.label,
             "score": round(self.score, 6),
             "set": list(self.set),
             "top": [{"label": label, "score": round(score, 6)} for label, score in self.top],
-            "evidence": round(self.evidence, 6),
         }
+        return told if math.isnan(self.evidence) else told | {"evidence": round(self.evidence, 6)}
