@@ -67,3 +67,11 @@ def test_a_decision_is_never_put_off_for_ever() -> None:
     viterbi = Viterbi(3, max_lag=10)
     undecided = np.zeros(3)
     assert sum(len(viterbi.push(undecided, 1.0)) for _ in range(100)) >= 90
+
+
+def test_two_actions_as_likely_as_each_other_do_not_take_turns() -> None:
+    viterbi, draw = Viterbi(2, max_lag=80), np.random.default_rng(0)
+    gains = 0.125 * np.log(draw.dirichlet([2, 2], 2400))  # ten minutes, four frames a second
+    decided = [state for gain in gains for state in viterbi.push(gain, 6.0)] + viterbi.flush()
+    assert len(decided) == 2400
+    assert np.diff(np.flatnonzero(np.diff(decided)), prepend=0, append=2400).min() > 12  # 3 s

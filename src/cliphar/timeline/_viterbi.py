@@ -12,12 +12,14 @@ class Viterbi:
     """Viterbi's algorithm (1967) over states that all cost the same to enter, with decisions as early as they are sure.
 
     A state is decided once every path that could still win agrees on it, or, so that memory stays bounded, once
-    ``max_lag`` later ones were seen (fixed-lag decoding). ``start``, float [S], is how likely each state is at first,
-    in nats; None holds all for alike.
+    ``max_lag`` later ones were seen (fixed-lag decoding); a path that has another state there is then given up, so that
+    what is decided is one path: of two states that stay as likely, each would be decided whenever it is ahead.
+    ``start``, float [S], is how likely each state is at first, in nats; None holds all for alike.
     """
 
     def __init__(self, states: int, max_lag: int, start: NDArray[np.float64] | None = None) -> None:
         self._scores = np.zeros(states) if start is None else start
+        self._seen: list[tuple[NDArray[np.float64], float]] = []  # what is undecided: gains, and the cost before each
         self._back: list[NDArray[np.intp]] = []
         self._max_lag = max_lag
 
@@ -28,6 +30,11 @@ class Viterbi:
 
     def push(self, gain: NDArray[np.float64], cost: float) -> list[int]:
         """Take one observation: float [S] log-likelihoods and the cost of a change before it; newly decided states."""
+        self._seen.append((gain, cost))
+        self._advance(gain, cost)
+        return self._decide()
+
+    def _advance(self, gain: NDArray[np.float64], cost: float) -> None:
         best = int(self._scores.argmax())
         change = self._scores[best] - cost
         stay = self._scores >= change
@@ -35,7 +42,6 @@ class Viterbi:
         self._back.append(np.where(stay, own, best))
         self._scores = np.where(stay, self._scores, change) + gain
         self._scores -= self._scores.max()
-        return self._decide()
 
     def flush(self) -> list[int]:
         """Decide all the rest; nothing may be pushed after."""
@@ -56,7 +62,11 @@ class Viterbi:
             state = self.current
             for back in reversed(self._back[1:]):
                 state = int(back[state])
-            return self._take(1, state)
+            decided = self._take(1, state)
+            self._scores, self._back = np.where(np.arange(len(self._scores)) == state, 0.0, -np.inf), []
+            for gain, cost in self._seen:
+                self._advance(gain, cost)
+            return decided
         return []
 
     def _take(self, count: int, last: int) -> list[int]:
@@ -64,5 +74,5 @@ class Viterbi:
         path = [last]
         for back in reversed(self._back[1:count]):
             path.append(int(back[path[-1]]))
-        del self._back[:count]
+        del self._back[:count], self._seen[:count]
         return path[::-1]
