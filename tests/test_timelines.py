@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from cliphar.evaluation import Span, segment_f1, temporal_map
+from cliphar.recognizer import Recognizer
 from cliphar.timeline import Segment
+from cliphar.timeline._tracker import Tracker, choose
 from cliphar.timeline._viterbi import Viterbi
 
 
@@ -75,3 +77,11 @@ def test_two_actions_as_likely_as_each_other_do_not_take_turns() -> None:
     decided = [state for gain in gains for state in viterbi.push(gain, 6.0)] + viterbi.flush()
     assert len(decided) == 2400
     assert np.diff(np.flatnonzero(np.diff(decided)), prepend=0, append=2400).min() > 12  # 3 s
+
+
+def test_of_several_actions_one_that_flickers_is_none_at_its_first_time_either(fake: Recognizer) -> None:
+    tracker = Tracker(choose(fake, None, 0.9, True, None))
+    red, green = np.eye(3, dtype=np.float32)[:2]
+    segments = [segment for k in range(40) for segment in tracker.push(k / 4, green if k == 20 else red, False)]
+    segments += tracker.push(10, green, False) + tracker.flush(10.25)
+    assert {segment.label for segment in segments} == {"red"}

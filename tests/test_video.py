@@ -215,6 +215,12 @@ def test_a_part_of_a_recording_and_slow_pictures_are_whole(tmp_path: Path, codec
         assert reader.warning is None
 
 
+def test_the_last_picture_is_seen_for_as_long_as_the_file_says(tmp_path: Path) -> None:
+    with VideoReader(film(tmp_path / "uneven.mp4", [RED] * 4, times=[0, 0.1, 0.2, 4])) as reader:
+        assert [time_s for time_s, _ in reader.sample(1)] == [0, 1, 2, 3, 4]
+        assert reader.end_s == pytest.approx(4.1)
+
+
 def test_what_nobody_saw_is_in_no_segment(fake: Recognizer) -> None:
     tracker = Tracker(choose(fake, None, 0.9, False, None))
     red, green, blue = colours = np.eye(3, dtype=np.float32)
@@ -229,14 +235,6 @@ def test_what_nobody_saw_is_in_no_segment(fake: Recognizer) -> None:
     assert [s.score for s in segments] == pytest.approx([one.score for one in fake.score(colours)])
     slow = Tracker(choose(fake, None, 0.9, False, 0.01))
     assert [slow.push(100 * k, red, False) for k in range(3)] == [[], [], []]
-
-
-def test_of_several_actions_one_that_flickers_is_none_at_its_first_time_either(fake: Recognizer) -> None:
-    tracker = Tracker(choose(fake, None, 0.9, True, None))
-    red, green = np.eye(3, dtype=np.float32)[:2]
-    segments = [segment for k in range(40) for segment in tracker.push(k / 4, green if k == 20 else red, False)]
-    segments += tracker.push(10, green, False) + tracker.flush(10.25)
-    assert {segment.label for segment in segments} == {"red"}
 
 
 def test_a_cut_begins_anew_what_is_averaged(

@@ -240,7 +240,8 @@ class VideoReader:
                 if raw.is_corrupt:
                     self._skipped(time_s, None)
                 last, seen = time_s, seen + 1
-                self.end_s = time_s + frame_s
+                held_s = float((raw.duration or 0) * (raw.time_base or 0))  # 0 where the file does not say
+                self.end_s = time_s + (min(held_s, _LONGEST_STILL_S) or frame_s)
                 yield time_s, Frame(raw, aspect)
                 self._check_open()
         self._check_end(seen)
