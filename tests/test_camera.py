@@ -26,6 +26,8 @@ av = pytest.importorskip("av")
 
 from cliphar.errors import MediaError  # noqa: E402
 from cliphar.media import Camera, VideoReader, is_camera  # noqa: E402
+from cliphar.recognizer import Recognizer  # noqa: E402
+from cliphar.timeline import Live  # noqa: E402
 from serving_process import bounded, free_port  # noqa: E402
 
 RED, BLUE = (220, 20, 20), (20, 20, 220)
@@ -115,6 +117,12 @@ def test_old_frames_are_dropped() -> None:
             before = number
             time.sleep(0.4)  # several come meanwhile
     assert skipped > 0
+
+
+def test_a_camera_that_was_away_says_nothing_of_that_time(fake: Recognizer) -> None:
+    live, red = Live(fake), np.full((48, 64, 3), RED, np.uint8)
+    assert [live.push(red, at).since_s for at in (7, 8, 3600, 3601)] == [0, 0, 3593, 3593]
+    assert [(segment.start_s, segment.end_s) for segment in live.close()] == [(3593, 3594)]
 
 
 def test_what_is_no_camera_is_one_line() -> None:

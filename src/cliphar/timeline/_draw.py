@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from itertools import cycle
 from pathlib import Path
@@ -90,14 +90,13 @@ def annotate(source: VideoLike, segments: Sequence[Segment], target: str | os.Pa
     path = Path(target)
     try:
         with whole_file(path) as partial, VideoReader(source) as reader, av.open(partial, "w", format="mp4") as out:
-            rate = Fraction(reader.info.fps or 25).limit_denominator(1001)
+            rate = Fraction(max(25, reader.info.fps or 0)).limit_denominator(1001)
             stream = out.add_stream("libx264", rate=rate, options={"preset": "veryfast", "crf": "23"})
             stream.pix_fmt, stream.time_base = "yuv420p", Fraction(1, 90_000)
             stream.codec_context.time_base = stream.time_base
             overlay: _Overlay | None = None
             last = -1
-            for time_s, frame in reader.frames():
-                image = frame.image()
+            for time_s, image in _shown(reader, float(1 / rate)):
                 if overlay is None:
                     stream.width, stream.height = (max(2, side & ~1) for side in image.size)
                     overlay = _Overlay(segments, (stream.width, stream.height), reader.info.duration_s)
@@ -108,6 +107,14 @@ def annotate(source: VideoLike, segments: Sequence[Segment], target: str | os.Pa
             out.mux(stream.encode(None))
     except av.error.FFmpegError as error:
         raise MediaError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _shown(reader: VideoReader, step_s: float) -> Iterator[tuple[float, Image.Image]]:
+    """Every frame with its time; the last again and again while it is held, as a writer takes it to last one step."""
+    for time_s, frame in reader.frames():
+        yield time_s, frame.image()
+    for k in range(1, round((reader.end_s - time_s) / step_s)):
+        yield time_s + k * step_s, frame.image()
 
 
 class _Overlay:
