@@ -691,6 +691,9 @@ def test_a_clip_is_answered_in_lines(api: str, clip: bytes) -> None:
         assert list(client.video(clip, "being a cat, taking a photo"))[-1]["timeline"] == timelines[0]
         told = list(client.video(clip, ["being a cat, at home", "taking a photo"]))[-1]["timeline"]
         assert {label for one in told["segments"] for label in one["set"]} == {"being a cat, at home", "taking a photo"}
+        told = list(client.video(clip, ["taking a photo"], multi_label=True, fps=1))[-1]["timeline"]
+        assert (told["frames"], "unknown" in str(told)) == (round(told["duration_s"]), False)
+        assert "unknown" in str(list(client.video(clip, ["taking a photo"], fps=1)))
 
 
 def test_what_is_no_clip_is_refused(api: str, clip: bytes) -> None:

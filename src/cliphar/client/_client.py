@@ -204,10 +204,19 @@ class Client(_Calls[httpx.Client]):
             return self._predict(part[:half], data) + self._predict(part[half:], data)
         return [*self._answers(part, content)]
 
-    def video(self, clip: Photo, labels: Labels = None, *, coverage: float = 0.9) -> Iterator[dict[str, Any]]:
+    def video(
+        self,
+        clip: Photo,
+        labels: Labels = None,
+        *,
+        coverage: float = 0.9,
+        multi_label: bool = False,
+        fps: float | None = None,
+    ) -> Iterator[dict[str, Any]]:
         """A clip's lines while the service reads it: ``progress``, each ``segment``, at last the ``timeline``."""
         content = _read(clip)
-        query = {"coverage": str(coverage)} | _labels(labels)
+        query = {"coverage": str(coverage), "multi_label": multi_label} | _labels(labels)
+        query |= {} if fps is None else {"fps": fps}
         with closing(self._send("POST", "/v1/video", stream=True, params=query, files={"video": content})) as response:
             told: dict[str, Any] = {}
             try:
