@@ -228,13 +228,15 @@ def test_teaching_from_the_command_line(tmp_path: Path, clean_env: dict[str, str
     assert len(answer["top"]) == 16
     assert cliphar("model", "teach", "waving", "photos", "--out", "mine").returncode == 2
     (folder / "bad.png").write_bytes(b"no image")
-    more = cliphar("model", "teach", "waving", "photos", "--model", "./mine", "--out", "mine")
+    change = ("--model", "./mine", "--out", "mine")
+    with ThreadPoolExecutor() as pool:  # neither loses what the other adds
+        more, _ = pool.map(lambda name: cliphar("model", "teach", name, "photos", *change), ("waving", "bowing"))
     assert more.returncode == 1
     assert "bad.png" in more.stderr
     assert "from 3 photos" in more.stdout
     assert cliphar("model", "verify", "./mine").returncode == 0
+    assert cliphar("model", "forget", "bowing", *change).returncode == 0
     assert "below: stroking a cat, waving\n" in cliphar("model", "show", "./mine").stdout
-    change = ("--model", "./mine", "--out", "mine")
     assert cliphar("model", "forget", "sulking", *change).returncode == 2
     assert cliphar("model", "forget", "Waving", *change).stdout.endswith("taught are: stroking a cat\n")
     assert cliphar("model", "forget", "stroking_a cat", *change).returncode == 0

@@ -1,6 +1,15 @@
 """Read, verify and write bundles: the one artefact that training makes and serving loads."""
 
-from cliphar.bundle._io import BUNDLE_JSON, Bundle, read_bundle, sha256_file, whole_file, write_bundle, write_whole
+from cliphar.bundle._io import (
+    BUNDLE_JSON,
+    Bundle,
+    alone,
+    read_bundle,
+    sha256_file,
+    whole_file,
+    write_bundle,
+    write_whole,
+)
 from cliphar.bundle._pull import PULLS, download_wheel, fetch_teacher, pull
 from cliphar.bundle._schema import (
     SCHEMA_VERSION,
@@ -32,6 +41,7 @@ __all__ = [
     "StoredModel",
     "TextSpec",
     "VideoSpec",
+    "alone",
     "download_wheel",
     "fetch_teacher",
     "find_bundle",

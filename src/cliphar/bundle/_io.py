@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from cliphar.bundle._schema import SCHEMA_VERSION, BundleInfo, FileInfo, is_inside
 from cliphar.errors import BundleError, naming, printable
 
-__all__ = ["BUNDLE_JSON", "Bundle", "read_bundle", "sha256_file", "whole_file", "write_bundle", "write_whole"]
+__all__ = ["BUNDLE_JSON", "Bundle", "alone", "read_bundle", "sha256_file", "whole_file", "write_bundle", "write_whole"]
 
 BUNDLE_JSON = "bundle.json"
 _HEAD = "head.safetensors"
@@ -250,6 +250,20 @@ def write_bundle(
         (work / BUNDLE_JSON).write_text(complete.model_dump_json(indent=1) + "\n", encoding="utf-8")
         read_bundle(work)
     return Bundle(root, complete)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """One process at a time, so that of two that add to a bundle in ``folder`` neither loses what the other adds."""
+    import fcntl  # Windows has none, and can predict without
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager

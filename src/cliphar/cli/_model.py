@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -122,9 +124,8 @@ def teach(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Teach a model one more action from a few photos. What it knew before does not change."""
-    recognizer = _to_change(model, out)
-    lesson = recognizer.teach(name, expand(photos))
-    _keep(recognizer, out)
+    with _to_change(model, out) as recognizer:
+        lesson = recognizer.teach(name, expand(photos))
     for error in lesson.refused:
         print(f"cliphar: {error}", file=sys.stderr)
     if as_json:
@@ -147,36 +148,32 @@ def forget(
     model: Model = None,
 ) -> None:
     """Forget a taught action. If it was also trained, the trained one answers again."""
-    recognizer = _to_change(model, out)
-    recognizer.forget(name)
-    _keep(recognizer, out)
+    with _to_change(model, out) as recognizer:
+        recognizer.forget(name)
     taught = ", ".join(recognizer.taught) or "none"
     print(f"{out} has forgotten '{name}'; taught are: {taught}")
 
 
-def _to_change(model: str | None, out: Path) -> Recognizer:
-    from cliphar.bundle import find_bundle
-    from cliphar.recognizer import Recognizer
+@contextmanager
+def _to_change(model: str | None, out: Path) -> Iterator[Recognizer]:
+    """The model, to be taught in the block, then written to ``out``; it may stand there, and nothing else may."""
+    from cliphar.bundle import alone, find_bundle, write_bundle
+    from cliphar.recognizer import TAUGHT_FILE, Recognizer
     from cliphar.runtime import OnnxRuntime
 
-    bundle = find_bundle(model)
-    if out.exists() and out.resolve() != bundle.path.resolve():
-        raise UsageError(f"{out} exists; choose another place, or give it as --model too, to change it")
-    return Recognizer(bundle, OnnxRuntime(bundle))
-
-
-def _keep(recognizer: Recognizer, out: Path) -> None:
-    """Write the model with what it was taught; it may stand at ``out``, and nothing else may."""
-    from cliphar.bundle import write_bundle
-    from cliphar.recognizer import TAUGHT_FILE
-
-    bundle = recognizer.bundle
-    files = {file: bundle.file(file) for file in bundle.info.files if file != TAUGHT_FILE}
-    with tempfile.TemporaryDirectory() as work:
-        if recognizer.taught:
-            files[TAUGHT_FILE] = Path(work) / TAUGHT_FILE
-            recognizer.save_taught(files[TAUGHT_FILE])
-        write_bundle(out, bundle.info, files, overwrite=out.resolve() == bundle.path.resolve())
+    with alone(out.parent) if out.exists() else nullcontext():
+        bundle = find_bundle(model)
+        in_place = out.resolve() == bundle.path.resolve()
+        if out.exists() and not in_place:
+            raise UsageError(f"{out} exists; choose another place, or give it as --model too, to change it")
+        recognizer = Recognizer(bundle, OnnxRuntime(bundle))
+        yield recognizer
+        files: dict[str, Path | bytes] = {name: bundle.file(name) for name in bundle.info.files if name != TAUGHT_FILE}
+        with tempfile.TemporaryDirectory() as work:
+            if recognizer.taught:
+                recognizer.save_taught(taught := Path(work) / TAUGHT_FILE)
+                files[TAUGHT_FILE] = taught
+            write_bundle(out, bundle.info, files, overwrite=in_place)
 
 
 @app.command()

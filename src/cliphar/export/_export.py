@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
 
-from cliphar.bundle import Bundle, BundleInfo, FileInfo, packaged, read_bundle, store, write_bundle
+from cliphar.bundle import Bundle, BundleInfo, FileInfo, alone, packaged, read_bundle, store, write_bundle
 from cliphar.errors import BundleError, ClipharError, UsageError, naming
 from cliphar.export._float import float_graph, without_room
 from cliphar.export._photos import Proof, read_proof
@@ -91,7 +88,8 @@ def export_bundle(
             except ClipharError as error:
                 outcomes.append(Added(target, getattr(error, "parity", {}), str(error)))
                 continue
-            with _alone(home.parent):
+            home.parent.mkdir(parents=True, exist_ok=True)
+            with alone(home.parent):
                 bundle = _add(_standing(bundle, home, replace=replace), home, target, files, parity)
             outcomes.append(Added(target, parity))
     return bundle, outcomes
@@ -120,19 +118,6 @@ def _standing(bundle: Bundle, home: Path, *, replace: bool) -> Bundle:
 
 def _origin(info: BundleInfo) -> dict[str, str]:
     return {name: file.sha256 for name, file in info.files.items() if file.runtime is None}
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time, so that of two exports of a bundle neither loses what the other adds."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def _add(bundle: Bundle, home: Path, target: str, files: Files, parity: dict[str, float]) -> Bundle:
