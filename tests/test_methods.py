@@ -78,7 +78,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     towers = load_towers(mini)
     assert isinstance(towers.image, ImageTower)
     files: dict[str, Path | bytes] = {name: mini.file(name) for name in mini.info.files}
-    files["image.onnx"] = compress_weights(export_image_tower(towers.image, 64)).SerializeToString()
+    grey = np.full((1, 64, 64, 3), 127, np.uint8)
+    files["image.onnx"] = compress_weights(export_image_tower(towers.image, 64), grey).SerializeToString()
     info = mini.info.model_copy(update={"image": ImageSpec(size=64, max_aspect=1.25)})
     return write_bundle(tmp_path_factory.mktemp("base") / "small", info, files).path
 

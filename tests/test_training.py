@@ -17,7 +17,8 @@ from cliphar.bundle import Bundle, packaged, read_bundle  # noqa: E402
 from cliphar.cli import _train  # noqa: E402
 from cliphar.errors import UsageError  # noqa: E402
 from cliphar.export import compress_weights, export_image_tower  # noqa: E402
-from cliphar.models import ImageTower, SentenceEncoder, TextProjection  # noqa: E402
+from cliphar.media import to_square  # noqa: E402
+from cliphar.models import ImageTower, SentenceEncoder, TextProjection, load_towers  # noqa: E402
 from cliphar.recognizer import Recognizer  # noqa: E402
 from cliphar.runtime import OnnxRuntime  # noqa: E402
 from cliphar.training import MiniRecipe, SpaceRecipe, StepReport, load_recipe  # noqa: E402
@@ -257,17 +258,39 @@ def test_compressed_weights_answer_alike_at_any_batch_size() -> None:
     for module in tower.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
-    model = compress_weights(export_image_tower(tower, 64))
-    content = model.SerializeToString()
+    photos = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), np.uint8)
+    plain = export_image_tower(tower, 64)
+    before = plain.SerializeToString()
+    content = compress_weights(plain, photos).SerializeToString()
+    assert plain.SerializeToString() == before
     assert len(content) < 4_500_000  # lite0's 3.4 M weights and the projection, a byte each
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    photos = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), np.uint8)
     answers = session.run(["embeddings"], {"images": photos})[0]
     with torch.inference_mode():
         expected = tower(torch.from_numpy(photos).permute(0, 3, 1, 2).float()).numpy()
     assert ((answers * expected).sum(1) > 0.99).all()
     one = session.run(["embeddings"], {"images": photos[2:3]})[0]
     assert np.allclose(one, answers[2:3], atol=1e-4)
+
+
+def test_biases_make_up_for_the_rounding_of_weights() -> None:
+    tower = load_towers(read_bundle(packaged("mini"))).image
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weights in tower.parameters():  # it was read back from 8 bits, and would be rounded to itself
+            weights.mul_(1 + 0.02 * torch.rand_like(weights))
+    size = 96
+    photos = np.stack([to_square(Image.open(path), size, 1.25) for path in sorted(packaged("samples").glob("*.jpg"))])
+    exact = export_image_tower(tower, size)
+
+    def error(like: np.ndarray) -> float:
+        found, expected = (
+            onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"images": photos})[0]
+            for model in (compress_weights(exact, like), exact)
+        )
+        return float(np.linalg.norm(found - expected))
+
+    assert error(photos) < 0.75 * error(np.zeros_like(photos))
 
 
 def test_a_pruned_tokenizer_keeps_what_is_used_and_spells_the_rest() -> None:

@@ -84,7 +84,7 @@ def _onnx_fp16(material: Material) -> Files:
 
 
 def _onnx_w8(material: Material) -> Files:
-    return {"image.w8.onnx": compress_weights(material.model).SerializeToString()}
+    return {"image.w8.onnx": compress_weights(material.model, material.calibration).SerializeToString()}
 
 
 def _quantized(material: Material, *, symmetric: bool = False) -> onnx.ModelProto:

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cliphar.bundle import Bundle
 from cliphar.data import PhotoSet, load_photos, open_source
 from cliphar.errors import DataError, UsageError
 from cliphar.export import compress_weights, export_clip_text, export_image_tower
@@ -89,7 +89,7 @@ def train_towers(
         _interpolate(objective, start, shares, measured["score"], validation, job.around.log)
     finish(trained)
     objective.cpu().eval()
-    return Outcome(F.normalize(objective.class_vectors.detach(), dim=-1).numpy(), _export(towers, job.bundle))
+    return Outcome(F.normalize(objective.class_vectors.detach(), dim=-1).numpy(), _export(towers, job))
 
 
 def checkpoint_of(output: Path) -> Path:
@@ -178,20 +178,19 @@ class _Validation:
         return {"score": float(hits.double().mean())}
 
     def _pixels(self) -> Iterator[Tensor]:
-        from PIL import Image
-
-        spec, batch = self._job.bundle.info.image, 64
-        for at in range(0, len(self._rows), batch):
-            views = [
-                np.stack(
-                    [
-                        to_square(Image.fromarray(frame), self._size, spec.max_aspect)
-                        for frame in self._job.photos.frames(int(i))
-                    ]
-                )
-                for i in self._rows[at : at + batch]
-            ]
+        for at in range(0, len(self._rows), 64):
+            views = _views(self._job, self._rows[at : at + 64], self._size)
             yield torch.from_numpy(stack_views(views)).permute(0, 1, 4, 2, 3)
+
+
+def _views(job: Job, rows: NDArray[np.int64], size: int) -> list[NDArray[np.uint8]]:
+    """The frames of each photo or clip, uint8 [T,size,size,3], as they will be served."""
+    from PIL import Image
+
+    aspect = job.bundle.info.image.max_aspect
+    return [
+        np.stack([to_square(Image.fromarray(frame), size, aspect) for frame in job.photos.frames(int(i))]) for i in rows
+    ]
 
 
 @torch.no_grad()
@@ -221,11 +220,12 @@ def _interpolate(
     log(f"kept {best:g}")
 
 
-def _export(towers: Towers, bundle: Bundle) -> dict[str, Path | bytes]:
-    image = export_image_tower(towers.image, bundle.info.image.size)
+def _export(towers: Towers, job: Job) -> dict[str, Path | bytes]:
+    size, rows = job.bundle.info.image.size, job.rows(TRAIN)
+    image = export_image_tower(towers.image, size)
     files: dict[str, Path | bytes] = {WEIGHTS_FILE: save_weights(towers)}
     if towers.text is None:
-        image = compress_weights(image)
+        image = compress_weights(image, np.concatenate(_views(job, rows[:: -(-len(rows) // 64)], size)))
     else:
-        files["text.onnx"] = export_clip_text(towers.text, bundle.info.text.context_length).SerializeToString()
+        files["text.onnx"] = export_clip_text(towers.text, job.bundle.info.text.context_length).SerializeToString()
     return files | {"image.onnx": image.SerializeToString()}

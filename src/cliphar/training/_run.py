@@ -164,7 +164,9 @@ def _mini(recipe: MiniRecipe, corpus: Corpus, log: Log) -> Bundle:
         log=log,
         validate=validate,
     )
-    graph = compress_weights(export_image_tower(tower, recipe.distill.size)).SerializeToString()
+    photos = (Image.fromarray(corpus.photo(int(i))) for i in rows[:: -(-len(rows) // 64)])
+    squares = np.stack([to_square(photo, recipe.distill.size, recipe.teacher.max_aspect) for photo in photos])
+    graph = compress_weights(export_image_tower(tower, recipe.distill.size), squares).SerializeToString()
     bundle = _finish_mini(recipe, corpus, graph, space, log)
     checkpoint.unlink()
     return bundle
