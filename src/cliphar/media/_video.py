@@ -260,7 +260,7 @@ class VideoReader:
 
     def _time(self, raw: av.VideoFrame, last: float, frame_s: float) -> float:
         if raw.pts is None or raw.time_base is None:
-            return last + frame_s
+            return last + frame_s if self.end_s else 0.0
         if self._start is None:
             self._start = raw.pts
         return float((raw.pts - self._start) * raw.time_base)
