@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,9 +20,12 @@ __all__ = ["export_text_tower", "quantize_sentence_encoder"]
 def _weight_only(
     model: onnx.ModelProto, bits: int, block: int, operators: tuple[str, ...], left_out: Sequence[str] = ()
 ) -> onnx.ModelProto:
+    handlers, level = list(logging.root.handlers), logging.root.level
     from onnxruntime.quantization import QuantFormat
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
+    logging.root.handlers[:] = handlers  # the import sets both, and every library's notes would be in the output
+    logging.root.setLevel(level)
     config = DefaultWeightOnlyQuantConfig(
         block_size=block,
         is_symmetric=True,
