@@ -25,7 +25,7 @@ from cliphar.training import MiniRecipe, SpaceRecipe, StepReport, load_recipe  #
 from cliphar.training._augment import Crop  # noqa: E402
 from cliphar.training._checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from cliphar.training._corpus import TRAIN, VAL, Corpus  # noqa: E402
-from cliphar.training._distill import DistillData, _places, distill, soft_labels  # noqa: E402
+from cliphar.training._distill import DistillData, _Batch, _cutmix, _places, distill, soft_labels  # noqa: E402
 from cliphar.training._head import train_head  # noqa: E402
 from cliphar.training._method_recipe import FullRecipe, HeadRecipe  # noqa: E402
 from cliphar.training._recipe import DistillRecipe  # noqa: E402
@@ -35,7 +35,7 @@ from serving_process import read_terminal  # noqa: E402
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 TOKENIZER = Path(__file__).parent.parent / "src/cliphar/assets/mini/tokenizer.json"
-TINY = DistillRecipe(schedule=((64, 1),), batch_size=4, replicas=2, warmup_steps=1, frozen_blocks=2, drop_path=0.0)
+TINY = DistillRecipe(cycles=(((64, 1),),), batch_size=4, replicas=2, warmup_steps=1, frozen_blocks=2, drop_path=0.0)
 
 
 def _unit(rows: int, seed: int = 0, dim: int = 32) -> np.ndarray:
@@ -85,7 +85,7 @@ def test_a_setting_may_be_any_folder(monkeypatch: pytest.MonkeyPatch, given: str
     ("override", "said"),
     [
         ("distill.learning_rate=1", "unknown key"),
-        ("distill.schedul=[]", "did you mean schedule?"),
+        ("distill.cycle=[]", "did you mean cycles?"),
         ("distill.lr=0.5", "distill.lr"),
         ("seed=-1", "seed"),
         ("data.seed=-1", "data.seed"),
@@ -147,6 +147,35 @@ def test_replicas_draw_the_same_whichever_is_first(data: DistillData, tmp_path: 
     assert all(torch.equal(first, other) for other in others)
 
 
+def test_the_mean_of_the_towers_at_the_ends_of_the_cycles_is_kept(data: DistillData, tmp_path: Path) -> None:
+    recipe = TINY.model_copy(update={"cycles": (((64, 1),),) * 2, "batch_size": 12, "ema": 0.0, "weight_decay": 0.0})
+    seen: list[torch.Tensor] = []
+
+    def validate(tower: ImageTower, _: torch.Tensor) -> str:
+        seen.append(tower.project.weight.detach().clone())
+        return ""
+
+    kept = _distilled(data, tmp_path / "state", recipe, validate=validate)
+    assert torch.equal(kept, seen[1])
+    # a cycle of one step, which for Adam's first is the rate itself (twice recipe.lr there): half of it is left
+    assert (kept - seen[0]).abs().median().item() == pytest.approx(recipe.lr, rel=0.05)
+
+
+def test_what_cutmix_pastes_is_its_share_of_the_labels_and_keeps_its_places() -> None:
+    number = torch.arange(4.0)
+    places = number.view(4, 1, 1, 1).expand(4, 1, 5, 5)
+    batch = _Batch(number.view(4, 1, 1, 1).expand(4, 3, 150, 150), torch.eye(4), torch.eye(4), places, places[:, 0])
+    other = torch.tensor([1, 2, 3, 0])
+    for seed in range(50):
+        mixed = _cutmix(batch, other, np.random.default_rng(seed))
+        pasted = mixed.looked != batch.looked
+        assert torch.equal(mixed.looked[pasted], batch.looked[other][pasted])
+        assert torch.equal(mixed.images[:, 0, 15::30, 15::30], mixed.looked)
+        assert torch.equal(mixed.places[:, 0], mixed.looked)
+        assert torch.allclose(mixed.targets[0, 1], pasted[0].float().mean())
+        assert 0.5 < mixed.targets[0, 0] < 1
+
+
 def test_a_checkpoint_of_another_training_is_refused(data: DistillData, tmp_path: Path) -> None:
     _distilled(data, tmp_path / "state", identity="one")
     with pytest.raises(UsageError, match="of another recipe"):
@@ -154,7 +183,7 @@ def test_a_checkpoint_of_another_training_is_refused(data: DistillData, tmp_path
 
 
 def test_an_interrupted_training_ends_where_a_whole_one_does(data: DistillData, tmp_path: Path) -> None:
-    recipe = TINY.model_copy(update={"schedule": ((64, 2),), "replicas": 1})
+    recipe = TINY.model_copy(update={"cycles": (((64, 2),), ((64, 1),)), "replicas": 1})
     lines: list[str] = []
 
     def log(line: str) -> None:
@@ -210,7 +239,8 @@ def test_a_head_separates_what_its_text_does_not() -> None:
 
 def test_mini_ends_with_class_vectors_from_what_its_own_tower_sees(photos: list[Path], tmp_path: Path) -> None:
     mini = read_bundle(packaged("mini"))
-    recipe = load_recipe(RECIPES / "mini.yaml", (f"output={tmp_path / 'made'}", "data.root=.", "head.steps=60"))
+    changes = (f"output={tmp_path / 'made'}", f"distill.size={mini.info.image.size}", "data.root=.", "head.steps=60")
+    recipe = load_recipe(RECIPES / "mini.yaml", changes)
     corpus = _corpus(photos, ["drinking", "sleeping", "curling"])
     space = Bundle(mini.path, mini.info.model_copy(update={"labels": tuple(corpus.actions)}))
     made = _finish_mini(recipe, corpus, mini.file("image.onnx").read_bytes(), space, lambda _: None)

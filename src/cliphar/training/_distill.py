@@ -4,8 +4,9 @@ Feature distillation (Hinton et al., 2015; for CLIP, Wu et al., "TinyCLIP", 2023
 towards the teacher's (cosine), and the student must rank a bank of texts as the teacher does (KL). At each place of its
 view it must see what the teacher's tokens see there (Romero et al., "FitNets", 2015), which tells of every photo some
 thirty times as much as one embedding. Labelled photos also train through a softmax over class vectors. Mixup (Zhang et
-al., 2018), random resized crops, flips, colour jitter and cutout (DeVries and Taylor, 2017); progressive resizing
-(Howard); an exponential moving average of the weights is what is kept.
+al., 2018), CutMix (Yun et al., 2019), random resized crops, flips, colour jitter and cutout (DeVries and Taylor, 2017);
+progressive resizing (Howard); of an exponential moving average of the weights, the mean at the ends of all cycles of
+the learning rate is what is kept (SWA, Izmailov et al., 2018, https://arxiv.org/abs/1803.05407).
 """
 
 from __future__ import annotations
@@ -203,7 +204,7 @@ def distill(
     log: Callable[[str], None],
     validate: Callable[[ImageTower, Tensor], str] | None = None,
 ) -> ImageTower:
-    """Train ``tower`` in place and return its moving average.
+    """Train ``tower`` in place and return the mean of its moving averages at the ends of the cycles.
 
     An epoch is one pass over the photos. A checkpoint is written after each epoch and taken up again if
     there is one; ``identity`` is a digest of all that must be the same for that. ``validate`` is shown the moving
@@ -218,10 +219,11 @@ def distill(
     tower.freeze_stem(recipe.frozen_blocks)
     tower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     student = _Student(tower, data, recipe)
-    average = copy.deepcopy(student)
+    average, mean = copy.deepcopy(student), copy.deepcopy(student)
     optimizer = _optimizer(student, recipe)
     rates = [group["lr"] for group in optimizer.param_groups]
-    sizes = [size for size, epochs in recipe.schedule for _ in range(epochs)]
+    cycles = [[size for size, epochs in cycle for _ in range(epochs)] for cycle in recipe.cycles]
+    plan = [(number, size) for number, sizes in enumerate(cycles) for size in sizes]
     per_epoch = len(data.teacher) // recipe.batch_size
     step, first = 0, 0
     state = load_checkpoint(checkpoint)
@@ -232,6 +234,7 @@ def distill(
             )
         student.load_state_dict(state["student"])
         average.load_state_dict(state["average"])
+        mean.load_state_dict(state["mean"])
         optimizer.load_state_dict(state["optimizer"])
         step, first = state["step"], state["epoch"]
         log(f"resumed after epoch {first}")
@@ -248,17 +251,17 @@ def distill(
             loss.backward()  # type: ignore[no-untyped-call]
             return float(loss.detach())
 
-        for epoch in range(first, len(sizes)):
+        for epoch, (cycle, size) in islice(enumerate(plan), first, None):
             started, total_loss = time.perf_counter(), 0.0
             for replica in replicas:
                 replica.tower.train_unfrozen()
             random = np.random.default_rng((seed, epoch))
-            for batch in _batches(data, sizes[epoch], recipe, seed * 1000 + epoch):
-                cosine = 0.5 * (1 + math.cos(math.pi * step / (per_epoch * len(sizes))))
+            for batch in _batches(data, size, recipe, seed * 1000 + epoch):
+                cosine = 0.5 * (1 + math.cos(math.pi * step / (per_epoch * len(cycles[cycle]))))
                 ramp = min(1.0, (step + 1) / recipe.warmup_steps)
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * ramp * (0.02 + 0.98 * cosine)
-                mixed = _mixup(batch, recipe, random)
+                mixed = _mix(batch, recipe, random)
                 for number, generator in enumerate(generators):
                     generator.manual_seed(((seed << 40) + (epoch << 30) + (step << 8) + number) % 2**63)
                 shares = (_Batch(*part) for part in zip(*(one.chunk(len(replicas)) for one in mixed), strict=True))
@@ -274,11 +277,16 @@ def distill(
                 step += 1
                 _follow(average, student, min(recipe.ema, (step + 1) / (step + 10)))
             seconds = time.perf_counter() - started
+            if step == per_epoch * len(cycles[cycle]):
+                _follow(mean, average, cycle / (cycle + 1))
+                student.load_state_dict(mean.state_dict())
+                average.load_state_dict(mean.state_dict())
+                optimizer, step = _optimizer(student, recipe), 0
             torch.set_num_threads(threads_before)
             note = validate(average.tower, F.normalize(average.class_vectors.detach(), dim=-1)) if validate else ""
             torch.set_num_threads(1)
             log(
-                f"epoch {epoch + 1}/{len(sizes)} at {sizes[epoch]} px: loss {total_loss / per_epoch:.4f} {note} "
+                f"epoch {epoch + 1}/{len(plan)} at {size} px: loss {total_loss / per_epoch:.4f} {note} "
                 f"({per_epoch * recipe.batch_size / seconds:.0f} photos/s)"
             )
             save_checkpoint(
@@ -287,24 +295,46 @@ def distill(
                     "identity": identity,
                     "student": student.state_dict(),
                     "average": average.state_dict(),
+                    "mean": mean.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "step": step,
                     "epoch": epoch + 1,
                 },
             )
     torch.set_num_threads(threads_before)
-    return average.tower
+    return mean.tower
 
 
-def _mixup(batch: _Batch, recipe: DistillRecipe, random: np.random.Generator) -> _Batch:
+def _mix(batch: _Batch, recipe: DistillRecipe, random: np.random.Generator) -> _Batch:
+    other = torch.from_numpy(random.permutation(len(batch.images)))
+    if random.random() < recipe.cutmix:
+        return _cutmix(batch, other, random)
     if not recipe.mixup:
         return batch
     share = float(random.beta(recipe.mixup, recipe.mixup))
     share = max(share, 1 - share)
-    other = torch.from_numpy(random.permutation(len(batch.images)))
     images, teacher, targets, places = (share * one + (1 - share) * one[other] for one in batch[:4])
     images = images.contiguous(memory_format=torch.channels_last)
     return _Batch(images, F.normalize(teacher, dim=-1), targets, places, batch.looked * batch.looked[other])
+
+
+def _cutmix(batch: _Batch, other: Tensor, random: np.random.Generator) -> _Batch:
+    """A square of each view, half of it at most, is that of another; in whole cells, so that each place of it keeps
+    what the teacher saw there."""
+    cells = batch.looked.shape[-1]
+    side = max(1, int(cells * math.sqrt(random.uniform(0, 0.5))))
+    top, left = random.integers(0, cells - side + 1, 2) / cells
+
+    def cut(whole: Tensor) -> Tensor:
+        scale = whole.shape[-1]
+        rows, columns = (slice(round(edge * scale), round((edge + side / cells) * scale)) for edge in (top, left))
+        mixed = whole.clone()
+        mixed[..., rows, columns] = whole[..., rows, columns][other]
+        return mixed
+
+    share = 1 - (side / cells) ** 2
+    teacher, targets = (share * one + (1 - share) * one[other] for one in (batch.teacher, batch.targets))
+    return _Batch(cut(batch.images), F.normalize(teacher, dim=-1), targets, cut(batch.places), cut(batch.looked))
 
 
 @torch.no_grad()

@@ -107,25 +107,33 @@ class AdaptRecipe(Section):
 class DistillRecipe(Section):
     """mini's image tower.
 
-    ``schedule`` is pairs of pixels and epochs; the finished tower takes photos of ``size`` pixels, a little more than
-    it was trained on (Touvron et al., "Fixing the train-test resolution discrepancy", 2019). The weights are of the
-    four losses; ``soft`` is the share of a label that is what the teacher takes the photo for.
+    ``cycles`` are pairs of pixels and epochs. In each the learning rate rises and falls once; the next one starts from
+    the mean of the towers at the ends of those before, and the mean of all is the finished tower. It takes photos of
+    ``size`` pixels, a little more than it was trained on (Touvron et al., "Fixing the train-test resolution
+    discrepancy", 2019). ``cutmix`` is the share of batches in which a part of each view is of another photo; the others
+    have ``mixup``. The weights are of the four losses; ``soft`` is the share of a label that is what the teacher takes
+    the photo for.
     """
 
     backbone: Literal["lite0", "lite1", "lite2"] = "lite1"
     weights: Path | None = None
     frozen_blocks: int = Field(default=7, ge=0)
     drop_path: float = Field(default=0.1, ge=0, lt=1)
-    size: int = Field(default=192, ge=64)
-    schedule: tuple[tuple[int, int], ...] = ((128, 8), (160, 7), (192, 3))
+    size: int = Field(default=240, ge=64)
+    cycles: tuple[tuple[tuple[int, int], ...], ...] = (
+        ((128, 8), (160, 7), (192, 3)),
+        ((192, 4), (224, 12)),
+        ((224, 12),),
+    )
     batch_size: int = Field(default=64, ge=2)
     replicas: int = Field(default=2, ge=1)
     lr: float = Field(default=6e-4, gt=0, le=5e-3)
     weight_decay: float = Field(default=0.05, ge=0)
     warmup_steps: int = Field(default=200, ge=1)
     ema: float = Field(default=0.998, ge=0, lt=1)
-    mixup: float = Field(default=0.3, ge=0)
-    min_area: float = Field(default=0.4, gt=0, le=1)
+    mixup: float = Field(default=0.4, ge=0)
+    cutmix: float = Field(default=0.5, ge=0, le=1)
+    min_area: float = Field(default=0.3, gt=0, le=1)
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
     logit_scale: float = Field(default=30.0, gt=0)
     feature_weight: float = Field(default=3.0, ge=0)

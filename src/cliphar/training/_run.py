@@ -139,10 +139,8 @@ def _mini(recipe: MiniRecipe, corpus: Corpus, log: Log) -> Bundle:
     held_vectors = texts.embed_labels(corpus.held_out)
 
     def validate(average: ImageTower, vectors: torch.Tensor) -> str:
-        size = min(recipe.distill.size, 160)
-        z = embed(
-            average, (to_square(Image.fromarray(corpus.photo(int(i))), size, recipe.teacher.max_aspect) for i in val)
-        )
+        photos = (Image.fromarray(corpus.photo(int(i))) for i in val)
+        z = embed(average, (to_square(photo, recipe.distill.size, recipe.teacher.max_aspect) for photo in photos))
         known = np.array([corpus.labels[i] in corpus.actions for i in val])
         actions = (z[known] @ vectors[: len(corpus.actions)].numpy().T).argmax(1)
         sports = (z[~known] @ held_vectors.T).argmax(1)
