@@ -57,7 +57,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """LABEL/PHOTO: 14 photos of each of three labels, told apart by their colour."""
+    """LABEL/PHOTO: 14 photos of each of three labels, told by colour."""
     root = tmp_path_factory.mktemp("data") / "shapes"
     random = np.random.default_rng(0)
     for label, colour in COLOURS.items():
@@ -73,13 +73,13 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """mini at 64 pixels: everything as it is shipped but the size of its input."""
+    """mini at 64 pixels: all as it is shipped but its input."""
     mini = read_bundle(packaged("mini"))
     towers = load_towers(mini)
     assert isinstance(towers.image, ImageTower)
     files: dict[str, Path | bytes] = {name: mini.file(name) for name in mini.info.files}
-    grey = np.full((1, 64, 64, 3), 127, np.uint8)
-    files["image.onnx"] = compress_weights(export_image_tower(towers.image, 64), grey).SerializeToString()
+    graph = compress_weights(export_image_tower(towers.image, 64), np.zeros((1, 64, 64, 3), np.uint8))
+    files["image.onnx"] = graph.SerializeToString()
     info = mini.info.model_copy(update={"image": ImageSpec(size=64, max_aspect=1.25)})
     return write_bundle(tmp_path_factory.mktemp("base") / "small", info, files).path
 

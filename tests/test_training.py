@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+from onnx import numpy_helper
 from PIL import Image
 
 torch = pytest.importorskip("torch", reason="training needs the [train] extra")
@@ -17,6 +18,7 @@ from cliphar.bundle import Bundle, packaged, read_bundle  # noqa: E402
 from cliphar.cli import _train  # noqa: E402
 from cliphar.errors import UsageError  # noqa: E402
 from cliphar.export import compress_weights, export_image_tower  # noqa: E402
+from cliphar.export._quantize import correct_biases, quantize  # noqa: E402
 from cliphar.media import to_square  # noqa: E402
 from cliphar.models import ImageTower, SentenceEncoder, TextProjection, load_towers  # noqa: E402
 from cliphar.recognizer import Recognizer  # noqa: E402
@@ -321,6 +323,12 @@ def test_biases_make_up_for_the_rounding_of_weights() -> None:
         return float(np.linalg.norm(found - expected))
 
     assert error(photos) < 0.75 * error(np.zeros_like(photos))
+    corrected, arithmetic = (
+        {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+        for model in (correct_biases(exact, photos), quantize(exact, photos))
+    )
+    biases = [node.input[2] for node in exact.graph.node if node.op_type == "Conv"]
+    assert all(np.array_equal(corrected[name], arithmetic[name]) for name in biases)
 
 
 def test_a_pruned_tokenizer_keeps_what_is_used_and_spells_the_rest() -> None:
