@@ -485,7 +485,7 @@ def test_tritons_repository(tmp_path: Path) -> None:
     config = (folder / "config.pbtxt").read_text()
     assert 'backend: "onnxruntime"' in config
     assert "max_batch_size: 64" in config
-    assert "dims: [ 192, 192, 3 ]" in config
+    assert "dims: [ 240, 240, 3 ]" in config
     assert config.count("[") == config.count("]")
     with pytest.raises(UsageError, match="exists; give another place"):
         write_layout(find_bundle(packaged("mini")), "triton", tmp_path / "repository")
@@ -505,7 +505,7 @@ def test_kserves_storage(exported: tuple[Bundle, list[Added]], tmp_path: Path) -
     version = tmp_path / "storage" / "models" / "mini" / "1"
     assert {file.name for file in version.iterdir()} == {"model.xml", "model.bin"}
     config = (version.parent / "config.pbtxt").read_text()
-    assert "dims: [ -1, 192, 192, 3 ]" in config  # any batch,
+    assert "dims: [ -1, 240, 240, 3 ]" in config  # any batch,
     assert "max_batch_size" not in config  # with which the backend takes that very one
     assert "KIND_CPU" in config
     service = yaml.safe_load((tmp_path / "storage" / "inference-service.yaml").read_text())
@@ -592,7 +592,7 @@ def test_a_trained_bundle_has_a_model_in_plain_torch_to_be_compared_with() -> No
     mini = find_bundle(packaged("mini"))
     origin = mini.info.provenance.model_copy(update={"recipe": {"method": "gda"}})
     trained = Bundle(mini.path, mini.info.model_copy(update={"provenance": origin}))
-    assert _PyTorch(trained, EAGER, 1).encode_images(np.zeros((2, 192, 192, 3), np.uint8)).shape == (2, 512)
+    assert _PyTorch(trained, EAGER, 1).encode_images(np.zeros((2, 240, 240, 3), np.uint8)).shape == (2, 512)
 
 
 def test_photos_of_other_labels_say_that_accuracy_is_not_compared(tmp_path: Path) -> None:
