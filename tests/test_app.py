@@ -323,7 +323,7 @@ def test_a_keyboard_is_enough(page: Page, photos: list[Path]) -> None:
     reach(page, "Try portrait")
     page.keyboard.press("Enter")
     expect(page.locator(".cl-answer")).to_have_count(1)
-    expect(page.locator(".cl-answer").get_by_role("heading")).to_have_text("smiling for a portrait")
+    expect(page.locator(".cl-answer").get_by_role("heading")).to_have_text("smiling at the camera")
     expect(page.locator(":focus")).to_be_visible()  # its place has the focus
     with page.expect_download():
         reach(page, "Download answers")

@@ -76,7 +76,7 @@ def up(
 def _example(api: str) -> list[str]:
     from cliphar.bundle import packaged
 
-    photo, words = packaged("samples") / "portrait.jpg", "labels=smiling for a portrait, taking a photo, cooking"
+    photo, words = packaged("samples") / "portrait.jpg", "labels=smiling at the camera, taking a photo, cooking"
     return ["curl", "-F", f"images=@{photo}", "-F", words, f"{api}/v1/predict"]
 
 
