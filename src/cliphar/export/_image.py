@@ -76,13 +76,11 @@ def compress_weights(model: onnx.ModelProto, photos: NDArray[np.uint8]) -> onnx.
             helper.make_node("Mul", [f"{name}_cast", f"{name}_scale"], [name], name=f"{name}_scaled"),
         ]
     nodes += compressed.graph.node
-    result = onnx.ModelProto()
-    result.CopyFrom(compressed)
-    del result.graph.initializer[:], result.graph.node[:]
-    result.graph.initializer.extend(kept)
-    result.graph.node.extend(nodes)
-    onnx.checker.check_model(result)
-    return result
+    del compressed.graph.initializer[:], compressed.graph.node[:]
+    compressed.graph.initializer.extend(kept)
+    compressed.graph.node.extend(nodes)
+    onnx.checker.check_model(compressed)
+    return compressed
 
 
 def borrow_weights(model: onnx.ModelProto, name: str, lender: bytes) -> onnx.ModelProto:
