@@ -327,8 +327,10 @@ def test_biases_make_up_for_the_rounding_of_weights() -> None:
         {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
         for model in (correct_biases(exact, photos), quantize(exact, photos))
     )
-    biases = [node.input[2] for node in exact.graph.node if node.op_type == "Conv"]
-    assert all(np.array_equal(corrected[name], arithmetic[name]) for name in biases)
+    first, *others = [node.input[2] for node in exact.graph.node if node.op_type == "Conv"]
+    assert all(np.array_equal(corrected[name], arithmetic[name]) for name in others)
+    plain = {tensor.name: tensor for tensor in exact.graph.initializer}
+    assert np.array_equal(numpy_helper.to_array(plain[first]), arithmetic[first])  # its weights stay float
 
 
 def test_a_pruned_tokenizer_keeps_what_is_used_and_spells_the_rest() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from pathlib import Path
 
@@ -57,7 +58,9 @@ def compress_weights(model: onnx.ModelProto, photos: NDArray[np.uint8]) -> onnx.
     the size, and no loss of speed. Biases are corrected over ``photos``, uint8 [N,S,S,3]: in an EfficientNet-Lite
     that, and the first layers left alone, is three quarters of the error.
     """
-    compressed = correct_biases(model, photos, _FEW)
+    sizes = {tensor.name: math.prod(tensor.dims) for tensor in model.graph.initializer}
+    few = [n.name for n in model.graph.node if n.op_type == "Conv" and sizes.get(n.input[1], _FEW) < _FEW]
+    compressed = correct_biases(model, photos, few)
     axes = weight_axes(compressed)
     nodes, kept = [], []
     for tensor in compressed.graph.initializer:

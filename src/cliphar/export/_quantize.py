@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -49,11 +49,13 @@ def round_weights(weights: NDArray[np.float32], axis: int) -> tuple[NDArray[np.f
     return np.round(weights / scale), scale
 
 
-def correct_biases(model: onnx.ModelProto, photos: NDArray[np.uint8], least: int = 0) -> onnx.ModelProto:
+def correct_biases(
+    model: onnx.ModelProto, photos: NDArray[np.uint8], float_nodes: Collection[str] = ()
+) -> onnx.ModelProto:
     """The graph with biases that make up for what rounding its weights to 8 bits adds on average.
 
-    Of each convolution of ``least`` weights or more, over ``photos``, uint8 [N,S,S,3] (Nagel et al., 2019,
-    https://arxiv.org/abs/1906.04721). Weights that are rounded already lose nothing, and their biases stay.
+    Of each convolution but ``float_nodes``, which will not be rounded, over ``photos``, uint8 [N,S,S,3] (Nagel et al.,
+    2019, https://arxiv.org/abs/1906.04721). Weights that are rounded already lose nothing, and their biases stay.
     """
     result = onnx.ModelProto()
     result.CopyFrom(model)
@@ -62,12 +64,11 @@ def correct_biases(model: onnx.ModelProto, photos: NDArray[np.uint8], least: int
         node
         for node in model.graph.node
         if node.op_type == "Conv" and len(node.input) == 3 and {*node.input[1:]} <= constants.keys()
+        if node.name not in float_nodes
     ]
     means = _mean_inputs(model, sorted({node.input[0] for node in layers}), photos) if layers else {}
     for node in layers:
         weights = numpy_helper.to_array(constants[node.input[1]])
-        if weights.size < least:
-            continue
         whole, scale = round_weights(weights, 0)
         lost = weights - whole * scale
         lost[np.abs(lost) < 1e-4 * scale] = 0
@@ -121,10 +122,11 @@ def quantize(
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
     stem = next((node.name for node in model.graph.node if node.op_type == "Conv"), None)
+    kept = [*float_nodes, *([stem] if stem else [])]
     noisy = logging.root.manager.disable
     with tempfile.TemporaryDirectory() as work, contextlib.redirect_stdout(io.StringIO()):
         source, target = Path(work) / "float.onnx", Path(work) / "int8.onnx"
-        onnx.save(correct_biases(model, images), source)
+        onnx.save(correct_biases(model, images, kept), source)
         try:
             logging.disable(logging.WARNING)
             quantize_static(
@@ -133,7 +135,7 @@ def quantize(
                 _Reader(images),
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=_OPERATORS,
-                nodes_to_exclude=[*float_nodes, *([stem] if stem else [])],
+                nodes_to_exclude=kept,
                 per_channel=True,
                 activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
