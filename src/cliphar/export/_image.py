@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cliphar.export._quantize import correct_biases, round_weights, weight_axes
 from cliphar.export._torch_onnx import export
 
-__all__ = ["borrow_weights", "compress_weights", "export_image_tower"]
+__all__ = ["borrow_weights", "compress_weights", "export_image_tower", "shorten_names"]
 
 _FEW = 1000  # weights of a layer that stay float: of the first layers, whose rounding would be in all that follows
 _WORTH_BORROWING = 256
@@ -102,7 +102,18 @@ def borrow_weights(model: onnx.ModelProto, name: str, lender: bytes) -> onnx.Mod
         if at >= 0:
             set_external_data(tensor, name, offset=at, length=size)
             tensor.ClearField("raw_data")
-    del result.graph.value_info[:]
-    for node in result.graph.node:
-        node.ClearField("name")  # nobody asks for them, and beside so little else they are much
+    shorten_names(result)
     return result
+
+
+def shorten_names(model: onnx.ModelProto) -> None:
+    """Number the values instead of naming each by its path, in place: of a graph without weights most are names."""
+    graph = model.graph
+    del graph.value_info[:]
+    short = {"": ""} | {value.name: value.name for value in [*graph.input, *graph.output]}
+    for tensor in graph.initializer:
+        tensor.name = short.setdefault(tensor.name, f"w{len(short)}")
+    for node in graph.node:
+        node.name = ""
+        node.input[:] = [short[name] for name in node.input]
+        node.output[:] = [short.setdefault(name, f"v{len(short)}") for name in node.output]

@@ -20,6 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import set_external_data
 
 from cliphar.export._float import fold
+from cliphar.export._image import shorten_names
 from cliphar.models import CLIP_DEVIATION, CLIP_MEAN
 
 __all__ = ["TEACHER_SIZE", "export_teacher_graph", "teacher_tensors"]
@@ -87,7 +88,7 @@ def export_teacher_graph(weights: Path, changes: Mapping[str, NDArray[np.float32
         _refer(tensor, content, weights.name)
     for name, difference in differences.items():
         _add(model.graph, name, difference)
-    _shorten(model)
+    shorten_names(model)
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = 1
     return model
@@ -141,15 +142,3 @@ def _refer(tensor: onnx.TensorProto, content: bytes, location: str) -> None:
     set_external_data(tensor, location, offset=offset, length=len(raw))
     tensor.ClearField("raw_data")
     tensor.ClearField("float_data")
-
-
-def _shorten(model: onnx.ModelProto) -> None:
-    """Number the values instead of naming each by its path: most of what is left of the file are names."""
-    graph = model.graph
-    short = {"": ""} | {value.name: value.name for value in [*graph.input, *graph.output]}
-    for tensor in graph.initializer:
-        tensor.name = short.setdefault(tensor.name, f"w{len(short)}")
-    for node in graph.node:
-        node.name = ""
-        node.input[:] = [short[name] for name in node.input]
-        node.output[:] = [short.setdefault(name, f"v{len(short)}") for name in node.output]
