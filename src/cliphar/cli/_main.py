@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from cliphar._version import __version__
 from cliphar.cli import _app, _bench, _data, _doctor, _eval, _export, _model, _predict, _serve, _train, _up, _video
+from cliphar.cli._output import escaping
 from cliphar.errors import ClipharError, UsageError
 
 __all__ = ["main"]
@@ -90,7 +91,7 @@ def main() -> None:
     sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
     sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for letters that its encoding lacks
+        sys.stdout.reconfigure(errors=escaping())
     try:
         status = app(standalone_mode=False)
         sys.exit(128 + stopped[0] if stopped and status == 128 + signal.SIGINT else status)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import os
@@ -17,9 +18,20 @@ from cliphar.errors import MediaError, UsageError, printable
 if TYPE_CHECKING:
     from cliphar.recognizer import Prediction
 
-__all__ = ["Writer", "check_target", "named_error", "progress", "row_of", "show"]
+__all__ = ["Writer", "check_target", "escaping", "named_error", "progress", "row_of", "show"]
 
 _BAR = 24
+
+
+def escaping() -> str:
+    """The name of an encoding's way with letters that it lacks: JSON's escapes, as Python's own are not JSON."""
+
+    def escape(error: UnicodeError) -> tuple[str, int]:
+        assert isinstance(error, UnicodeEncodeError)  # noqa: S101 - nothing is decoded
+        return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+    codecs.register_error("cliphar-json", escape)
+    return "cliphar-json"
 
 
 def named_error(path: str, error: MediaError) -> str:
