@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -93,29 +94,23 @@ def chosen_labels(labels: list[str] | None, labels_file: Path | None) -> tuple[s
 
 
 def expand(paths: list[str], is_wanted: Callable[[str], bool] | None = None, what: str = "images") -> Iterator[str]:
-    """Files, those wanted inside folders (sorted, subfolders too), and the matches of patterns, in order.
+    """Files, those wanted inside folders (sorted, subfolders too), and what patterns match, in order.
 
-    A path that does not exist is kept, so that it is reported with the others; a folder or a pattern without any is a
-    UsageError.
+    A path that does not exist is kept, to be reported with the others; a folder or pattern without any is a UsageError.
     """
     from cliphar.media import files_in, is_image_name
 
     wanted = is_wanted or is_image_name
     for given in paths:
-        path = Path(given)
-        try:
-            there, is_folder = path.exists(), path.is_dir()
-        except OSError:  # such as a name too long; decoding it says why
-            there, is_folder = True, False
-        if is_folder:
-            inside = [str(p) for p in files_in(path) if wanted(p.name) or not p.is_file()]
-            if not inside:
-                raise UsageError(f"no {what} in folder {given}")
-            yield from inside
-        elif not there and glob.has_magic(given):
+        matches = [given]
+        if glob.has_magic(given) and not os.path.exists(given):  # noqa: PTH110 - Path's raises on too long a name
             matches = sorted(glob.glob(given, recursive=True))  # noqa: PTH207 - patterns may be absolute
-            if not matches:
-                raise UsageError(f"nothing matches {given}")
-            yield from matches
-        else:
-            yield given
+        found: dict[Path, str] = {}  # each once: ** gives a folder and what is in it
+        for one in matches:
+            if os.path.isdir(one):  # noqa: PTH112
+                found |= {file: str(file) for file in files_in(Path(one)) if wanted(file.name) or not file.is_file()}
+            else:
+                found[Path(one)] = one
+        if not found:
+            raise UsageError(f"no {what} in {given}")
+        yield from found.values()
