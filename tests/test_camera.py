@@ -24,7 +24,7 @@ from PIL import Image
 
 av = pytest.importorskip("av")
 
-from cliphar.errors import MediaError  # noqa: E402
+from cliphar.errors import MediaError, UsageError  # noqa: E402
 from cliphar.media import Camera, VideoReader, is_camera  # noqa: E402
 from cliphar.recognizer import Recognizer  # noqa: E402
 from cliphar.timeline import Live  # noqa: E402
@@ -123,6 +123,20 @@ def test_a_camera_that_was_away_says_nothing_of_that_time(fake: Recognizer) -> N
     live, red = Live(fake), np.full((48, 64, 3), RED, np.uint8)
     assert [live.push(red, at).since_s for at in (7, 8, 3600, 3601)] == [0, 0, 3593, 3593]
     assert [(segment.start_s, segment.end_s) for segment in live.close()] == [(3593, 3594)]
+
+
+def test_another_model_ends_what_the_one_before_it_saw(fake: Recognizer) -> None:
+    live, red = Live(fake), np.full((48, 64, 3), RED, np.uint8)
+    live.change_model(fake)  # before any frame
+    for at in (7, 8, 9):
+        assert not live.push(red, at).closed
+    with pytest.raises(UsageError):
+        live.change_model(fake, [])
+    live.change_model(fake)
+    answer = live.push(red, 10)
+    assert [(one.start_s, one.end_s, one.label) for one in answer.closed] == [(0, 2, "red")]
+    assert (answer.time_s, answer.since_s) == (3, 3)
+    assert [(one.start_s, one.end_s) for one in (*live.push(red, 11).closed, *live.close())] == [(3, 4)]
 
 
 def test_what_is_no_camera_is_one_line() -> None:

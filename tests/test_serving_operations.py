@@ -97,8 +97,9 @@ def test_a_new_model_without_downtime(env: dict[str, str], tmp_path: Path, photo
         Client(url, retry_s=0) as client,
         connect(f"{url.replace('http', 'ws')}/v1/stream") as camera,
     ):
-        camera.send(content)
-        assert "label" in json.loads(camera.recv(60))
+        for _ in range(2):
+            camera.send(content)
+            before = json.loads(camera.recv(60))
         address = urlsplit(url)
         slow = socket.create_connection((address.hostname, address.port or 0), timeout=60)
         slow.sendall(HEAD.format("POST /v1/predict", len(content)).encode() + content[:100])
@@ -122,7 +123,9 @@ def test_a_new_model_without_downtime(env: dict[str, str], tmp_path: Path, photo
         assert slow.recv(100).startswith(b"HTTP/1.1 200")
         slow.close()
         camera.send(content)
-        assert "label" in json.loads(camera.recv(60))  # and a camera goes on with the new one
+        after = json.loads(camera.recv(60))  # and a camera goes on with the new one, on the same clock
+        assert [one["end_s"] for one in after["closed"]] == [before["time_s"]]
+        assert before["time_s"] < after["since_s"] == after["time_s"]
 
 
 def test_a_model_that_was_replaced_leaves_memory(env: dict[str, str]) -> None:

@@ -51,16 +51,13 @@ async def stream(
 ) -> None:
     """Binary messages, an encoded image each; for each that is answered a text message, JSON: ``frame`` (its number,
     from 0), ``latency_ms``, and what a ``LiveAnswer`` holds, or ``error``."""
-
-    def watch(service: Service) -> Live:
-        return Live(service.recognizer, service.labels(labels), coverage=coverage, top_k=top_k)
-
     service: Service = websocket.app.state.service
     await websocket.accept()
     try:
         refuse_unknown(websocket.query_params, "labels", "top_k", "coverage")
         await service.refresh()
-        live = await asyncio.to_thread(watch, service)
+        chosen = service.labels(labels)
+        live = await asyncio.to_thread(Live, service.recognizer, chosen, coverage=coverage, top_k=top_k)
     except (ProblemError, ClipharError) as error:
         await websocket.send_json({"error": str(error)})
         await websocket.close(_POLICY)
@@ -68,12 +65,13 @@ async def stream(
     newest = _Newest()
 
     async def answer() -> None:
-        nonlocal service, live
+        nonlocal service
         while True:
             number, frame, came = await newest.take()
             try:
                 if service is not (now := websocket.app.state.service):  # the model was changed
-                    service, live = now, await asyncio.to_thread(watch, now)
+                    await asyncio.to_thread(live.change_model, now.recognizer, now.labels(labels))
+                    service = now
                 (found,) = await service.embed([frame], again=False)
                 if isinstance(found, MediaError):
                     said = {"error": str(found)}

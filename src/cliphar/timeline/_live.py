@@ -63,13 +63,27 @@ class Live:
         top_k: int = 5,
         fps: float | None = None,
     ) -> None:
-        self._recognizer = recognizer
-        self._choice = choose(recognizer, labels, coverage, False, fps)
-        self._top_k = top_k
-        self._changes, self._tracker = Changes(), Tracker(self._choice, LIVE_CHANGE)
-        self._vector: NDArray[np.float32] | None = None
+        self._coverage, self._fps, self._top_k = coverage, fps, top_k
         self._first_s: float | None = None
         self._last_s = self._since_s = 0.0
+        self._ended: tuple[Segment, ...] = ()
+        self._begin(recognizer, labels)
+
+    def _begin(self, recognizer: Recognizer, labels: Iterable[str] | None) -> None:
+        choice = choose(recognizer, labels, self._coverage, False, self._fps)
+        self._recognizer, self._choice = recognizer, choice
+        self._changes, self._tracker = Changes(), Tracker(choice, LIVE_CHANGE)
+        self._vector: NDArray[np.float32] | None = None
+
+    def change_model(self, recognizer: Recognizer, labels: Iterable[str] | None = None) -> None:
+        """Go on with another model. What is open ends at the last frame; the next answer's ``closed`` holds it.
+
+        Raises:
+            UsageError: bad labels; nothing is changed then.
+        """
+        before = self._tracker
+        self._begin(recognizer, labels)
+        self._ended += tuple(before.flush(self._last_s))
 
     @property
     def fps(self) -> float:
@@ -109,9 +123,9 @@ class Live:
         if self._tracker.current != before:
             self._since_s = time_s
         self._since_s = max(self._since_s, self._tracker.began_s)
-        now = self._tracker.now()
-        return LiveAnswer(time_s, self._since_s, replace(now, top=now.top[: self._top_k]), tuple(closed))
+        now, ended, self._ended = self._tracker.now(), self._ended, ()
+        return LiveAnswer(time_s, self._since_s, replace(now, top=now.top[: self._top_k]), (*ended, *closed))
 
     def close(self) -> tuple[Segment, ...]:
         """The last segments; nothing may be pushed after."""
-        return tuple(self._tracker.flush(self._last_s))
+        return (*self._ended, *self._tracker.flush(self._last_s))

@@ -127,13 +127,14 @@ class Tracker:
     def push(self, time_s: float, embedding: NDArray[np.float32], cut: bool) -> list[Segment]:
         """Segments that this frame's embedding, float32 [D], decides."""
         step = 1 / self.choice.fps
-        if self._last_s is not None and time_s - self._last_s > max(_LONGEST_GAP_S, 2 * step):  # nobody was looking
-            segments = self.flush(self._last_s + step)
-            self._chains, self._last_s, self.began_s = self._fresh_chains(), None, time_s
-            self._pool.clear()
-            return segments + self._push(time_s, embedding, cut, time_s, step)
         if self._last_s is None:
-            return self._push(time_s, embedding, cut, 0.0, step)
+            self.began_s = time_s
+            return self._push(time_s, embedding, cut, time_s, step)
+        if time_s - self._last_s > max(_LONGEST_GAP_S, 2 * step):  # nobody was looking
+            segments = self.flush(self._last_s + step)
+            self._chains, self._last_s = self._fresh_chains(), None
+            self._pool.clear()
+            return segments + self.push(time_s, embedding, cut)
         # the change came somewhere between two frames: halfway is the best guess
         from_s = time_s - min((time_s - self._last_s) / 2, step)
         return self._push(time_s, embedding, cut, from_s, min(max(time_s - self._last_s, 0.0), 2 * step))
