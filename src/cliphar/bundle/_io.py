@@ -255,8 +255,11 @@ def write_bundle(
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """One process at a time, so that of two that add to a bundle in ``folder`` neither loses what the other adds."""
-    import fcntl  # Windows has none, and can predict without
-
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # a file system without locks

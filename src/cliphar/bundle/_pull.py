@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from cliphar.bundle._io import BUNDLE_JSON, Bundle, read_bundle, sha256_file, write_bundle
+from cliphar.bundle._io import BUNDLE_JSON, Bundle, alone, read_bundle, sha256_file, write_bundle
 from cliphar.bundle._schema import BundleInfo, FileInfo
 from cliphar.bundle._store import packaged, store
 from cliphar.errors import BundleError
@@ -49,6 +49,22 @@ def pull(name: str, source: str | None = None, *, say: Callable[[str], None] = l
             f"cannot pull '{name}': the package's own part of it is missing; install cliphar again"
         ) from error
     target = store() / name
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_put(target, error) from error
+    with alone(target.parent):  # the second of two finds what the first made
+        return _complete(target, part, info, source, say)
+
+
+def _cannot_put(target: Path, error: OSError) -> BundleError:
+    return BundleError(
+        f"cannot put '{target.name}' into {target.parent}: {error.strerror}; set CLIPHAR_HOME to a folder that can be "
+        "written to and has room"
+    )
+
+
+def _complete(target: Path, part: Path, info: BundleInfo, source: str | None, say: Callable[[str], None]) -> Bundle:
     if target.is_dir():
         try:
             there = read_bundle(target)
@@ -64,14 +80,11 @@ def pull(name: str, source: str | None = None, *, say: Callable[[str], None] = l
         files: dict[str, Path | bytes] = {}
         for file_name, expected in info.files.items():
             here = local.get(expected.sha256)
-            files[file_name] = here or _fetch(name, file_name, expected, source, Path(work), say)
+            files[file_name] = here or _fetch(target.name, file_name, expected, source, Path(work), say)
         try:
             return write_bundle(target, info, files, overwrite=True)
         except OSError as error:
-            raise BundleError(
-                f"cannot put '{name}' into {target.parent}: {error.strerror}; set CLIPHAR_HOME to a folder that can be "
-                "written to and has room"
-            ) from error
+            raise _cannot_put(target, error) from error
 
 
 def fetch_teacher(target: Path, source: str | None = None, *, say: Callable[[str], None] = lambda _: None) -> Path:
