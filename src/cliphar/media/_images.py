@@ -85,7 +85,8 @@ def decode_image(image: ImageLike, *, min_side: int = 0, max_pixels: int = MAX_P
 
     Args:
         image: a path, encoded bytes, a PIL image, or an array: uint8 [H,W], [H,W,1], [H,W,3] or [H,W,4],
-            or of those shapes uint16, or float with values in 0..1.
+            or of those shapes uint16 with values 0..65535 (one that holds nothing above 255 is refused, as it would
+            come out black), or float with values in 0..1.
         min_side: a JPEG may be decoded smaller (in the DCT domain) as long as its short side keeps this many pixels;
             0 decodes it whole.
         max_pixels: larger images are refused before they are decoded.
@@ -226,6 +227,8 @@ def _check_array(array: NDArray[np.generic]) -> None:
     """Refuse what could only be guessed at: 0..255 in a wide type would come out black, or be stretched."""
     if array.dtype.kind in "iu" and array.dtype not in (np.uint8, np.uint16):
         raise MediaError(f"the array has dtype {array.dtype}; give uint8 with values 0..255")
+    if array.dtype == np.uint16 and 0 < int(array.max(initial=0)) < 256:
+        raise MediaError("the array is uint16 and holds nothing above 255; give uint8, or uint16 with values 0..65535")
     if array.dtype.kind == "f" and 1 < float(array.max(initial=0)) < np.inf:
         raise MediaError("the array holds floats above 1; give floats in 0..1, or uint8 with values 0..255")
 
