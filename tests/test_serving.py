@@ -87,6 +87,17 @@ def test_three_kinds_of_body(api: str, photos: list[Path]) -> None:
     assert len(answers[0]["predictions"][0]["top"]) == 1
 
 
+def test_an_offer_of_http2_is_let_pass(api: str, photos: list[Path]) -> None:
+    """Java's client makes it with every request, as does curl --http2: the body was lost."""
+    offer = {"connection": "upgrade, http2-settings", "upgrade": "h2c", "http2-settings": "AAMAAABkAAQAAP__"}
+    content, kind = photos[0].read_bytes(), {"content-type": "image/jpeg"}
+    known = httpx.post(f"{api}/v1/predict", content=content, headers=kind).json()
+    with httpx.Client(headers=offer | kind) as client:  # one connection
+        for body in (content, iter([content[:999], content[999:]]), content):
+            assert client.post(f"{api}/v1/predict", content=body).json() == known
+            assert client.get(f"{api}/livez").status_code == 200
+
+
 def test_a_bad_photo_does_not_spoil_the_others(api: str, photos: list[Path]) -> None:
     with Client(api) as client:
         good, bad = client.predict([photos[0], b"no photo"])

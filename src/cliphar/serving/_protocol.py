@@ -1,12 +1,14 @@
 """What a connection may take without being served: uvicorn bounds neither a head's size nor its time, nor a pause, nor
-what the frames of many streams take."""
+what the frames of many streams take. And bodies that uvicorn would lose."""
 
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections import deque
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import CloseCode, Frame
@@ -19,7 +21,7 @@ _FRAGMENT = 64  # what a part of a message takes besides its bytes, of which it 
 
 class Protocol(HttpToolsProtocol):
     """uvicorn's, which closes what sends a larger head, or larger trailers, takes too long to send a request, or reads
-    no more of its answer.
+    no more of its answer; an offer of another protocol, as Java's client and ``curl --http2`` make, is let pass.
 
     Args:
         request_s: how long a request may take to come in, a new connection be silent, and an answer stay unread.
@@ -30,6 +32,7 @@ class Protocol(HttpToolsProtocol):
         super().__init__(**uvicorn)
         self._request_s = request_s
         self._head = 0
+        self._again = b""
         self._timer: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
 
@@ -47,7 +50,11 @@ class Protocol(HttpToolsProtocol):
         if self.timeout_keep_alive_task is not None and self._timer is None:
             self._start()  # an empty line ends uvicorn's wait for a request and begins none
         self._head += len(data)
-        super().data_received(data)
+        while data:
+            self._came = data
+            super().data_received(data)
+            data, self._again = self._again, b""
+        self._came = b""
         if self._head > _HEAD and not self.transport.is_closing():
             self.send_400_response("The headers are too large.")
 
@@ -68,16 +75,34 @@ class Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._head = 0
-        super().on_headers_complete()
+        if not self._offered():
+            super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         self._head = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._offered():
+            return
         self._head = 0
         self._stop()
         super().on_message_complete()
+
+    def _offered(self) -> bool:
+        return self.parser.should_upgrade() and not self._should_upgrade()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Read the request again without the offer: with it, httptools takes the body for another protocol's."""
+        if self.parser.get_method() == b"CONNECT":
+            self.send_400_response("This is no proxy.")
+            return
+        error = sys.exception()
+        rest = self._came[error.args[0] :] if error else b""  # how much was read
+        head = b"%s %s HTTP/%s\r\n" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        kept = (header for header in self.headers if header[0] not in (b"upgrade", b"http2-settings"))
+        self.parser = httptools.HttpRequestParser(self)
+        self._again = head + b"".join(b"%s: %s\r\n" % header for header in kept) + b"\r\n" + rest
 
     def _start(self) -> None:
         self._stop()
