@@ -29,7 +29,7 @@ import pytest
 from fastapi.testclient import TestClient
 from safetensors.numpy import load_file, save
 from structlog.testing import capture_logs
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.frames import CloseCode, Frame, Opcode
 from websockets.sync.client import ClientConnection, connect
 
@@ -483,6 +483,8 @@ def test_keys_are_changed_while_all_workers_run(env: dict[str, str], tmp_path: P
             return {answer.status_code == 200 for answer in asked}
 
         assert (known("old"), known("new")) == ({True}, {False})
+        with pytest.raises(InvalidStatus):
+            connect(f"{url.replace('http', 'ws')}/v1/stream")
         with file.open("a") as more:
             more.write(line("new"))
         assert (known("old"), known("new")) == ({True}, {True})
@@ -493,6 +495,7 @@ def test_keys_are_changed_while_all_workers_run(env: dict[str, str], tmp_path: P
         (tmp_path / "next").rename(file)
         assert (known("old"), known("new")) == ({False}, {True})
     said = [entry["reason"] for entry in map(json.loads, log.read_text().splitlines()) if "old keys" in entry["event"]]
+    assert "handshake" not in log.read_text()  # a stream without a key is refused, and no error
     for why in ("without a sha256", "holds no key", "cannot read"):
         assert 1 <= len([reason for reason in said if why in reason]) <= 2  # once a worker
 

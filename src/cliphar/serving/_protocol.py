@@ -153,6 +153,11 @@ class Streams(WebSocketsSansIOProtocol):
         self._coming = 0
         super().send_receive_event_to_app()
 
+    async def send(self, message: Any) -> None:
+        await super().send(message)
+        if message["type"] == "websocket.http.response.body":
+            self.handshake_complete = True  # a refusal is an answer; uvicorn would log that there was none
+
     def give_up(self) -> None:
         """Close it: another may have it better."""
         self.conn.fail(CloseCode.TRY_AGAIN_LATER, "the frames of all streams are too large; try again later")
