@@ -176,6 +176,10 @@ def test_a_wrong_request_is_a_problem_document(api: str, body: dict[str, Any]) -
 def test_other_refusals(api: str) -> None:
     text = {"content-type": "text/plain"}
     assert "multipart" in problem(httpx.post(f"{api}/v1/predict", content=b"x", headers=text), 415)
+    packed = {"content-type": "image/jpeg", "content-encoding": "gzip"}
+    assert "without compression" in problem(httpx.post(f"{api}/v1/predict", content=b"x", headers=packed), 415)
+    as_form = {"content-type": "application/x-www-form-urlencoded"}  # as curl -d says
+    assert "application/json" in problem(httpx.put(f"{api}/v1/labels/x", content=b'["a"]', headers=as_form), 415)
     assert problem(httpx.get(f"{api}/nowhere"), 404)
     assert problem(httpx.get(f"{api}/v1/predict"), 405)
     assert problem(httpx.get(f"{api}/v1/labels/none such"), 404)

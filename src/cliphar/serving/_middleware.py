@@ -29,6 +29,7 @@ _SECURITY = {
 OPEN = frozenset({"/livez", "/readyz", "/health", "/metrics", "/v2/health/live", "/v2/health/ready"})
 # a browser has no key before the page that asks for it is there
 _DOCUMENTATION = ("/docs", "/openapi.json", "/static-offline-docs/")
+_COMPRESSED = {"gzip", "deflate", "br", "zstd"}
 _ID = re.compile(r"[\w.:/+=-]{1,64}", re.ASCII)
 # bodies are held in memory: in all, no more than so many of the largest allowed, and as much of streams
 BODIES_AT_ONCE = 4
@@ -93,6 +94,8 @@ class Around:
         try:
             if (path := _own_path(scope)) not in OPEN and not path.startswith(_DOCUMENTATION):
                 self._check_caller(headers, scope)
+            if headers.get("content-encoding", "").lower() in _COMPRESSED:  # it would be taken for a damaged photo
+                raise ProblemError(415, "send the body without compression")
             if scope["method"] == "POST":  # before its body is read
                 service.engine.check_room(1, service.settings.deadline_s)
             body.declare(headers)

@@ -79,7 +79,9 @@ def add_problem_handlers(app: FastAPI) -> None:
         return problem_response(500, str(error))
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        if error.errors()[0]["loc"] == ("body",) and "json" not in request.headers.get("content-type", ""):
+            return problem_response(415, "send JSON, and say so: -H 'Content-Type: application/json'")
         return problem_response(422, said(error))
 
     @app.exception_handler(WebSocketRequestValidationError)

@@ -101,8 +101,6 @@ async def infer(
 ) -> Response:
     """Photos ``images`` (BYTES [N], base64 in JSON; or UINT8 [N,H,W,3]), and optionally ``labels`` (BYTES [C])."""
     _check(service, model, version)
-    if request.headers.get("content-encoding", "identity") != "identity":
-        raise ProblemError(415, "send the body without compression")
     # on a thread, as what follows: with millions of numbers in JSON, or of labels, it takes seconds
     asked = await asyncio.to_thread(read_infer, await request.body(), inference_header_content_length)
     images, labels = asked.input("images"), asked.input("labels")
