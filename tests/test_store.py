@@ -237,6 +237,7 @@ def test_a_damaged_earlier_pull_is_mended(assets: Path, home: Path, large: Path,
                 pull("clip-b16", "/nowhere/at/all")  # leaves it for the next
         case "remove":
             (target / LARGE).unlink()
+            (target / "a.b").mkdir()
         case "json":
             (target / "bundle.json").write_text("{")
         case "empty":

@@ -75,7 +75,8 @@ def _complete(target: Path, part: Path, info: BundleInfo, source: str | None, sa
             if all(shas.get(file) == about.sha256 for file, about in info.files.items()):
                 return there
             say(f"{target} is of another version; making it again")
-    local = {sha256_file(file): file for folder in (*part.parent.iterdir(), target) for file in folder.glob("*.*")}
+    found = (file for folder in (*part.parent.iterdir(), target) for file in folder.glob("*.*"))
+    local = {sha256_file(file): file for file in found if file.is_file()}
     with tempfile.TemporaryDirectory() as work:
         files: dict[str, Path | bytes] = {}
         for file_name, expected in info.files.items():
