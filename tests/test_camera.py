@@ -90,7 +90,7 @@ def test_names() -> None:
 def test_a_camera_that_was_lost_is_found_again() -> None:
     port, told = free_port(), []
     with http_camera(port, jpeg(RED)):
-        camera = Camera(f"http://me:secret@127.0.0.1:{port}/", told.append)
+        camera = Camera(f"HTTP://me:secret@127.0.0.1:{port}/", told.append)
         assert colour_of(camera, 0)
     with camera:
         deadline = time.monotonic() + 60

@@ -133,7 +133,10 @@ class Camera:
         where, form, options = self._address, None, {"protocol_whitelist": _PROTOCOLS, "fflags": "nobuffer"}
         if device:
             where, form, options = device[2] or f"/dev/video{device[1]}", "v4l2", {}
-        elif where.lower().startswith("rtsp"):
+        else:
+            scheme, _, rest = where.partition("://")
+            where = f"{scheme.lower()}://{rest}"  # ffmpeg knows no RTSP://
+        if where.startswith("rtsp"):
             options["rtsp_transport"] = "tcp"
         try:
             container = av.open(where, "r", format=form, options=options, timeout=_SILENCE_S)
