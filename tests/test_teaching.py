@@ -239,7 +239,9 @@ def test_teaching_from_the_command_line(tmp_path: Path, clean_env: dict[str, str
     assert "below: stroking a cat, waving\n" in cliphar("model", "show", "./mine").stdout
     assert cliphar("model", "forget", "sulking", *change).returncode == 2
     assert cliphar("model", "forget", "Waving", *change).stdout.endswith("taught are: stroking a cat\n")
-    assert cliphar("model", "forget", "stroking_a cat", *change).returncode == 0
+    (tmp_path / "latest").symlink_to("mine")
+    linked = ("--model", "latest", "--out", "latest")
+    assert cliphar("model", "forget", "stroking_a cat", *linked).returncode == 0
     assert read_bundle(tmp_path / "mine").info == find_bundle("mini").info
 
 

@@ -161,6 +161,7 @@ def _to_change(model: str | None, out: Path) -> Iterator[Recognizer]:
     from cliphar.recognizer import TAUGHT_FILE, Recognizer
     from cliphar.runtime import OnnxRuntime
 
+    out = out.resolve() if out.is_symlink() else out  # the link stays one
     with alone(out.parent) if out.exists() else nullcontext():
         bundle = find_bundle(model)
         in_place = out.resolve() == bundle.path.resolve()
