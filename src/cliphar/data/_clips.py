@@ -26,7 +26,7 @@ def clip_frames(clip: VideoLike, count: int, min_side: int = 0) -> tuple[list[Im
         UsageError: PyAV is not installed.
     """
     with VideoReader(clip) as reader:
-        duration_s = reader.info.duration_s or _length(clip)
+        duration_s = (reader.info.duration_s or _length(clip)) - reader.start_s
         # twice as many as are asked for: every other one is a middle
         samples = list(reader.sample(2 * count / duration_s))
         if reader.warning:

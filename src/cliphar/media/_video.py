@@ -46,6 +46,7 @@ _LUMA = (32, 32)  # width, height of the thumbnail that changes are measured on
 # formats that name other files or addresses: a clip from a stranger must not make us open those
 _PLAYLISTS = {"concat", "dash", "hls", "imf", "lavfi", "rtp", "rtsp", "sap", "sdp", "tty", "webm_dash_manifest"}
 _LONGEST_STILL_S = 300.0  # a longer one is a clock that jumped, as where recordings are joined
+_NOTICED_S = 0.1  # a picture that is less late than that begins with the sound
 _WORTH = 4  # frames not decoded that are worth a jump
 _TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 
@@ -104,6 +105,7 @@ class Frame:
 class VideoReader:
     """Reads a video; a context manager.
 
+    Times are seconds from where players count: the file's first sound or picture. ``start_s`` is the picture's.
     Damage does not raise once a frame was read: what can be read is given, and ``problems`` says what could not.
 
     Args:
@@ -124,6 +126,7 @@ class VideoReader:
         try:
             self._stream = video_stream(self._container, self.name)
             self._start = self._stream.start_time  # as it is read on, ffmpeg may come to another one
+            self.start_s = self._lateness()
             self.info = self._read_info()
         except BaseException:
             self._container.close()
@@ -151,6 +154,17 @@ class VideoReader:
         """The problems met so far in one line, or None."""
         return "; ".join(self.problems) or None
 
+    def _lateness(self) -> float:
+        """Seconds from the file's beginning to the picture's; where they are many, ``_start`` is the file's."""
+        began, unit = self._container.start_time, self._stream.time_base
+        if self._start is None or began is None or not unit:
+            return 0.0
+        late_s = float(self._start * unit) - began / 1_000_000
+        if not _NOTICED_S < late_s < _LONGEST_STILL_S:
+            return 0.0
+        self._start -= round(late_s / unit)
+        return late_s
+
     def _read_info(self) -> VideoInfo:
         stream, container = self._stream, self._container
         width, height = stream.codec_context.width, stream.codec_context.height
@@ -158,7 +172,7 @@ class VideoReader:
             raise MediaError(f"{self.name} is too large: {width:,} x {height:,}; sides up to {MAX_SIDE:,} are read")
         duration = None
         if stream.duration and stream.time_base:
-            duration = float(stream.duration * stream.time_base)
+            duration = self.start_s + float(stream.duration * stream.time_base)
         elif container.duration:
             duration = container.duration / 1_000_000
             if "matroska" in container.format.name:  # counts from zero, where a part of a recording may begin late
@@ -167,11 +181,11 @@ class VideoReader:
         return VideoInfo(width, height, duration, float(rate) if rate else None)
 
     def frames(self) -> Iterator[tuple[float, Frame]]:
-        """Every frame with its time in seconds from the start, ascending; MediaError if there is none."""
+        """Every frame with its time, ascending; MediaError if there is none."""
         yield from self._decode(None)
 
     def sample(self, fps: float) -> Iterator[tuple[float, Frame]]:
-        """The frame that is seen at 0, 1/fps, 2/fps ... seconds, whatever the video's own rate.
+        """The frame that is seen at 0, 1/fps, 2/fps ... seconds after ``start_s``, whatever the video's own rate.
 
         Frames that no other is predicted from are not decoded if the video has at least three times as many frames as
         are asked for, and groups of frames of which the file's index says that none is needed are jumped over.
@@ -179,7 +193,8 @@ class VideoReader:
         Raises:
             MediaError: not one frame can be read.
         """
-        step, number = 1 / fps, 0
+        step = 1 / fps
+        first = number = self.start_s * fps
         shown: Frame | None = None
         for time_s, frame in self._decode(fps):
             # up to where this frame begins, the one before is seen; the first is seen from the start
@@ -188,7 +203,7 @@ class VideoReader:
                 number += 1
                 self._wanted_s = number * step
             shown = frame
-        while shown is not None and (number == 0 or number * step < self.end_s - 1e-6):
+        while shown is not None and (number == first or number * step < self.end_s - 1e-6):
             yield number * step, shown
             number += 1
 

@@ -97,11 +97,12 @@ def annotate(source: VideoLike, segments: Sequence[Segment], target: str | os.Pa
             overlay: _Overlay | None = None
             last = -1
             for time_s, image in _shown(reader, float(1 / rate)):
+                # the first is seen from the start, though sound may come before it
+                pts = max(last + 1, round(time_s * 90_000)) if overlay else 0
                 if overlay is None:
                     stream.width, stream.height = (max(2, side & ~1) for side in image.size)
                     overlay = _Overlay(segments, (stream.width, stream.height), reader.info.duration_s)
-                pts = max(last + 1, round(time_s * 90_000))
-                drawn = av.VideoFrame.from_ndarray(overlay.draw(image, time_s), format="rgb24")
+                drawn = av.VideoFrame.from_ndarray(overlay.draw(image, pts / 90_000), format="rgb24")
                 drawn.pts, drawn.time_base, last = pts, stream.time_base, pts
                 out.mux(stream.encode(drawn))
             out.mux(stream.encode(None))
