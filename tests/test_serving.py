@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
@@ -389,6 +391,16 @@ def test_a_service_that_is_not_there(clean_env: dict[str, str]) -> None:
     for wrong in ("127.0.0.1:9", "http://", "http://[::1"):
         with pytest.raises(UsageError, match="like http://"):
             Client(wrong)
+
+
+def test_a_service_that_is_elsewhere_by_now(tmp_path: Path) -> None:
+    (tmp_path / "v1" / "models").mkdir(parents=True)  # Python's server sends on to what ends in a slash
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path))) as moved:
+        threading.Thread(target=moved.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{moved.server_address[1]}"
+        with Client(address) as client, pytest.raises(UsageError, match="sends on to /v1/models/; give that address"):
+            client.model()
+        moved.shutdown()
 
 
 # --- the engine

@@ -97,6 +97,8 @@ class _Calls(Generic[H]):
             raise self._unreachable(outcome) from outcome
         if outcome.is_success:
             return outcome
+        if outcome.has_redirect_location:
+            raise UsageError(f"{self._url} sends on to {outcome.headers['Location']}; give that address")
         if outcome.status_code == 413 and "json" not in outcome.headers.get("Content-Type", ""):
             raise _TooLargeError(f"larger than a proxy before {self._url} takes")
         content = self._content(outcome)
