@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 import os
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from cliphar.errors import UsageError
 from cliphar.training._method_recipe import (
@@ -104,6 +104,9 @@ class AdaptRecipe(Section):
     keep: float = Field(default=3.0, ge=0)
 
 
+_Cycle = Annotated[tuple[tuple[PositiveInt, PositiveInt], ...], Field(min_length=1)]
+
+
 class DistillRecipe(Section):
     """mini's image tower.
 
@@ -120,7 +123,7 @@ class DistillRecipe(Section):
     frozen_blocks: int = Field(default=7, ge=0)
     drop_path: float = Field(default=0.1, ge=0, lt=1)
     size: int = Field(default=240, ge=64)
-    cycles: tuple[tuple[tuple[int, int], ...], ...] = (
+    cycles: Annotated[tuple[_Cycle, ...], Field(min_length=1)] = (
         ((128, 8), (160, 7), (192, 3)),
         ((192, 4), (224, 12)),
         ((224, 12),),
