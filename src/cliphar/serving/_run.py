@@ -81,6 +81,7 @@ def _serve(settings: Settings, listener: socket.socket, drain_s: int, closed: Ca
         http=cast("type[Protocol]", partial(Protocol, request_s=2 * settings.deadline_s)),
         log_config=None,
         access_log=False,
+        lifespan="off",  # there is none; a second Ctrl-C would leave its traceback
         server_header=False,
         timeout_graceful_shutdown=drain_s,
         timeout_keep_alive=75,  # longer than proxies keep theirs, so that they close first
