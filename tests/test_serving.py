@@ -302,9 +302,9 @@ def test_sigterm_answers_what_came_in(clean_env: dict[str, str], photos: list[Pa
 def test_keys_and_rates(clean_env: dict[str, str], tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     # a key and the one that takes its place
-    keys.write_text("# who\n" + "".join(f"anna {hashlib.sha256(key).hexdigest()}\n" for key in (b"secret", b"new")))
+    keys.write_text("\ufeff# a\n" + "".join(f"anna {hashlib.sha256(key).hexdigest()}\n" for key in (b"secret", b"new")))
     with keys.open("a") as more:
-        more.write(f"zoë {hashlib.sha256('schlüssel'.encode()).hexdigest()}\n")
+        more.write(f"zoë {hashlib.sha256('schlüssel'.encode()).hexdigest().upper()}\n")  # as PowerShell has it
     page = {"origin": "http://page.example", "access-control-request-method": "GET"}
     with serving(clean_env, "--api-keys", str(keys), "--rate", "3", "--cors", page["origin"]) as (url, _):
         assert httpx.get(f"{url}/livez").status_code == 200

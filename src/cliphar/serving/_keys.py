@@ -81,16 +81,17 @@ class Keys:
 
 def _read(file: Path) -> dict[str, str]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the keys in {file}: {error}") from error
     digests = {}
     for line in lines:
         name, _, digest = line.strip().partition(" ")
         if name and not name.startswith("#"):
-            if not re.fullmatch(r"[0-9a-f]{64}", digest.strip()):
+            digest = digest.strip().lower()
+            if not re.fullmatch(r"[0-9a-f]{64}", digest):
                 raise UsageError(f"{file} has a line without a sha256; write 'NAME SHA256', as in docs/serving.md")
-            digests[digest.strip()] = name
+            digests[digest] = name
     if not digests:
         raise UsageError(f"{file} holds no key; write 'NAME SHA256' a line, or leave --api-keys out")
     return digests
