@@ -71,7 +71,7 @@ def ours(photos: _Photos, recipe: LoopRecipe, home: Path) -> float:
     sentences = F.normalize(torch.randn(CLASSES, 512), dim=-1)
     objective = ContrastObjective(_model(), sentences, sentences, None, 30.0, Losses(1.0, 1.0, 0.1, 0.0))
     times: list[float] = []
-    tracker = open_tracker(["mlflow"], "throughput", home, lambda line: print(line, file=sys.stderr))
+    tracker = open_tracker(["mlflow"], "throughput", home, lambda line: print(line, file=sys.stderr), home / "runs")
     around = Surroundings(tracker=tracker, on_step=lambda _: times.append(time.perf_counter()))
     run = Run(home / "checkpoint", "bench", 0, 1e-4, torch.device("cpu"), around)
     try:
