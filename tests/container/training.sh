@@ -28,6 +28,7 @@ if [[ -f $photos ]]; then
   ok "a training that was stopped goes on from its checkpoint"
   train --entrypoint python train -c 'import torch; print(torch.compile(lambda x: x.sin().sum())(torch.ones(9)))' >"$work/out" 2>&1 || { tail -3 "$work/out"; fail "torch.compile"; }
   ok "torch.compile finds its compiler and may load what it makes"
+  train --entrypoint grep train -q jemalloc /proc/self/maps 2>"$work/err" || fail "jemalloc is not preloaded: $(cat "$work/err")"
   train train export runs/shots --to onnx-fp32 >"$work/out" 2>&1 || { cat "$work/out"; fail "export"; }
   docker run -d --name "$id" -e MODEL_PATH=/runs/shots -v "$work/runs:/runs:ro" -p 127.0.0.1:18000:8000 "$image" >/dev/null
   await curl -fsS http://127.0.0.1:18000/readyz || { docker logs "$id"; fail "the trained bundle is not ready"; }
