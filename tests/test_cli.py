@@ -219,6 +219,8 @@ WRONG = {
     "eval without data": ["eval"],
     "a plot's place": ["bench", "--plot", "nowhere/a.png"],
     "a plot's kind": ["bench", "--plot", "a.nonsense"],
+    "serve at no address": ["serve", "--host", ""],
+    "a page at no address": ["app", "--host", ""],
 }
 
 

@@ -234,6 +234,8 @@ def test_vocabularies_and_actions_are_kept(api: str, photos: list[Path], samples
         for given in (["mowing the lawn", "posing for a portrait"], "mowing the lawn, posing for a portrait"):
             client.put_vocabulary("mine", given)
             assert client.vocabularies()["mine"] == ["mowing the lawn", "posing for a portrait"]
+        with pytest.raises(UsageError, match="a name without commas"):
+            client.put_vocabulary("cooking,eating", ["mowing the lawn"])  # others ask for these two labels
         lesson = client.teach("being a cat", [samples / "cat.jpg"])
         assert lesson["photos"] == 1
         assert client.model()["taught"] == {"being a cat": 1}

@@ -6,13 +6,15 @@ from typing import Annotated
 
 import typer
 
-from cliphar.cli._options import BasePath, Model, PagePort
+from cliphar.cli._options import BasePath, Model, PagePort, an_address
 
 __all__ = ["page"]
 
 
 def page(
-    host: Annotated[str, typer.Option(envvar="CLIPHAR_APP_HOST", help="Address to listen on.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(envvar="CLIPHAR_APP_HOST", help="Address to listen on.", callback=an_address)
+    ] = "127.0.0.1",
     port: PagePort = 8501,
     api: Annotated[
         str | None,

@@ -16,6 +16,7 @@ from cliphar.errors import UsageError
 __all__ = [
     "BasePath",
     "Coverage",
+    "Host",
     "Labels",
     "LabelsFile",
     "Model",
@@ -24,6 +25,7 @@ __all__ = [
     "RootPath",
     "Runtime",
     "Threads",
+    "an_address",
     "chosen_labels",
     "expand",
 ]
@@ -33,6 +35,13 @@ def _prefix(path: str) -> str:
     if not re.fullmatch(r"(/[\w.~-]+)*", path, re.ASCII):
         raise UsageError(f"{path!r} is not a path that a proxy puts before ours; one is like /cliphar or /cliphar/api")
     return path
+
+
+def an_address(host: str) -> str:
+    """As given, if it is not empty: as from a variable that is not set, it would mean every address there is."""
+    if not host:
+        raise UsageError("--host is empty; give the address to listen on, such as 127.0.0.1, or 0.0.0.0 for all")
+    return host
 
 
 Model = Annotated[
@@ -49,6 +58,7 @@ LabelsFile = Annotated[Path | None, typer.Option("--labels-file", help="File of 
 Coverage = Annotated[
     float, typer.Option(envvar="CLIPHAR_COVERAGE", help="How often the prediction set should hold the true label.")
 ]
+Host = Annotated[str, typer.Option(envvar="CLIPHAR_HOST", help="Address to listen on.", callback=an_address)]
 Provider = Annotated[
     str | None,
     typer.Option(envvar="CLIPHAR_PROVIDER", help="cpu, cuda, tensorrt or openvino.", show_default="the best available"),

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from cliphar.cli._options import Model, Provider, RootPath, Runtime, Threads
+from cliphar.cli._options import Host, Model, Provider, RootPath, Runtime, Threads
 from cliphar.errors import UsageError
 
 __all__ = ["serve"]
@@ -19,7 +19,7 @@ __all__ = ["serve"]
 
 def serve(
     model: Model = None,
-    host: Annotated[str, typer.Option(envvar="CLIPHAR_HOST", help="Address to listen on.")] = "127.0.0.1",
+    host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(envvar="CLIPHAR_PORT", min=0, max=65535, help="Port to listen on.")] = 8000,
     runtime: Runtime = None,
     provider: Provider = None,

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from cliphar.cli._options import BasePath, Model, PagePort, RootPath
+from cliphar.cli._options import BasePath, Host, Model, PagePort, RootPath
 from cliphar.errors import ClipharError
 
 __all__ = ["up"]
@@ -25,7 +25,7 @@ _GRACE_S = 30.0
 
 def up(
     model: Model = None,
-    host: Annotated[str, typer.Option(envvar="CLIPHAR_HOST", help="Address that both listen on.")] = "127.0.0.1",
+    host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(envvar="CLIPHAR_PORT", min=1, max=65535, help="The API's port.")] = 8000,
     page_port: PagePort = 8501,
     root_path: RootPath = "",

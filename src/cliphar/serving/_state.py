@@ -96,7 +96,9 @@ class State:
         return vocabularies() | self._named
 
     def put_vocabulary(self, name: str, labels: tuple[str, ...]) -> None:
-        """Keep a list of labels under a name."""
+        """Keep a list of labels under a name; UsageError if that would be a list of labels itself."""
+        if "," in name:
+            raise UsageError(f"'{name}' reads as a list of labels; give the vocabulary a name without commas")
         with self._writing():
             self._write_vocabularies(self._named | {name: clean_labels(labels)})
 
