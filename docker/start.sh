@@ -1,0 +1,7 @@
+#!/bin/sh
+# On a CPU, jemalloc lets a step of training take the memory of the one before, which glibc gives back, for the kernel to
+# map and clear again. For training alone: OpenVINO, which export may use, aborts with it.
+if [ "$1" = train ]; then
+  export LD_PRELOAD=libjemalloc.so.2 MALLOC_CONF=dirty_decay_ms:-1,muzzy_decay_ms:-1,oversize_threshold:0
+fi
+exec cliphar "$@"
