@@ -59,13 +59,13 @@ def compress_weights(model: onnx.ModelProto, photos: NDArray[np.uint8]) -> onnx.
     that, and the first layers left alone, is three quarters of the error.
     """
     sizes = {tensor.name: math.prod(tensor.dims) for tensor in model.graph.initializer}
-    few = [n.name for n in model.graph.node if n.op_type == "Conv" and sizes.get(n.input[1], _FEW) < _FEW]
+    axes = {name: axis for name, axis in weight_axes(model).items() if sizes.get(name, 0) >= _FEW}
+    few = [node.name for node in model.graph.node if node.op_type == "Conv" and node.input[1] not in axes]
     compressed = correct_biases(model, photos, few)
-    axes = weight_axes(compressed)
     nodes, kept = [], []
     for tensor in compressed.graph.initializer:
         weights = numpy_helper.to_array(tensor)
-        if tensor.name not in axes or weights.dtype != np.float32 or weights.size < _FEW:
+        if tensor.name not in axes or weights.dtype != np.float32:
             kept.append(tensor)
             continue
         whole, scale = round_weights(weights, axes[tensor.name])
