@@ -194,6 +194,9 @@ def test_letters_the_output_lacks(cli: Run, photos: list[Path], tmp_path: Path) 
     done = cli("predict", "фото📷.jpg", "--json", PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["path"] == "фото📷.jpg"
+    done = cli("predict", "фото📷.jpg", PYTHONIOENCODING="latin-1")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(r"\u0444\u043e\u0442\u043e\ud83d\udcf7.jpg" + "\t")
 
 
 WRONG = {

@@ -100,6 +100,7 @@ def test_a_new_model_without_downtime(env: dict[str, str], tmp_path: Path, photo
         for _ in range(2):
             camera.send(content)
             before = json.loads(camera.recv(60))
+            assert "label" in before
         address = urlsplit(url)
         slow = socket.create_connection((address.hostname, address.port or 0), timeout=60)
         slow.sendall(HEAD.format("POST /v1/predict", len(content)).encode() + content[:100])
@@ -124,6 +125,7 @@ def test_a_new_model_without_downtime(env: dict[str, str], tmp_path: Path, photo
         slow.close()
         camera.send(content)
         after = json.loads(camera.recv(60))  # and a camera goes on with the new one, on the same clock
+        assert "label" in after
         assert [one["end_s"] for one in after["closed"]] == [before["time_s"]]
         assert before["time_s"] < after["since_s"] == after["time_s"]
 
@@ -575,6 +577,7 @@ def test_a_log_line_is_one_write(env: dict[str, str]) -> None:
         try:
             written = ours.recv(65536)
             assert written.endswith(b"\n")
+            assert json.loads(written)["event"] == "ready"
             client = httpx.Client()
             client.get(json.loads(written)["address"] + "/livez")
             for _ in range(2):

@@ -243,9 +243,16 @@ def test_a_damaged_earlier_pull_is_mended(assets: Path, home: Path, large: Path,
         case "empty":
             shutil.rmtree(target)
             target.mkdir()
+    said: list[str] = []
     others: list[Future[Bundle]] = []
     with ThreadPoolExecutor() as pool:  # another one meanwhile waits for what this one makes
-        pull("clip-b16", str(large), say=lambda said: others.append(pool.submit(pull, "clip-b16", said)))
+
+        def say(line: str) -> None:
+            said.append(line)
+            others.append(pool.submit(pull, "clip-b16", line))
+
+        check_pulled(pull("clip-b16", str(large), say=say), home)
+    assert any("damaged" in line for line in said)
     check_pulled(others[0].result(), home)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import resource
@@ -350,8 +352,10 @@ def test_bad_requests_are_refused_at_the_call(tmp_path: Path, fake: Recognizer) 
 
 def test_text_outputs() -> None:
     segments = [Segment(0, 3661.5, "a <b> & c", 0.5, ("a <b> & c", "d")), Segment(3661.5, 3662, "unknown", 0.25, ())]
-    rows = to_csv(segments).splitlines()
-    assert rows[:2] == ["start_s,end_s,label,score,set", "0,3661.5,a <b> & c,0.5,a <b> & c; d"]
+    rows = list(csv.DictReader(io.StringIO(to_csv(segments))))
+    assert rows[0] == {
+        "start_s": "0", "end_s": "3661.5", "label": "a <b> & c", "score": "0.5", "set": "a <b> & c; d"
+    }  # fmt: skip
     text = to_webvtt(segments)
     assert "00:00:00.000 --> 01:01:01.500\na &lt;b&gt; &amp; c  50%\n" in text
     assert text.endswith("\nunknown\n")
@@ -396,6 +400,7 @@ def test_the_command(tmp_path: Path, clean_env: dict[str, str]) -> None:
     done = run(str(good), "--json", "--labels", "cooking, sleeping", *(word for out in outs for word in ("-o", out)))
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
+    assert {"path", "duration_s", "segments"} <= set(answer)
     assert answer["duration_s"] == pytest.approx(12, abs=0.2)
     assert {"start_s", "end_s", "label", "score", "set"} == set(answer["segments"][0])
     assert {"path": answer["path"]} | Timeline.from_dict(answer).to_dict() == answer
