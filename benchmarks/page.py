@@ -21,13 +21,14 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from playwright.async_api import Browser, Page, TimeoutError, async_playwright
 from streamlit.proto.BackMsg_pb2 import BackMsg
+from streamlit.proto.Common_pb2 import StringArray
 from streamlit.proto.Element_pb2 import Element
 from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
 from streamlit.proto.WidgetStates_pb2 import WidgetState
@@ -148,17 +149,17 @@ class Visitor:
         self.page = ""
         self.elements: list[Element] = []
 
-    async def run(self, *, page: str | None = None, **values: object) -> float:
-        """Give widgets (a button's label, a field's label) values, and wait until the page is drawn; seconds."""
+    async def run(self, values: Mapping[str, bool | str | list[str]] = {}, *, page: str | None = None) -> float:
+        """Give widgets (by a button's or a field's label) values, and wait until the page is drawn; seconds."""
         trigger = None
         for label, value in values.items():
             known = next(one for one in map(_widget, self.elements) if one and one.label.startswith(label))
-            if value is True:
-                trigger = WidgetState(id=known.id, trigger_value=True)
+            if isinstance(value, bool):
+                trigger = WidgetState(id=known.id, trigger_value=value)
             elif isinstance(value, str):
                 self._values[label] = WidgetState(id=known.id, string_value=value)
             else:
-                self._values[label] = WidgetState(id=known.id, string_array_value={"data": value})
+                self._values[label] = WidgetState(id=known.id, string_array_value=StringArray(data=value))
         message = BackMsg()
         message.rerun_script.widget_states.widgets.extend([*self._values.values(), *([trigger] if trigger else [])])
         if page is not None:
@@ -205,11 +206,11 @@ async def together(url: str, visitors: int) -> None:
             async with connect(address, max_size=None, open_timeout=60, ping_interval=None) as socket:
                 visitor = Visitor(socket)
                 await visitor.run(page="")
-                await visitor.run(**{f"Try {PHOTOS[number % 3].stem}": True})
+                await visitor.run({f"Try {PHOTOS[number % 3].stem}": True})
                 words: list[str] = []
                 for word in WORDS:
                     words.append(f"{word} {number}")
-                    edits.append(await visitor.run(**{"Actions to choose from": words}))
+                    edits.append(await visitor.run({"Actions to choose from": words}))
                     if words[-1] not in visitor.answers:
                         errors.append(f"no answer about {words[-1]}")
                     errors.extend(visitor.errors)

@@ -90,7 +90,7 @@ else:
         def __init__(self) -> None:
             self.recognizer = load("mini")
 
-        @bentoml.api(batchable=True, max_batch_size=16, max_latency_ms=60_000, route="/predict")  # type: ignore[misc]
+        @bentoml.api(batchable=True, max_batch_size=16, max_latency_ms=60_000, route="/predict")  # type: ignore[untyped-decorator]
         def predict(self, images: list[Path]) -> list[dict[str, Any]]:
             return [answer.to_dict() for answer in self.recognizer.predict([str(path) for path in images])]
 

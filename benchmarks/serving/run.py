@@ -71,13 +71,16 @@ class Server:
 
     def memory_mib(self) -> float:
         """Proportional memory of the process and its children."""
-        family = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
-        return sum(one.memory_full_info().pss for one in family) / 2**20
+        return float(sum(one.memory_full_info().pss for one in self._family())) / 2**20
 
     def cpu_s(self) -> float:
         """Processor time of the process and its children so far."""
-        family = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
-        return sum(one.cpu_times().user + one.cpu_times().system for one in family)
+        times = [one.cpu_times() for one in self._family()]
+        return float(sum(one.user + one.system for one in times))
+
+    def _family(self) -> list[psutil.Process]:
+        process = psutil.Process(self.process.pid)
+        return [process, *process.children(recursive=True)]
 
     def measure(self, clients: int, seconds: float) -> Outcome:
         """Load of so many clients; the outcome also says what the server used."""

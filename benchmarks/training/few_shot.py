@@ -75,7 +75,10 @@ def _top1(job: _Embedded, method: str) -> float:
 
 def measure(source: Path, trained_shots: list[int]) -> tuple[dict[str, dict[int, float]], dict[str, float]]:
     """Top-1 by method and shots (0 for all), and what stands beside it."""
-    log = lambda line: print(time.strftime("%H:%M:%S"), line, file=sys.stderr, flush=True)  # noqa: E731
+
+    def log(line: str) -> None:
+        print(time.strftime("%H:%M:%S"), line, file=sys.stderr, flush=True)
+
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         opened = open_job(_recipe("zero-shot", source, work), Surroundings(log=log))

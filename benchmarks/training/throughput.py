@@ -91,7 +91,7 @@ def plain(photos: _Photos, recipe: LoopRecipe) -> float:
         pixels = images.float().contiguous(memory_format=torch.channels_last)
         loss = F.cross_entropy(head(model(pixels)), targets)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         times.append(time.perf_counter())
     return (times[-1] - times[WARM - 1]) / (len(times) - WARM)

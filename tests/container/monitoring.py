@@ -8,15 +8,17 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlencode
 from urllib.request import Request, urlopen
 
 ROOT = Path(__file__).parents[2]
 
 
-def ask(url: str, **query: str) -> list[dict]:
+def ask(url: str, **query: str) -> list[dict[str, Any]]:
     with urlopen(f"{url}/api/v1/query?{urlencode(query)}", timeout=10) as answer:
-        return json.load(answer)["data"]["result"]
+        found: list[dict[str, Any]] = json.load(answer)["data"]["result"]
+    return found
 
 
 def missing(prometheus: str, queries: list[str]) -> list[str]:

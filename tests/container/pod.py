@@ -79,11 +79,11 @@ def main() -> None:
             named = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": f"pod-{i}"}, "spec": spec}
             print(yaml.safe_dump(named, explicit_start=True))
         return
-    file, kind, name, wanted, *given = sys.argv[2:]
+    file, kind, name, wanted, *places = sys.argv[2:]
     (resource,) = (one for one in resources(file) if (one["kind"], one["metadata"]["name"]) == (kind, name))
     (pod,) = pods(resource)
     (container,) = (one for one in pod.get("initContainers", []) + pod["containers"] if one["name"] == wanted)
-    print(*docker(pod, container, dict(place.split("=", 1) for place in given)), sep="\n")
+    print(*docker(pod, container, dict(place.split("=", 1) for place in places)), sep="\n")
 
 
 if __name__ == "__main__":
