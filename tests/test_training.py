@@ -299,6 +299,7 @@ def test_compressed_weights_answer_alike_at_any_batch_size() -> None:
     content = compress_weights(plain, photos).SerializeToString()
     assert plain.SerializeToString() == before
     assert len(content) < 4_500_000  # lite0's 3.4 M weights and the projection, a byte each
+    assert b"weight_scale" in content and b"weight_cast" not in content  # of names only weights' are kept
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     answers = session.run(["embeddings"], {"images": photos})[0]
     with torch.inference_mode():

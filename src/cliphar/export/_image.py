@@ -82,6 +82,7 @@ def compress_weights(model: onnx.ModelProto, photos: NDArray[np.uint8]) -> onnx.
     del compressed.graph.initializer[:], compressed.graph.node[:]
     compressed.graph.initializer.extend(kept)
     compressed.graph.node.extend(nodes)
+    shorten_names(compressed, weights=False)  # by which load_towers finds them
     onnx.checker.check_model(compressed)
     return compressed
 
@@ -106,11 +107,13 @@ def borrow_weights(model: onnx.ModelProto, name: str, lender: bytes) -> onnx.Mod
     return result
 
 
-def shorten_names(model: onnx.ModelProto) -> None:
-    """Number the values instead of naming each by its path, in place: of a graph without weights most are names."""
+def shorten_names(model: onnx.ModelProto, *, weights: bool = True) -> None:
+    """Number the values, and the ``weights`` too, instead of naming each by its path, in place: of a graph without
+    weights most are names."""
     graph = model.graph
     del graph.value_info[:]
-    short = {"": ""} | {value.name: value.name for value in [*graph.input, *graph.output]}
+    kept = [*graph.input, *graph.output, *([] if weights else graph.initializer)]
+    short = {"": ""} | {value.name: value.name for value in kept}
     for tensor in graph.initializer:
         tensor.name = short.setdefault(tensor.name, f"w{len(short)}")
     for node in graph.node:

@@ -10,6 +10,7 @@ import onnx
 import torch
 from onnx import compose, numpy_helper
 
+from cliphar.export._image import shorten_names
 from cliphar.export._quantize import drop_unused
 from cliphar.export._torch_onnx import export
 from cliphar.models import SentenceEncoder, TextProjection
@@ -113,4 +114,6 @@ def export_text_tower(sentences: onnx.ModelProto, projection: TextProjection, bl
         compose.add_prefix(tail, "projection/", rename_inputs=False, rename_outputs=False),
         io_map=[("sentences", "projected")],
     )
-    return _halve_scales(merged)
+    result = _halve_scales(merged)
+    shorten_names(result)
+    return result
