@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import resource
@@ -19,6 +20,7 @@ from safetensors.numpy import save
 from cliphar.bundle import Bundle, BundleInfo, find_bundle, read_bundle, write_bundle
 from cliphar.errors import BundleError, ClipharError, MediaError, UsageError
 from cliphar.recognizer import Background, Recognizer, fit_background, gda_vectors, read_background
+from cliphar.serving import Service, Settings
 from cliphar.serving._state import State
 from conftest import FakeRuntime, unit
 
@@ -271,6 +273,20 @@ def test_vocabularies_that_a_hand_made_wrong_are_one_line(mini: Recognizer, tmp_
     (tmp_path / "vocabularies.json").write_text(content)
     with pytest.raises(ClipharError, match=r"^vocabularies\.json in the state directory cannot be used: .*; mend it"):
         State(tmp_path, mini.fork())
+
+
+def test_vocabularies_made_wrong_while_they_are_used_are_not_written_over(tmp_path: Path) -> None:
+    service = Service.start(Settings(state=tmp_path))
+    service.state.put_vocabulary("mine", ("waving",))
+    (tmp_path / "vocabularies.json").write_text('{"mine": ["sulking",]}')
+    asyncio.run(service.refresh())
+    assert service.labels("mine") == ("waving",)
+    with pytest.raises(ClipharError, match="mend it"):
+        service.state.put_vocabulary("yours", ("bowing",))
+    (tmp_path / "vocabularies.json").write_text('{"mine": ["sulking"]}')
+    service.state.put_vocabulary("yours", ("bowing",))
+    assert (service.labels("mine"), service.labels("yours")) == (("sulking",), ("bowing",))
+    service.engine.close()
 
 
 def test_what_cannot_be_kept_is_not_known(mini: Recognizer, photos: list[Path], tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
+import structlog
 from fastapi import Depends, Request
 from numpy.typing import NDArray
 
-from cliphar.errors import MediaError
+from cliphar.errors import ClipharError, MediaError
 from cliphar.labels import MAX_LABEL_LENGTH, clean_labels
 from cliphar.media import decode_image, to_square
 from cliphar.recognizer import Lesson, Prediction, Recognizer, load
@@ -78,9 +79,12 @@ class Service:
         return cls(settings, recognizer, engine, state, metrics, prepare, ready=True)
 
     async def refresh(self) -> None:
-        """Take in what another worker was told or taught."""
+        """Take in what another worker was told or taught; of a damaged file the log says why, and the old goes on."""
         if self.state.is_stale():
-            await asyncio.to_thread(self.state.refresh)
+            try:
+                await asyncio.to_thread(self.state.refresh)
+            except ClipharError as error:
+                structlog.get_logger().error("what was known goes on", reason=str(error))
 
     async def change(self, do: Callable[..., T], *arguments: Any) -> T:
         """Tell or teach, one after another: each waits for the state's file, many would keep all threads waiting."""

@@ -76,13 +76,14 @@ class State:
         """What is read, changed and written here is not written by another thread or worker meanwhile.
 
         Raises:
-            ClipharError: nothing can be written there.
+            ClipharError: nothing can be written there, or a file is damaged.
         """
         directory = self._vocabularies.parent
         try:
             directory.mkdir(parents=True, exist_ok=True)
             with (directory / ".lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
+                self._seen.clear()  # a damaged file is read again, and refused: it can be mended, if not written over
                 self.refresh()
                 yield
         except OSError as error:
