@@ -112,7 +112,7 @@ def serve(
             max_labels=max_labels,
             api_keys=api_keys,
             rate_per_minute=rate,
-            cors_origins=tuple(origin.strip() for origin in (cors or "").split(",") if origin.strip()),
+            cors_origins=tuple(origin for one in (cors or "").split(",") if (origin := one.strip().rstrip("/"))),
             root_path=root_path,
             image_urls=image_urls,
             **given,
