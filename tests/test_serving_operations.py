@@ -43,6 +43,10 @@ from serving_process import free_port, problem, serving
 HEAD = "{} HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {}\r\n\r\n"
 
 
+def dial(url: str, timeout: float = 60) -> socket.socket:
+    return socket.create_connection((urlsplit(url).hostname, urlsplit(url).port or 0), timeout)
+
+
 @pytest.fixture(scope="module")
 def env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if k != "MODEL_PATH" and not k.startswith(("CLIPHAR_", "OTEL_"))}
@@ -101,8 +105,7 @@ def test_a_new_model_without_downtime(env: dict[str, str], tmp_path: Path, photo
             camera.send(content)
             before = json.loads(camera.recv(60))
             assert "label" in before
-        address = urlsplit(url)
-        slow = socket.create_connection((address.hostname, address.port or 0), timeout=60)
+        slow = dial(url)
         slow.sendall(HEAD.format("POST /v1/predict", len(content)).encode() + content[:100])
         assert client.model()["description"].startswith("A small")
         manifest = (model / "bundle.json").read_text()
@@ -189,10 +192,9 @@ def test_what_nobody_foresaw_is_a_problem_too(env: dict[str, str], tmp_path: Pat
 
 def test_bodies_are_bounded_in_all(env: dict[str, str]) -> None:
     with serving(env, "--max-body", "1") as (url, _), ExitStack() as stack:
-        address = urlsplit(url)
 
         def ask(what: str, size: int) -> socket.socket:
-            one = stack.enter_context(socket.create_connection((address.hostname, address.port or 0), timeout=60))
+            one = stack.enter_context(dial(url))
             one.sendall(HEAD.format(what, size).encode() + b"x")
             return one
 
@@ -222,6 +224,24 @@ def test_frames_are_bounded_in_all(env: dict[str, str], photos: list[Path]) -> N
         for other in others:
             with pytest.raises(TimeoutError):
                 other.recv(0.01)
+
+
+def test_where_no_stream_is(api: str) -> None:
+    with pytest.raises(InvalidStatus) as refused:
+        connect(f"{api.replace('http', 'ws')}/v1/streams")
+    assert refused.value.response.status_code == 404
+    assert b"no stream /v1/streams" in (refused.value.response.body or b"")
+    plain = httpx.get(f"{api}/v1/stream")  # as it comes from a proxy that does not pass the offer on
+    assert "a proxy must pass on Upgrade" in problem(plain, 426)
+    assert plain.headers["upgrade"] == "websocket"
+
+
+@pytest.mark.parametrize("start", ["POST /v1/stream HTTP/1.1\r\n", "GET /v1/stream HTTP/1.1\r\n" + "x: x\r\n" * 200])
+def test_an_offer_that_cannot_be_read_is_closed(api: str, start: str) -> None:
+    with dial(api, 20) as caller:
+        caller.sendall(f"{start}Upgrade: websocket\r\nConnection: Upgrade\r\n\r\n".encode())
+        while caller.recv(1000):
+            pass
 
 
 @pytest.mark.parametrize("orderly", [True, False], ids=["closed", "broken off"])
@@ -268,13 +288,9 @@ def test_overload_is_refused_before_it_is_read_and_the_queue_stays_short(
 
 
 def test_a_body_that_never_comes_is_given_up(env: dict[str, str]) -> None:
-    with serving(env, "--deadline", "1") as (url, _):
-        host, port = url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), timeout=60) as slow:
-            slow.sendall(
-                b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 99\r\n\r\nab"
-            )
-            assert b" 408 " in slow.recv(4096).split(b"\r\n")[0]
+    with serving(env, "--deadline", "1") as (url, _), dial(url) as slow:
+        slow.sendall(b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 99\r\n\r\nab")
+        assert b" 408 " in slow.recv(4096).split(b"\r\n")[0]
 
 
 ENDLESS = {
@@ -288,21 +304,27 @@ ENDLESS = {
 @pytest.mark.parametrize("what", ENDLESS)
 def test_what_never_ends_is_closed_before_it_takes_memory(api: str, what: str) -> None:
     start, part = ENDLESS[what]
-    address = urlsplit(api)
-    with socket.create_connection((address.hostname, address.port or 0), timeout=60) as endless:
+    with dial(api) as endless:
         endless.sendall(start)
         with pytest.raises(ConnectionError):
             for _ in range(2000):
                 endless.sendall(part)
 
 
+def test_what_cannot_be_read_is_a_problem_document_too(api: str) -> None:
+    with dial(api) as caller:
+        caller.sendall("GET /v1/labels?x=\u00fc HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        head, _, body = caller.makefile("rb").read().partition(b"\r\n\r\n")
+    assert b"\r\nContent-Type: application/problem+json\r\n" in head
+    assert "%-encoded" in json.loads(body)["detail"]
+
+
 def test_what_comes_by_drops_does_not_keep_its_connection(env: dict[str, str], photos: list[Path]) -> None:
     with serving(env, "--deadline", "1") as (url, _), connect(f"{url.replace('http', 'ws')}/v1/stream") as camera:
-        address = urlsplit(url)
         post = HEAD.format("POST /v1/embed", 10**6).encode()
         whole = b"GET /livez HTTP/1.1\r\n\r\n"
         for start, drop in ((b"", b""), (b"GET / HTTP/1.1\r\n", b"x"), (post, b"x"), (whole, b"\r\n")):
-            with socket.create_connection((address.hostname, address.port or 0), timeout=0.2) as slow:
+            with dial(url, 0.2) as slow:
                 end = time.monotonic() + 30
                 with suppress(ConnectionError):
                     slow.sendall(start)
@@ -318,10 +340,10 @@ def test_what_comes_by_drops_does_not_keep_its_connection(env: dict[str, str], p
 
 def test_an_answer_that_nobody_reads_is_let_go(env: dict[str, str]) -> None:
     with serving(env, "--deadline", "1") as (url, _):
-        address, path = urlsplit(url), "/static-offline-docs/swagger-ui-bundle.js"
+        path = "/static-offline-docs/swagger-ui-bundle.js"
         whole = 20 * len(httpx.get(f"{url}{path}").content)
         for pause_s, all_came in ((0.05, True), (6, False)):  # before each of the first reads
-            with socket.create_connection((address.hostname, address.port or 0), timeout=60) as slow:
+            with dial(url) as slow:
                 slow.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() * 20)
                 came, pauses = 0, 80 if all_came else 1
                 with suppress(ConnectionError):
@@ -393,14 +415,16 @@ def test_what_a_caller_that_hangs_up_sent_leaves_memory_at_once(tmp_path: Path) 
         gc.enable()
 
 
-class _Collector(BaseHTTPRequestHandler):
+class _Quiet(BaseHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+class _Collector(_Quiet):
     def do_POST(self) -> None:
         self.server.received.append((self.path, self.rfile.read(int(self.headers["content-length"]))))  # type: ignore[attr-defined]
         self.send_response(200)
         self.end_headers()
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
 
 
 def test_traces_go_where_the_variables_say(env: dict[str, str], photos: list[Path]) -> None:
@@ -423,7 +447,7 @@ def test_traces_go_where_the_variables_say(env: dict[str, str], photos: list[Pat
     assert b"cliphar" in spans
 
 
-class _Busy(BaseHTTPRequestHandler):
+class _Busy(_Quiet):
     asked = 0
     said = b'{"timeline": {}}\n'
 
@@ -434,9 +458,6 @@ class _Busy(BaseHTTPRequestHandler):
         self.send_header("Retry-After", "1")
         self.end_headers()
         self.wfile.write(self.said)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
 
 
 def test_a_clip_is_sent_again_to_a_service_that_reads_others() -> None:

@@ -145,18 +145,21 @@ class Around:
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         service, headers = self._owner.state.service, Headers(scope=scope)
         _request_id(headers)
-        started, status = time.perf_counter(), 403  # of a handshake that is closed unanswered
+        started, status = time.perf_counter(), 0
 
         async def answer(message: Message) -> None:
             nonlocal status
             if message["type"] in ("websocket.accept", "websocket.http.response.start"):
                 status = message.get("status", 101)
-            await send(message)
+            if status:
+                await send(message)
 
         try:
             self._check_origin(headers)
             self._check_caller(headers, scope)
             await self._app(scope, receive, answer)
+            if not status:  # the handshake was closed unanswered
+                raise ProblemError(404, f"there is no stream {scope['path'][:200]}; see docs/serving.md")
         except ProblemError as problem:
             response = refusal(problem)
             start = {"status": response.status_code, "headers": response.raw_headers}

@@ -13,6 +13,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import CloseCode, Frame
 
+from cliphar.serving._document import PROBLEM
+from cliphar.serving._problems import problem_response
+
 __all__ = ["Protocol", "Streams"]
 
 _HEAD = 2**17  # labels in an address are the longest that is meant
@@ -56,7 +59,16 @@ class Protocol(HttpToolsProtocol):
             data, self._again = self._again, b""
         self._came = b""
         if self._head > _HEAD and not self.transport.is_closing():
-            self.send_400_response("The headers are too large.")
+            self.send_400_response("the headers are too large")
+
+    def send_400_response(self, msg: str) -> None:
+        """A problem document too; uvicorn's own words are of what cannot be read."""
+        if msg.startswith("Invalid"):
+            msg = "this cannot be read as HTTP/1.1; in an address spaces and letters beyond ASCII must be %-encoded"
+        body = bytes(problem_response(400, msg).body)
+        head = f"HTTP/1.1 400 Bad Request\r\nContent-Type: {PROBLEM}\r\nContent-Length: {len(body)}\r\n"
+        self.transport.write(head.encode() + b"Connection: close\r\n\r\n" + body)
+        self.transport.close()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -95,7 +107,7 @@ class Protocol(HttpToolsProtocol):
     def _unsupported_upgrade_warning(self) -> None:
         """Read the request again without the offer: with it, httptools takes the body for another protocol's."""
         if self.parser.get_method() == b"CONNECT":
-            self.send_400_response("This is no proxy.")
+            self.send_400_response("this is no proxy")
             return
         error = sys.exception()
         rest = self._came[error.args[0] :] if error else b""  # how much was read
@@ -140,6 +152,9 @@ class Streams(WebSocketsSansIOProtocol):
     def data_received(self, data: bytes) -> None:
         self._coming += len(data)
         super().data_received(data)
+        if self.conn.handshake_exc and not self.transport.is_closing():  # uvicorn would leave it unanswered, and open
+            self.transport.write(b"".join(self.conn.data_to_send()))
+            self.transport.close()
         streams = [one for one in self.connections if isinstance(one, Streams) and not one.close_sent]
         if sum(one.held for one in streams) > self._most:
             max(streams, key=lambda one: one.held).give_up()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Path, Request, Response
+from fastapi import APIRouter, Body, HTTPException, Path, Request, Response
 from pydantic import BaseModel, FailFast, Field
 
 from cliphar.bundle import Metrics
@@ -179,6 +179,13 @@ async def teach(name: _Name, request: Request, service: TheService) -> dict[str,
 async def forget(name: _Name, service: TheService) -> Response:
     """Forget a taught action."""
     return await _drop(service, service.state.forget, name)
+
+
+@router.get("/stream", include_in_schema=False)
+async def no_stream() -> None:
+    """The stream without an offer of WebSocket, which a proxy may have left out."""
+    why = "this is a WebSocket; a proxy must pass on Upgrade and Connection, see docs/serving.md"
+    raise HTTPException(426, why, {"Upgrade": "websocket"})
 
 
 async def _drop(service: Service, drop: Callable[[str], None], name: str) -> Response:
