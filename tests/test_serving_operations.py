@@ -35,7 +35,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from cliphar.bundle import packaged, read_bundle, write_bundle
 from cliphar.client import AsyncClient, Client
-from cliphar.errors import ClipharError
+from cliphar.errors import ClipharError, UsageError
 from cliphar.recognizer import Prediction
 from cliphar.serving import Service, Settings, create_app
 from serving_process import free_port, problem, serving
@@ -477,6 +477,56 @@ def test_a_clip_is_sent_again_to_a_service_that_reads_others() -> None:
                 with pytest.raises(ClipharError, match=why):
                     list(client.video(b"clip"))
         service.shutdown()
+
+
+class _Foreign(_Quiet):
+    asked = 0
+    said = b""
+
+    def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("content-length", 0)))
+        type(self).asked += 1
+        if self.said:  # else the connection breaks
+            self.send_response(200)
+            self.send_header("Content-Encoding", "gzip" if self.said == b"gzip" else "identity")
+            self.end_headers()
+            self.wfile.write(self.said)
+
+    do_POST = do_PUT = do_DELETE = do_GET  # noqa: N815
+
+
+def test_an_answer_that_does_not_come_is_named() -> None:
+    async def ask(address: str) -> None:
+        async with AsyncClient(address, timeout_s=0.5) as client:
+            assert client._http.timeout.pool is None  # of ten thousand calls at once, the last waits for the others
+            with pytest.raises(ClipharError, match="Timeout; is"):
+                await client.model()
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        asyncio.run(ask(f"http://127.0.0.1:{silent.getsockname()[1]}"))
+
+
+def test_what_is_no_answer_of_ours_is_one_line() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Foreign) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        with Client(f"http://127.0.0.1:{other.server_address[1]}") as client:
+            with pytest.raises(ClipharError, match="no answer"):
+                client.forget("waving")
+            assert _Foreign.asked == 1  # it may have been done, and would not be known the second time
+            wrong = (b'{"models": [], "predictions": [7]}', b'{"models": 7, "predictions": [{"label": "a"}]}')
+            for said in (b"null", b"[1]", b"{}", b'{"models": {}, "predictions": 7}', *wrong, b"gzip"):
+                _Foreign.said = said
+                for ask in (client.model, lambda: client.predict(b"photo"), lambda: [*client.video(b"clip")]):
+                    with pytest.raises(ClipharError):
+                        ask()
+            for said in (b"null", b"<html>"):
+                _Foreign.said = said
+                for ask in (client.vocabularies, lambda: client.put_vocabulary("mine", ["waving"])):
+                    with pytest.raises(ClipharError, match="not as cliphar does"):
+                        ask()
+        other.shutdown()
+    with pytest.raises(UsageError, match="line break"):
+        Client("http://127.0.0.1:9", api_key="two\nkeys")
 
 
 def test_keys_are_changed_while_all_workers_run(env: dict[str, str], tmp_path: Path) -> None:

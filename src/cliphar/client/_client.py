@@ -27,12 +27,13 @@ Photos = Iterable[Photo] | Photo
 Labels = Sequence[str] | str | None
 Answer = Prediction | MediaError
 _Part = list[bytes | MediaError]
+_Files = list[tuple[str, tuple[str, bytes, str]]]
 H = TypeVar("H")
-_Outcome = httpx.Response | httpx.TransportError
+_Outcome = httpx.Response | httpx.RequestError
 _LONGEST_PAUSE_S = 5.0
 # whose request may have been done when the connection broke is asked again only if twice is as good as once
 _REPEATABLE = ("/v1/predict", "/v1/embed")
-_CALL_PHOTOS, _CALL_BYTES = 16, 48 * 2**20  # of a request; where that is too much, halves are sent
+_CALL_PHOTOS, _CALL_BYTES = 16, 48 * 2**20  # of a request; if that is too much, halves are sent
 
 
 class _TooLargeError(ClipharError):
@@ -52,26 +53,29 @@ class _Calls(Generic[H]):
         if not address.host:
             raise UsageError(f"{url!r} is not a service's address; one is like http://127.0.0.1:8000")
         self._url, self._retry_s = url, retry_s
-        # the key as bytes: it may have other letters than ASCII
+        if api_key and not api_key.strip().isprintable():
+            raise UsageError("the API key has a line break or another sign that no header takes")
+        # as bytes: it may have letters beyond ASCII
         headers = {"Authorization": f"Bearer {api_key.strip()}".encode()} if api_key else {}
         try:
-            self._http = self._open(base_url=address, timeout=timeout_s, headers=headers)
+            timeout = httpx.Timeout(timeout_s, pool=None)  # to wait for a connection is no failure
+            self._http = self._open(base_url=address, timeout=timeout, headers=headers)
         except (ImportError, ValueError, httpx.InvalidURL) as error:
             reason = f"the proxy that the environment names cannot be used: {error}"
             raise UsageError(f"{reason}; see HTTP_PROXY, HTTPS_PROXY and ALL_PROXY") from error
 
     @staticmethod
     def _path(kind: str, name: str) -> str:
-        if "/" in name or not name.strip(" ."):  # no path leads there, however it is quoted
+        if "/" in name or not name.strip(" ."):  # no path leads there, however quoted
             raise UsageError(f"{name!r} cannot be a name here: write it in words, without a slash")
         return f"/v1/{kind}/{quote(name, safe='')}"
 
     @staticmethod
-    def _photos(contents: Iterable[bytes | MediaError]) -> list[tuple[str, tuple[str, bytes, str]]]:
-        known = (content for content in contents if isinstance(content, bytes))
-        return [("images", (f"{i}", content, "application/octet-stream")) for i, content in enumerate(known)]
+    def _photos(contents: Iterable[bytes | MediaError]) -> _Files:
+        known = (one for one in contents if isinstance(one, bytes))
+        return [("images", (f"{i}", one, "application/octet-stream")) for i, one in enumerate(known)]
 
-    def _lesson(self, name: str, photos: Photos) -> list[tuple[str, tuple[str, bytes, str]]]:
+    def _lesson(self, name: str, photos: Photos) -> _Files:
         files = self._photos(map(_read, several(photos)))
         if not files:
             raise UsageError(f"no photos to teach '{name}' from; give some, 8 or more are good")
@@ -79,7 +83,7 @@ class _Calls(Generic[H]):
 
     def _pause_s(self, method: str, path: str, outcome: _Outcome, tries: int, since: float) -> float | None:
         """How long to wait before trying again; None if there is no use."""
-        # a little chance, so that many callers who were refused together do not come back together
+        # a little chance, so that callers who were refused together do not come back together
         pause = min(_LONGEST_PAUSE_S, 0.1 * 2 ** min(tries, 9)) * random.uniform(0.5, 1)  # noqa: S311 - no secret
         if isinstance(outcome, httpx.Response):
             if outcome.status_code not in (429, 503):
@@ -87,59 +91,57 @@ class _Calls(Generic[H]):
             told = outcome.headers.get("Retry-After", "")
             pause += float(told) if told.isdecimal() else 0.0
         else:
-            unseen = isinstance(outcome, httpx.ConnectError)
-            if isinstance(outcome, httpx.TimeoutException) or not (unseen or method != "POST" or path in _REPEATABLE):
+            harmless = isinstance(outcome, httpx.ConnectError) or method in ("GET", "PUT") or path in _REPEATABLE
+            if isinstance(outcome, httpx.TimeoutException | httpx.DecodingError) or not harmless:
                 return None
         return pause if time.monotonic() - since + pause <= self._retry_s else None
 
     def _checked(self, outcome: _Outcome) -> httpx.Response:
-        if isinstance(outcome, httpx.TransportError):
-            raise self._unreachable(outcome) from outcome
+        if isinstance(outcome, httpx.RequestError):
+            reason = f"no answer from {self._url}: {str(outcome) or type(outcome).__name__}"
+            raise ClipharError(f"{reason}; is 'cliphar serve' running?") from outcome
         if outcome.is_success:
             return outcome
         if outcome.has_redirect_location:
             raise UsageError(f"{self._url} sends on to {outcome.headers['Location']}; give that address")
         if outcome.status_code == 413 and "json" not in outcome.headers.get("Content-Type", ""):
             raise _TooLargeError(f"larger than a proxy before {self._url} takes")
-        content = self._content(outcome)
-        if isinstance(content, dict) and "predictions" in content:  # not one photo could be read; why, of each
+        told = self._content(outcome)
+        if "predictions" in told:  # no photo could be read; why, of each
             return outcome
-        detail = content.get("detail") if isinstance(content, dict) else None
         known = dict.fromkeys((401, 403, 404, 422), UsageError) | {413: _TooLargeError}
         kind: type[ClipharError] = known.get(outcome.status_code, ClipharError)
-        raise kind(str(detail or f"{self._url} answered {outcome.status_code}"))
+        raise kind(str(told.get("detail") or f"{self._url} answered {outcome.status_code}"))
 
     def _content(self, response: httpx.Response) -> dict[str, Any]:
         if response.status_code == 204:
             return {}
         try:
-            content: dict[str, Any] = response.json()
-        except ValueError as error:
-            raise ClipharError(f"{self._url} answered {response.status_code}, but not as cliphar does") from error
-        return content
+            told: dict[str, Any] = response.json()
+            if not isinstance(told, list if response.is_success and response.request.method == "PUT" else dict):
+                raise TypeError
+        except (TypeError, ValueError, RecursionError) as error:
+            raise self._foreign(response.status_code) from error
+        return told
 
-    def _unreachable(self, error: httpx.TransportError) -> ClipharError:
-        return ClipharError(f"no answer from {self._url}: {error or type(error).__name__}; is 'cliphar serve' running?")
+    def _model(self, content: dict[str, Any]) -> dict[str, Any]:
+        try:
+            model: dict[str, Any] = content["models"][0]
+        except (LookupError, TypeError) as error:
+            raise self._foreign() from error
+        return model
 
-    def _part(self, content: dict[str, Any], name: str) -> Any:
-        if name not in content:
-            raise self._foreign()
-        return content[name]
+    def _foreign(self, status: int = 200) -> ClipharError:
+        return ClipharError(f"{self._url} answered {status}, but not as cliphar does; is the address right?")
 
-    def _foreign(self) -> ClipharError:
-        return ClipharError(f"{self._url} answers, but not as cliphar does; is the address right?")
-
-    def _answers(self, part: _Part, content: dict[str, Any] | _TooLargeError) -> Iterator[Answer]:
-        told = iter(self._part(content, "predictions") if isinstance(content, dict) and content else ())
-        for photo in part:
-            if isinstance(photo, MediaError):
-                yield photo
-            elif isinstance(content, _TooLargeError):
-                yield MediaError(str(content))
-            else:
-                if (one := next(told, None)) is None:
-                    raise self._foreign()
-                yield MediaError(one["error"]) if "error" in one else Prediction.from_dict(one)
+    def _answers(self, part: _Part, content: dict[str, Any]) -> Iterator[Answer]:
+        told = content.get("predictions") or ()
+        try:
+            known = (MediaError(one["error"]) if "error" in one else Prediction.from_dict(one) for one in told)
+            for photo in part:
+                yield photo if isinstance(photo, MediaError) else next(known)
+        except (LookupError, TypeError, StopIteration) as error:
+            raise self._foreign() from error
 
 
 class Client(_Calls[httpx.Client]):
@@ -177,7 +179,7 @@ class Client(_Calls[httpx.Client]):
                 outcome = self._http.send(self._http.build_request(method, path, **body), stream=stream)
                 if not outcome.is_success:
                     outcome.read()
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 outcome = error
             if (pause := self._pause_s(method, path, outcome, tries, since)) is None:
                 return self._checked(outcome)
@@ -198,13 +200,13 @@ class Client(_Calls[httpx.Client]):
     def _predict(self, part: _Part, data: dict[str, Any]) -> list[Answer]:
         files = self._photos(part)
         try:
-            content = self._call("POST", "/v1/predict", files=files, data=data) if files else {}
+            told = self._call("POST", "/v1/predict", files=files, data=data) if files else {}
         except _TooLargeError as error:
             if len(files) == 1:
-                return [*self._answers(part, error)]
+                return [*self._answers(part, {"predictions": [{"error": str(error)}]})]
             half = len(part) // 2
             return self._predict(part[:half], data) + self._predict(part[half:], data)
-        return [*self._answers(part, content)]
+        return [*self._answers(part, told)]
 
     def video(
         self,
@@ -223,22 +225,21 @@ class Client(_Calls[httpx.Client]):
             told: dict[str, Any] = {}
             try:
                 for line in response.iter_lines():
-                    told = json.loads(line)
-                    if "error" in told:
-                        raise MediaError(told["error"])
-                    yield told
-            except httpx.TransportError as error:
-                raise self._unreachable(error) from error
-            except ValueError as error:  # no JSON, or a line that was cut
+                    one = json.loads(line)
+                    if "error" in one:
+                        raise MediaError(one["error"])
+                    yield (told := one)
+            except httpx.RequestError as error:
+                self._checked(error)
+            except (TypeError, ValueError) as error:  # no JSON, or a line cut short
                 if not told:
                     raise self._foreign() from error
-            if "timeline" not in told:  # some proxies end an answer well where the service broke it off
+            if "timeline" not in told:  # some proxies end well an answer that the service broke off
                 raise ClipharError(f"the answer of {self._url} ends before the timeline; send the clip again")
 
     def model(self) -> dict[str, Any]:
         """The model that answers: name, labels, what was taught, metrics."""
-        answer: dict[str, Any] = self._part(self._call("GET", "/v1/models"), "models")[0]
-        return answer
+        return self._model(self._call("GET", "/v1/models"))
 
     def model_card(self, name: str) -> dict[str, Any]:
         """The same of the model of that name, with its ``card`` in Markdown and its ``evaluation`` or None."""
@@ -279,10 +280,9 @@ class AsyncClient(_Calls[httpx.AsyncClient]):
     async def _call(self, method: str, path: str, **body: Any) -> dict[str, Any]:
         since, tries = time.monotonic(), 0
         while True:
-            outcome: _Outcome
             try:
-                outcome = await self._http.request(method, path, **body)
-            except httpx.TransportError as error:
+                outcome: _Outcome = await self._http.request(method, path, **body)
+            except httpx.RequestError as error:
                 outcome = error
             if (pause := self._pause_s(method, path, outcome, tries, since)) is None:
                 return self._content(self._checked(outcome))
@@ -299,18 +299,17 @@ class AsyncClient(_Calls[httpx.AsyncClient]):
     async def _predict(self, part: _Part, data: dict[str, Any]) -> list[Answer]:
         files = self._photos(part)
         try:
-            content = await self._call("POST", "/v1/predict", files=files, data=data) if files else {}
+            told = await self._call("POST", "/v1/predict", files=files, data=data) if files else {}
         except _TooLargeError as error:
             if len(files) == 1:
-                return [*self._answers(part, error)]
+                return [*self._answers(part, {"predictions": [{"error": str(error)}]})]
             half = len(part) // 2
             return await self._predict(part[:half], data) + await self._predict(part[half:], data)
-        return [*self._answers(part, content)]
+        return [*self._answers(part, told)]
 
     async def model(self) -> dict[str, Any]:
         """See :meth:`Client.model`."""
-        answer: dict[str, Any] = self._part(await self._call("GET", "/v1/models"), "models")[0]
-        return answer
+        return self._model(await self._call("GET", "/v1/models"))
 
     async def model_card(self, name: str) -> dict[str, Any]:
         """See :meth:`Client.model_card`."""
@@ -357,14 +356,14 @@ def _parts(photos: Photos) -> Iterator[_Part]:
     size = 0
     for photo in several(photos):
         try:
-            content: bytes | MediaError = _read(photo)
+            one: bytes | MediaError = _read(photo)
         except MediaError as error:
-            content = error
-        more = len(content) if isinstance(content, bytes) else 0
+            one = error
+        more = len(one) if isinstance(one, bytes) else 0
         if part and (len(part) == _CALL_PHOTOS or size + more > _CALL_BYTES):
             yield part
             part, size = [], 0
-        part.append(content)
+        part.append(one)
         size += more
     if part:
         yield part
