@@ -94,13 +94,22 @@ def test_a_folder_tells_of_what_is_not_answered(cli: Run, photos: list[Path], tm
     folder.mkdir()
     shutil.copy(photos[0], folder)
     (folder / "clip.MP4").write_bytes(bytes(100))
+    Image.open(photos[0]).save(folder / "photo.gif")
     (folder / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(99))
     (tmp_path / "pillow_heif.py").write_text("raise ImportError")
     done = cli("predict", "phone", PYTHONPATH=f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    assert (done.returncode, len(done.stdout.splitlines())) == (1, 1)
+    assert (done.returncode, len(done.stdout.splitlines())) == (1, 2)
     assert error_lines(done) == [
-        "cliphar: phone holds videos too (1); run 'cliphar video' on it",
+        "cliphar: phone holds videos (1); run 'cliphar video' on it",
         "cliphar: phone/IMG_1.HEIC is HEIC; make it a JPEG, or run: pip install 'cliphar[heif]'",
+    ]
+    for photo in (folder / "photo.gif", folder / "IMG_1.HEIC", folder / photos[0].name):
+        photo.unlink()
+    done = cli("predict", "phone")
+    assert done.returncode == 2
+    assert error_lines(done) == [
+        "cliphar: phone holds videos (1); run 'cliphar video' on it",
+        "cliphar: no images in phone",
     ]
 
 

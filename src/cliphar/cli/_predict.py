@@ -83,18 +83,18 @@ def _photos(paths: list[str]) -> list[str]:
     from cliphar.media import is_image_name, is_video_name
 
     files: list[str] = []
-    lines: list[str] = []
     for given in paths:
         clips: list[str] = []
 
         def wanted(name: str, clips: list[str] = clips) -> bool:
-            if is_video_name(name):
+            photo = is_image_name(name)  # as a GIF is
+            if is_video_name(name) and not photo:
                 clips.append(name)
-            return is_image_name(name)
+            return photo
 
-        files += expand([given], wanted)
-        if clips:
-            lines.append(f"cliphar: {given} holds videos too ({len(clips)}); run 'cliphar video' on it")
-    for line in lines:
-        print(line, file=sys.stderr)
+        try:
+            files += expand([given], wanted)
+        finally:  # also where there is nothing else
+            if clips:
+                print(f"cliphar: {given} holds videos ({len(clips)}); run 'cliphar video' on it", file=sys.stderr)
     return files
