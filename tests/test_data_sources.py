@@ -142,7 +142,7 @@ def photos_of(source: str, cache: Path, **changes: Any) -> PhotoSet:
 
 
 @pytest.mark.filterwarnings("ignore")  # the hub's client brings its own
-@pytest.mark.parametrize("make", MAKERS, ids=["dir", "tar", "zip", "csv", "csv;", "jsonl", "parquet", "shards", "hub"])
+@pytest.mark.parametrize("make", MAKERS)
 def test_every_source_holds_the_same_photos(folder: Path, tmp_path: Path, make: Callable[[Path], str]) -> None:
     photos = photos_of(make(folder), tmp_path / "cache")
     assert Counter(photos.labels) == {"riding a bike": 3, "sleeping": 3}
@@ -156,10 +156,9 @@ def test_every_source_holds_the_same_photos(folder: Path, tmp_path: Path, make: 
 
 def test_parts_in_folder_names_hold(tmp_path: Path) -> None:
     for name, part in (("train", "train"), ("validation", "val"), ("test", "test")):
-        (tmp_path / "parted" / name).mkdir(parents=True)
         for label in LABELS:
             target = tmp_path / "parted" / name / label
-            target.mkdir()
+            target.mkdir(parents=True)
             (target / f"{part}.jpg").write_bytes(jpeg(5))
     photos = photos_of(str(tmp_path / "parted"), tmp_path / "cache")
     assert set(photos.splits) == {"train", "val", "test"}
@@ -328,7 +327,13 @@ def test_a_readme_does_not_make_a_tar_a_shard(folder: Path) -> None:
     assert len({photo.label for photo in found.read()}) == 2
 
 
-@pytest.mark.parametrize("make", [as_tar, as_shards], ids=["tar", "shards"])
+def test_the_hubs_cache_beside_shards_is_passed_over(folder: Path) -> None:
+    as_shards(folder)
+    folder.rename(folder.parent / ".cache")
+    assert open_source(str(folder.parent)).kind == "shards"
+
+
+@pytest.mark.parametrize("make", [as_tar, as_shards])
 def test_half_of_a_tar_is_not_taken_for_the_whole(folder: Path, make: Callable[[Path], str]) -> None:
     source = make(folder)
     file = min(folder.parent.glob("*.tar"))

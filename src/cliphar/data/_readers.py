@@ -77,7 +77,7 @@ def open_source(source: str) -> PhotoSource:  # noqa: PLR0911 - one for each kin
         if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
             return _hub(str(path), source)
         tars = sorted(path.glob("*.tar"))
-        if tars and not any(inside.is_dir() for inside in path.iterdir()):
+        if tars and not any(inside.is_dir() and not is_hidden(inside.name) for inside in path.iterdir()):
             return _shards(tars, source)
         return _folder(path, source)
     if not path.is_file():
