@@ -51,9 +51,10 @@ def film(
     times: Sequence[float] | None = None,
     size: tuple[int, int] = (64, 48),
     held_s: float = 0,
-    sound: bool = False,
+    sound: float = 0,
 ) -> Path:
-    """A video that shows each colour for some seconds, or at the times given; the last for ``held_s``; sound at 0."""
+    """A video that shows each colour for some seconds, or at the times given; the last for ``held_s``; so many seconds
+    of sound."""
     with av.open(str(path), "w") as out:
         stream = out.add_stream(codec, rate=fps)
         stream.width, stream.height = size
@@ -64,7 +65,7 @@ def film(
         stream.codec_context.sample_aspect_ratio = Fraction(1)
         each, packets = round(seconds * fps), list[av.Packet]()
         if sound:
-            silence = av.AudioFrame("s16", "mono", 8000)
+            silence = av.AudioFrame("s16", "mono", round(8000 * sound))
             silence.sample_rate = 8000
             packets += out.add_stream("pcm_s16le", rate=8000, layout="mono").encode(silence)
         shown = [colour for colour in colours for _ in range(each)] if times is None else list(colours)
@@ -229,12 +230,19 @@ def test_a_part_of_a_recording_and_slow_pictures_are_whole(tmp_path: Path, codec
 
 @pytest.mark.parametrize("late", [0, 2])
 def test_pictures_are_seen_when_said(tmp_path: Path, late: int) -> None:
-    path = film(tmp_path / "held.mp4", [RED] * 2, fps=5, times=[late, late + 0.2], held_s=4, sound=True)
+    path = film(tmp_path / "held.mp4", [RED] * 2, fps=5, times=[late, late + 0.2], held_s=4, sound=1)
     annotate(path, [], copy := tmp_path / "copy.mp4")
     for one, first in ((path, late), (copy, 0)):
         with VideoReader(one) as reader:
             assert [time_s for time_s, _ in reader.sample(1)] == list(range(first, late + 5))
             assert reader.info.duration_s == pytest.approx(late + 4.2, abs=0.05)
+
+
+def test_sound_may_outlast_the_picture(tmp_path: Path) -> None:
+    path = film(tmp_path / "clip.mkv", [RED], seconds=2, sound=9)
+    with VideoReader(path) as reader:
+        assert len(list(reader.sample(1))) == 2
+        assert (reader.info.duration_s, reader.warning) == (2, None)
 
 
 def test_what_nobody_saw_is_in_no_segment(fake: Recognizer) -> None:

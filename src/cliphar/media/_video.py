@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -175,7 +176,12 @@ class VideoReader:
             duration = self.start_s + float(stream.duration * stream.time_base)
         elif container.duration:
             duration = container.duration / 1_000_000
-            if "matroska" in container.format.name:  # counts from zero, where a part of a recording may begin late
+            if "matroska" in container.format.name:
+                # that of the picture, which the sound may outlast, is a tag, where there is one
+                told = re.fullmatch(r"(\d+):(\d+):(\d+\.\d+)", stream.metadata.get("DURATION", ""))
+                if told:
+                    duration = min(duration, 3600 * int(told[1]) + 60 * int(told[2]) + float(told[3]))
+                # counts from zero, where a part of a recording may begin late
                 duration = max(0.0, duration - float((self._start or 0) * (stream.time_base or 0))) or None
         rate = stream.average_rate or stream.guessed_rate
         return VideoInfo(width, height, duration, float(rate) if rate else None)
