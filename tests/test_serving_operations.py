@@ -226,6 +226,15 @@ def test_frames_are_bounded_in_all(env: dict[str, str], photos: list[Path]) -> N
                 other.recv(0.01)
 
 
+def test_a_page_of_another_site_sends_nothing(api: str, photos: list[Path]) -> None:
+    """A browser sends a form without asking first, to a service on its own machine too."""
+    content = photos[0].read_bytes()
+    for origin, status in (("http://elsewhere.example", 403), ("null", 403), (api, 200)):
+        sent = httpx.post(f"{api}/v1/embed", files={"images": content}, headers={"origin": origin})
+        assert sent.status_code == status
+        assert httpx.get(f"{api}/v1/actions", headers={"origin": origin}).status_code == 200
+
+
 def test_where_no_stream_is(api: str) -> None:
     with pytest.raises(InvalidStatus) as refused:
         connect(f"{api.replace('http', 'ws')}/v1/streams")

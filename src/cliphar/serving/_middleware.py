@@ -92,6 +92,8 @@ class Around:
         scope.setdefault("state", {})["service"] = service
         service.users += 1
         try:
+            if scope["method"] != "GET":
+                self._check_origin(headers)
             if (path := _own_path(scope)) not in OPEN and not path.startswith(_DOCUMENTATION):
                 self._check_caller(headers, scope)
             if headers.get("content-encoding", "").lower() in _COMPRESSED:  # it would be taken for a damaged photo
@@ -135,7 +137,7 @@ class Around:
         self._keys.check(headers.get("authorization"), headers.get("x-api-key"), client)
 
     def _check_origin(self, headers: Headers) -> None:
-        """Browsers let any page open a socket anywhere, so CORS does not help here."""
+        """Browsers let any page open a socket and send a form anywhere, so CORS does not help here."""
         origin = headers.get("origin")
         allowed = self._owner.state.service.settings.cors_origins
         own = (origin or "").partition("://")[2] == headers.get("host")
