@@ -167,9 +167,11 @@ def test_models_are_listed_with_their_state(assets: Path, home: Path, tiny: Bund
         "mini": ("ready", assets),
         "clip-b16": ("to pull", assets),
         "another": ("ready", home),
-        "broken": ("to pull", home),
+        "broken": ("damaged", home),
     }
     assert find_bundle("another").info.name == "tiny"
+    with pytest.raises(BundleError, match="copy or make the bundle again"):
+        find_bundle("broken")
 
 
 def test_a_whole_model_in_the_store_goes_before_an_incomplete_one(assets: Path, home: Path, large: Path) -> None:

@@ -34,7 +34,7 @@ def store() -> Path:
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A model that has a name here: ``state`` is ``ready`` or ``to pull``."""
+    """A model that has a name here: ``state`` is ``ready``, ``to pull`` or ``damaged``."""
 
     name: str
     path: Path
@@ -59,11 +59,7 @@ def _is_outdated(path: Path) -> bool:
     return None in hashes or len(hashes) > 1
 
 
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # such as a name too long for the file system
-        return False
+_exists = os.path.exists  # Path's raises on too long a name
 
 
 def list_models() -> list[StoredModel]:
@@ -77,8 +73,9 @@ def list_models() -> list[StoredModel]:
         for manifest in manifests:
             path = manifest.parent
             whole = _is_whole(path) and not _is_outdated(path)
+            state = "ready" if whole else "to pull" if packaged(path.name).is_dir() else "damaged"
             if path.name not in models or (whole and models[path.name].state != "ready"):
-                models[path.name] = StoredModel(path.name, path, "ready" if whole else "to pull")
+                models[path.name] = StoredModel(path.name, path, state)
     return sorted(models.values(), key=lambda model: (model.name != DEFAULT_MODEL, model.name))
 
 

@@ -176,10 +176,10 @@ def _port(variable: str, default: int) -> Finding:
 
 
 def _models() -> Iterator[Finding]:
-    from cliphar.bundle import find_bundle, list_models
+    from cliphar.bundle import PULLS, find_bundle, list_models
 
     for model in list_models():
-        pull = f"cliphar model pull {model.name}"
+        pull = f"cliphar model pull {model.name}" if model.name in PULLS else ""
         if model.state == "to pull":
             yield None, f"model {model.name}: not complete", pull
             continue
