@@ -343,8 +343,6 @@ def _open(source: VideoLike, name: str) -> InputContainer:
             path = Path(source)
             if not path.exists():
                 raise MediaError(f"{path} does not exist")
-            if path.is_dir():
-                raise MediaError(f"{path} is a directory, not a video")
             if path.is_file() and path.stat().st_size == 0:
                 raise MediaError(f"{path} is empty (0 bytes)")
             # a name such as "concat:a|b" or "http:x" is a file's name here, never a protocol
@@ -357,6 +355,8 @@ def _open(source: VideoLike, name: str) -> InputContainer:
             raise MediaError(f"cannot take {type(source).__name__} as a video; give one path, bytes or open file")
         container: InputContainer = av.open(opened, "r", metadata_errors="replace", options=options)
         return container
+    except IsADirectoryError as error:
+        raise MediaError(f"{name} is a directory, not a video") from error
     except PermissionError as error:
         raise MediaError(f"{name} cannot be read: permission denied") from error
     except (av.error.FFmpegError, OSError, ValueError) as error:
