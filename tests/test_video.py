@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import resource
 import struct
@@ -356,6 +357,11 @@ def test_bad_requests_are_refused_at_the_call(tmp_path: Path, fake: Recognizer) 
     for wrong in ({"fps": 0}, {"fps": 61}, {"coverage": 1.0}, {"labels": []}):
         with pytest.raises(UsageError):
             stream_video(fake, path, **wrong)  # type: ignore[arg-type]
+    live = Live(fake)
+    for time_s in (math.nan, math.inf):
+        with pytest.raises(UsageError):
+            live.push_embedding(np.eye(3, dtype=np.float32)[0], time_s)
+    assert live.push_embedding(np.eye(3, dtype=np.float32)[0], 100).time_s == 0
 
 
 def test_text_outputs() -> None:

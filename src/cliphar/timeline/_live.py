@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from cliphar.errors import UsageError
 from cliphar.media import ImageLike, decode_image
 from cliphar.recognizer import Prediction, Recognizer
 from cliphar.timeline._changes import Changes
@@ -95,6 +97,7 @@ class Live:
 
         Raises:
             MediaError: it is not a picture that can be read; the next frame may be.
+            UsageError: ``time_s`` is not finite.
         """
         image = decode_image(frame, min_side=self._recognizer.bundle.info.image.size)
         time_s = self._since_first(time_s)
@@ -112,6 +115,8 @@ class Live:
         return self._take(embedding, self._since_first(time_s), False)
 
     def _since_first(self, time_s: float) -> float:
+        if not math.isfinite(time_s):  # no later frame would be later
+            raise UsageError(f"a frame cannot be at {time_s} s; give its time in seconds, on any clock")
         if self._first_s is None:
             self._first_s = time_s
         return max(time_s - self._first_s, self._last_s)
