@@ -38,6 +38,7 @@ from cliphar.client import AsyncClient, Client
 from cliphar.errors import ClipharError, UsageError
 from cliphar.recognizer import Prediction
 from cliphar.serving import Service, Settings, create_app
+from cliphar.serving._middleware import below
 from serving_process import free_port, problem, serving
 
 HEAD = "{} HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {}\r\n\r\n"
@@ -182,10 +183,13 @@ def test_what_is_taught_belongs_to_one_model(env: dict[str, str], tmp_path: Path
 def test_what_nobody_foresaw_is_a_problem_too(env: dict[str, str], tmp_path: Path, photos: list[Path]) -> None:
     service = Service.start(Settings(state=tmp_path))
     service.recognizer = None  # type: ignore[assignment]
+    app = below("/x", create_app(service))
     # the trace is not printed: structlog as nobody set it up draws every frame's values, which takes seconds
-    with capture_logs() as logs, TestClient(create_app(service), raise_server_exceptions=False) as client:
+    with capture_logs() as logs, TestClient(app, raise_server_exceptions=False) as client:
         assert "its log says more" in problem(client.post("/v1/predict", files={"images": photos[0].read_bytes()}), 500)
         assert 'status="500"' in client.get("/metrics").text
+        wrong = (client.get("/nowhere"), client.post("/v1/predict", json={}), client.put("/v1/labels/a", json=5))
+        assert all(one.json()["detail"].endswith("; see /x/docs") for one in wrong)
     assert [type(line["exc_info"]) for line in logs if line["event"] == "failed"] == [AttributeError]
     service.engine.close()
 

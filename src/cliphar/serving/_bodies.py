@@ -16,7 +16,7 @@ from starlette.datastructures import FormData, UploadFile
 from cliphar.errors import MediaError
 from cliphar.labels import MAX_LABELS
 from cliphar.recognizer import Prediction
-from cliphar.serving._document import reference
+from cliphar.serving._document import docs, reference
 from cliphar.serving._problems import ProblemError, said
 from cliphar.serving._settings import Settings
 from cliphar.serving._urls import Budget, fetch_image
@@ -134,7 +134,7 @@ async def read_asked(request: Request, settings: Settings) -> tuple[Sequence[byt
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
         content = await _json(request, settings)
-        asked = _checked(_question(request.query_params) | content if isinstance(content, dict) else content)
+        asked = _checked(request, _question(request.query_params) | content if isinstance(content, dict) else content)
         settings.check_images(len(asked.images))  # before any of them is fetched
         budget = Budget(settings.max_body_mb)
         return await asyncio.gather(*(_image(text, settings, budget) for text in asked.images)), asked
@@ -142,9 +142,9 @@ async def read_asked(request: Request, settings: Settings) -> tuple[Sequence[byt
         async with request.form(max_files=1000, max_fields=2 * MAX_LABELS) as form:
             contents = await photos_of(form, *_QUESTION)
             question = _question(request.query_params) | _question(form)
-            return contents, _checked(question | {"images": ["-"] * len(contents)})
+            return contents, _checked(request, question | {"images": ["-"] * len(contents)})
     if kind.startswith("image/") or kind == "application/octet-stream":
-        return [await request.body()], _checked(_question(request.query_params) | {"images": ["-"]})
+        return [await request.body()], _checked(request, _question(request.query_params) | {"images": ["-"]})
     raise ProblemError(415, "send multipart/form-data with images, a raw image/* body, or application/json")
 
 
@@ -163,7 +163,7 @@ async def _json(request: Request, settings: Settings) -> Any:
     # millions of values take minutes and gigabytes to look at; a base64 text has no comma
     most = 1000 + 2 * (settings.max_images + settings.max_labels)
     if (await request.body()).count(b",") > most:
-        raise ProblemError(422, f"the body holds more than {most} values; see /docs")
+        raise ProblemError(422, f"the body holds more than {most} values; see {docs(request)}")
     try:
         return await request.json()
     except (ValueError, RecursionError) as error:
@@ -219,11 +219,11 @@ async def _of_query(
 AskedLabels = Annotated[list[str] | str | None, Depends(_of_query)]
 
 
-def _checked(content: Any) -> Asked:
+def _checked(request: Request, content: Any) -> Asked:
     try:
         return Asked.model_validate(content)
     except ValidationError as error:
-        raise ProblemError(422, said(error)) from error
+        raise ProblemError(422, said(error, docs(request))) from error
 
 
 def answers(model: str, found: list[Prediction | MediaError]) -> dict[str, Any]:

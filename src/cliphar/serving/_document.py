@@ -9,8 +9,9 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
+from starlette.requests import HTTPConnection
 
-__all__ = ["OPENAPI", "PROBLEM", "PROBLEM_RESPONSES", "Problem", "complete_document", "reference"]
+__all__ = ["OPENAPI", "PROBLEM", "PROBLEM_RESPONSES", "Problem", "complete_document", "docs", "reference"]
 
 PROBLEM = "application/problem+json"
 
@@ -24,6 +25,11 @@ class Problem(BaseModel):
     detail: str
     error: str
     request_id: str = ""
+
+
+def docs(asked: HTTPConnection) -> str:
+    """Where the documentation is, behind a proxy too."""
+    return f"{asked.scope['root_path']}/docs"
 
 
 def reference(model: type[BaseModel]) -> dict[str, str]:

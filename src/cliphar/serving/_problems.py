@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from cliphar.errors import ClipharError, MediaError, UsageError
-from cliphar.serving._document import PROBLEM
+from cliphar.serving._document import PROBLEM, docs
 
 __all__ = ["ProblemError", "add_problem_handlers", "problem_response", "refusal", "said"]
 
@@ -55,7 +55,7 @@ def refusal(error: HTTPException) -> JSONResponse:
     return problem_response(error.status_code, str(error.detail), dict(error.headers or {}), more)
 
 
-def said(error: ValidationException | ValidationError, see: str = "/docs") -> str:
+def said(error: ValidationException | ValidationError, see: str) -> str:
     """The first thing that is wrong with what was sent, and where."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"]) or "the body"
@@ -68,22 +68,22 @@ def add_problem_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
         if error.status_code == 404 and not isinstance(error, ProblemError):
-            return problem_response(404, f"there is no path {request.url.path[:200]}; see /docs")
+            return problem_response(404, f"there is no path {request.url.path[:200]}; see {docs(request)}")
         return refusal(error)
 
     @app.exception_handler(ClipharError)
     async def cannot(_request: Request, error: ClipharError) -> JSONResponse:
         if isinstance(error, MediaError | UsageError):
             return problem_response(422, str(error))
-        structlog.get_logger().error("failed", error=str(error))  # no fault of who asks: the operator must know
+        structlog.get_logger().error("failed", error=str(error))  # the operator must know
         return problem_response(500, str(error))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         if error.errors()[0]["loc"] == ("body",) and "json" not in request.headers.get("content-type", ""):
             return problem_response(415, "send JSON, and say so: -H 'Content-Type: application/json'")
-        return problem_response(422, said(error))
+        return problem_response(422, said(error, docs(request)))
 
     @app.exception_handler(WebSocketRequestValidationError)
     async def no_stream(websocket: WebSocket, error: WebSocketRequestValidationError) -> None:
-        await websocket.send_denial_response(problem_response(422, said(error)))
+        await websocket.send_denial_response(problem_response(422, said(error, docs(websocket))))
