@@ -15,7 +15,9 @@ import time
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -588,6 +590,19 @@ def test_each_list_keeps_what_was_changed(script: AppTest) -> None:
     script.selectbox(key="photo_list").set_value("Sports").run()
     script.selectbox(key="photo_list").set_value("Kitchen").run()
     assert script.multiselect(key="photo_actions").value == longer
+
+
+def test_heic_is_taken_where_it_can_be_read(script: AppTest, monkeypatch: pytest.MonkeyPatch) -> None:
+    def types() -> list[str]:
+        (field,) = script.run().get("file_uploader")
+        return list(field.proto.type)
+
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    assert ".heic" not in types()
+    there = ModuleType("pillow_heif")
+    there.__spec__ = ModuleSpec("pillow_heif", None)
+    monkeypatch.setitem(sys.modules, "pillow_heif", there)
+    assert ".heic" in types()
 
 
 def test_a_taught_name_may_have_a_comma(script: AppTest) -> None:

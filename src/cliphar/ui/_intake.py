@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from urllib.parse import urlsplit
 
 import streamlit as st
@@ -20,7 +21,7 @@ NO_CAMERA = (
 
 
 def take_in(shelf: str) -> None:
-    """Ways to bring photos in; what is refused is said below them."""
+    """Ways to bring photos in; what is refused is said below."""
     state = st.session_state
     key = f"{shelf}_upload_{state.get(f'{shelf}_round', 0)}"
     seen: dict[str, str] = state.setdefault(f"{shelf}_seen", {})
@@ -36,7 +37,7 @@ def take_in(shelf: str) -> None:
     with files:
         uploads = st.file_uploader(
             "Drop photos here, or choose them",
-            type=_TYPES,
+            type=_TYPES + ["heic", "heif"] * bool(find_spec("pillow_heif")),
             accept_multiple_files=True,
             max_upload_size=_MAX_MB,
             key=key,
@@ -53,17 +54,14 @@ def take_in(shelf: str) -> None:
     if shot and shot.file_id != state.get(f"{shelf}_last"):
         pasted.append((shot.name, shot.getvalue()))
     digests, refused = add_photos(shelf, [(file.name, file.getvalue()) for file in new] + pasted)
+    refused += [f"{plain(name)} was left out: it is over {_MAX_MB} MB. Make it smaller first." for name in large]
     for line in refused:
         st.error(line, icon=":material/error:")
     # only now: another run may have begun in place of this one at any line above
     known = seen | {file.file_id: digest for file, digest in zip(new, digests, strict=False)}
-    # what was uploaded before another page was shown is in the field no more
+    # what was uploaded before another page was shown has left the field
     state[f"{shelf}_seen"] = {file.file_id: known[file.file_id] for file in uploads}
     state[f"{shelf}_last"] = shot and shot.file_id
-    for name in large:
-        st.error(
-            f"{plain(name)} was left out: it is over {_MAX_MB} MB. Make it smaller first.", icon=":material/error:"
-        )
 
 
 def gives_camera() -> bool:
