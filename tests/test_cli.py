@@ -233,6 +233,8 @@ WRONG = {
     "a plot's kind": ["bench", "--plot", "a.nonsense"],
     "serve at no address": ["serve", "--host", ""],
     "a page at no address": ["app", "--host", ""],
+    "a page's origin without https": ["serve", "--cors", "page.example"],
+    "a page's path": ["serve", "--cors", "https://page.example/app"],
 }
 
 

@@ -308,7 +308,7 @@ def test_keys_and_rates(clean_env: dict[str, str], tmp_path: Path) -> None:
     with keys.open("a") as more:
         more.write(f"zoë {hashlib.sha256('schlüssel'.encode()).hexdigest().upper()}\n")  # as PowerShell has it
     page = {"origin": "http://page.example", "access-control-request-method": "GET"}
-    with serving(clean_env, "--api-keys", str(keys), "--rate", "3", "--cors", page["origin"] + "/") as (url, _):
+    with serving(clean_env, "--api-keys", str(keys), "--rate", "3", "--cors", "http://Page.example/") as (url, _):
         assert httpx.get(f"{url}/livez").status_code == 200
         asked = httpx.options(f"{url}/v1/models", headers=page | {"access-control-request-headers": "x-api-key"})
         assert (asked.status_code, asked.headers["access-control-allow-headers"]) == (200, "x-api-key")

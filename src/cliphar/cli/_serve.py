@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from contextlib import nullcontext
 from importlib.util import find_spec
@@ -15,6 +16,14 @@ from cliphar.cli._options import Host, Model, Provider, RootPath, Runtime, Threa
 from cliphar.errors import UsageError
 
 __all__ = ["serve"]
+
+
+def _origins(given: str) -> tuple[str, ...]:
+    origins = tuple(origin for one in given.split(",") if (origin := one.strip().rstrip("/").lower()))
+    for origin in origins:  # one that is written otherwise than by browsers would match none
+        if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\s]+", origin):
+            raise UsageError(f"--cors: {origin!r} is no page's origin; one is like https://page.example, and * is all")
+    return origins
 
 
 def serve(
@@ -112,7 +121,7 @@ def serve(
             max_labels=max_labels,
             api_keys=api_keys,
             rate_per_minute=rate,
-            cors_origins=tuple(origin for one in (cors or "").split(",") if (origin := one.strip().rstrip("/"))),
+            cors_origins=_origins(cors or ""),
             root_path=root_path,
             image_urls=image_urls,
             **given,
