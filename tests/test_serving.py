@@ -246,6 +246,7 @@ def test_vocabularies_and_actions_are_kept(api: str, photos: list[Path], samples
         assert "being a cat" not in client.model()["labels"]
     assert httpx.delete(f"{api}/v1/labels/mine").status_code == 204
     assert problem(httpx.delete(f"{api}/v1/labels/mine"), 404)
+    assert problem(httpx.put(f"{api}/v1/labels/%20", json=["a"]), 422)
 
 
 def test_a_name_that_no_path_leads_to_is_refused_by_the_client(api: str, photos: list[Path]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, HTTPException, Path, Request, Response
-from pydantic import BaseModel, FailFast, Field
+from pydantic import BaseModel, FailFast, Field, StringConstraints
 
 from cliphar.bundle import Metrics
 from cliphar.errors import MediaError, UsageError
@@ -30,7 +30,9 @@ from cliphar.serving._service import Service, TheService
 __all__ = ["router"]
 
 router = APIRouter(prefix="/v1", tags=["recognition"], responses=PROBLEM_RESPONSES)
-_Name = Annotated[str, Path(min_length=1, max_length=200, pattern=r"^[^/\x00-\x1f]+$")]
+_Name = Annotated[
+    str, StringConstraints(strip_whitespace=True), Path(min_length=1, max_length=200, pattern=r"^[^/\x00-\x1f]+$")
+]
 
 
 class Embedding(BaseModel):

@@ -150,7 +150,7 @@ class Service:
         if size > (most := self.settings.max_labels * (MAX_LABEL_LENGTH + 1)):  # else to look at them takes seconds
             raise ProblemError(422, f"labels of {size:,} characters are too many; at most {most:,}")
         if isinstance(labels, str):
-            labels = self.state.vocabularies.get(labels) or labels.split(",")
+            labels = self.state.vocabularies.get(labels.strip()) or labels.split(",")
         chosen = clean_labels(labels)
         if len(chosen) > self.settings.max_labels:
             raise ProblemError(422, f"{len(chosen)} labels are too many; at most {self.settings.max_labels}")
