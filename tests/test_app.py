@@ -32,6 +32,7 @@ from cliphar.client import Client
 from cliphar.errors import ClipharError, DataError, MediaError, UsageError
 from cliphar.evaluation import Evaluation, analyse
 from cliphar.labels import clean_labels, vocabularies
+from cliphar.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from cliphar.recognizer import Prediction, Recognizer, Score, load
 from cliphar.ui._backend import Photo
 from cliphar.ui._camera import Camera
@@ -40,7 +41,7 @@ from cliphar.ui._launch import ice_servers, launch
 from cliphar.ui._remote import RemoteBackend
 from cliphar.ui._show import spreadsheet
 from cliphar.ui._speed import measure_round_trips
-from cliphar.ui._video import _clock
+from cliphar.ui._video import _TYPES, _clock
 from serving_process import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -602,7 +603,11 @@ def test_heic_is_taken_where_it_can_be_read(script: AppTest, monkeypatch: pytest
     there = ModuleType("pillow_heif")
     there.__spec__ = ModuleSpec("pillow_heif", None)
     monkeypatch.setitem(sys.modules, "pillow_heif", there)
-    assert ".heic" in types()
+    assert set(types()) == IMAGE_SUFFIXES
+
+
+def test_any_video_is_taken() -> None:
+    assert {f".{one}" for one in _TYPES} == VIDEO_SUFFIXES - IMAGE_SUFFIXES
 
 
 def test_a_taught_name_may_have_a_comma(script: AppTest) -> None:

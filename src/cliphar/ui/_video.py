@@ -15,7 +15,7 @@ import streamlit as st
 from PIL import Image
 
 from cliphar.errors import MediaError, UsageError
-from cliphar.media import decode_image
+from cliphar.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, decode_image
 from cliphar.timeline import Progress, Segment, Timeline, annotate, colours, contact_sheet, to_csv, to_webvtt
 from cliphar.ui._components import plain
 from cliphar.ui._session import backend, choose, sample_photos, use_first_list
@@ -23,7 +23,7 @@ from cliphar.ui._show import spreadsheet
 
 __all__ = ["video_page"]
 
-_TYPES = ["mp4", "mov", "mkv", "webm", "avi", "m4v", "mpg", "mpeg", "ts", "3gp", "wmv", "ogv"]
+_TYPES = sorted(one[1:] for one in VIDEO_SUFFIXES - IMAGE_SUFFIXES)
 _MAX_MB = 60  # a service takes 64 MB in all
 
 
