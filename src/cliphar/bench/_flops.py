@@ -19,20 +19,12 @@ def count_flops(model: onnx.ModelProto, size: int) -> float:
         model: a float graph, ``images`` uint8 [N,size,size,3]. It is run once to learn every shape.
         size: the side of a photo in pixels.
     """
-    import onnx
-    import onnxruntime
+    from cliphar.export import tapped_session  # imported here: a worker must not have torch in its memory
 
     nodes = [node for node in model.graph.node if node.op_type in ("Conv", "MatMul", "Gemm")]
     constants = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     names = sorted({name for node in nodes for name in (*node.input[:2], node.output[0])} - set(constants))
-    kept = {output.name for output in model.graph.output}
-    tapped = onnx.ModelProto()
-    tapped.CopyFrom(model)
-    tapped.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names if name not in kept)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(tapped.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    values = session.run(names, {"images": np.zeros((1, size, size, 3), np.uint8)})
+    values = tapped_session(model, names).run(names, {"images": np.zeros((1, size, size, 3), np.uint8)})
     shapes = constants | {name: value.shape for name, value in zip(names, values, strict=True)}
     total = 0.0
     for node in nodes:

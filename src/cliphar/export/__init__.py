@@ -6,6 +6,7 @@ from cliphar.export._image import compress_weights, export_image_tower
 from cliphar.export._layouts import LAYOUTS, write_layout
 from cliphar.export._open_clip import OPEN_CLIP_NAMES, export_clip_text, open_clip_bundle, pull_open_clip
 from cliphar.export._photos import Proof, read_proof
+from cliphar.export._quantize import tapped_session
 from cliphar.export._targets import TARGETS
 from cliphar.export._teacher import TEACHER_SIZE, export_teacher_graph, teacher_tensors
 from cliphar.export._text import export_text_tower, quantize_sentence_encoder
@@ -28,6 +29,7 @@ __all__ = [
     "pull_open_clip",
     "quantize_sentence_encoder",
     "read_proof",
+    "tapped_session",
     "teacher_tensors",
     "write_layout",
 ]

@@ -6,21 +6,27 @@ import contextlib
 import io
 import logging
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+if TYPE_CHECKING:
+    import onnxruntime
+
 __all__ = [
+    "bias_shifts",
     "correct_biases",
     "drop_unused",
     "quantize",
     "quantize_within",
     "round_weights",
     "sensitivity",
+    "tapped_session",
     "weight_axes",
 ]
 
@@ -50,23 +56,38 @@ def round_weights(weights: NDArray[np.float32], axis: int) -> tuple[NDArray[np.f
 
 
 def correct_biases(
-    model: onnx.ModelProto, photos: NDArray[np.uint8], float_nodes: Collection[str] = ()
+    model: onnx.ModelProto,
+    photos: NDArray[np.uint8],
+    float_nodes: Collection[str] = (),
+    shifts: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> onnx.ModelProto:
     """The graph with biases that make up for what rounding its weights to 8 bits adds on average.
 
     Of each convolution but ``float_nodes``, which will not be rounded, over ``photos``, uint8 [N,S,S,3] (Nagel et al.,
-    2019, https://arxiv.org/abs/1906.04721). Weights that are rounded already lose nothing, and their biases stay.
+    2019, https://arxiv.org/abs/1906.04721). ``shifts`` is what :func:`bias_shifts` found of the two, if that is known.
     """
+    if shifts is None:
+        shifts = bias_shifts(model, photos)
     result = onnx.ModelProto()
     result.CopyFrom(model)
-    constants = {tensor.name: tensor for tensor in result.graph.initializer}
+    biases = {tensor.name: tensor for tensor in result.graph.initializer}
+    for node in model.graph.node:
+        if node.name in shifts and node.name not in float_nodes:
+            bias = biases[node.input[2]]
+            bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + shifts[node.name], bias.name))
+    return result
+
+
+def bias_shifts(model: onnx.ModelProto, photos: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+    """What rounding each convolution's weights takes off its outputs on average, float32 [O]; 0 if they are rounded."""
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
     layers = [
         node
         for node in model.graph.node
         if node.op_type == "Conv" and len(node.input) == 3 and {*node.input[1:]} <= constants.keys()
-        if node.name not in float_nodes
     ]
     means = _mean_inputs(model, sorted({node.input[0] for node in layers}), photos) if layers else {}
+    shifts = {}
     for node in layers:
         weights = numpy_helper.to_array(constants[node.input[1]])
         whole, scale = round_weights(weights, 0)
@@ -74,30 +95,36 @@ def correct_biases(
         lost[np.abs(lost) < 1e-4 * scale] = 0
         lost = lost.sum(tuple(range(2, lost.ndim)))  # [O,I/G] of G groups
         mean = means[node.input[0]].reshape(-1, 1, lost.shape[1])
-        missing = (lost.reshape(len(mean), -1, lost.shape[1]) * mean).sum(-1).reshape(-1)
-        bias = constants[node.input[2]]
-        bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + missing, bias.name))
-    return result
+        shifts[node.name] = (lost.reshape(len(mean), -1, lost.shape[1]) * mean).sum(-1).reshape(-1)
+    return shifts
 
 
 def _mean_inputs(model: onnx.ModelProto, names: list[str], photos: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
     """The mean over ``photos`` and places, float32 [C], of values [N,C,...] within the graph."""
-    import onnxruntime
-
-    tapped = onnx.ModelProto()
-    tapped.CopyFrom(model)
     wanted = [f"{name}_mean" for name in names]
-    for name, mean in zip(names, wanted, strict=True):
-        tapped.graph.node.append(helper.make_node("GlobalAveragePool", [name], [mean]))
-        tapped.graph.output.append(helper.make_empty_tensor_value_info(mean))
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(tapped.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    pools = [helper.make_node("GlobalAveragePool", [name], [mean]) for name, mean in zip(names, wanted, strict=True)]
+    session = tapped_session(model, wanted, pools)
     sums: dict[str, NDArray[np.float32]] = {name: np.zeros(1, np.float32) for name in names}
     for at in range(0, len(photos), 8):
         for name, found in zip(names, session.run(wanted, {"images": photos[at : at + 8]}), strict=True):
             sums[name] = sums[name] + found.reshape(*found.shape[:2], -1).mean(2).sum(0)
     return {name: (total / len(photos)).astype(np.float32) for name, total in sums.items()}
+
+
+def tapped_session(
+    model: onnx.ModelProto, names: Sequence[str], nodes: Sequence[onnx.NodeProto] = ()
+) -> onnxruntime.InferenceSession:
+    """A session on the CPU of the graph with ``nodes`` added, which also answers the values ``names`` within it."""
+    import onnxruntime
+
+    tapped = onnx.ModelProto()
+    tapped.CopyFrom(model)
+    tapped.graph.node.extend(nodes)
+    answered = {output.name for output in model.graph.output}
+    tapped.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names if name not in answered)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(tapped.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 class _Reader:
@@ -109,11 +136,17 @@ class _Reader:
 
 
 def quantize(
-    model: onnx.ModelProto, images: NDArray[np.uint8], float_nodes: Sequence[str] = (), *, symmetric: bool = False
+    model: onnx.ModelProto,
+    images: NDArray[np.uint8],
+    float_nodes: Sequence[str] = (),
+    *,
+    symmetric: bool = False,
+    shifts: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> onnx.ModelProto:
     """Weights in int8 for each channel, biases corrected, activations in uint8 by their range over ``images``.
 
-    ``symmetric`` activations are int8 around zero, without zero points: TensorRT takes no others.
+    ``symmetric`` activations are int8 around zero, without zero points: TensorRT takes no others. ``shifts``: see
+    :func:`correct_biases`.
 
     Of matrix products only those by constant weights; their outputs stay float, since what follows (residuals,
     normalisation, attention) is not quantised. The first convolution stays float: it costs little time, and its
@@ -126,7 +159,7 @@ def quantize(
     noisy = logging.root.manager.disable
     with tempfile.TemporaryDirectory() as work, contextlib.redirect_stdout(io.StringIO()):
         source, target = Path(work) / "float.onnx", Path(work) / "int8.onnx"
-        onnx.save(correct_biases(model, images, kept), source)
+        onnx.save(correct_biases(model, images, kept, shifts), source)
         try:
             logging.disable(logging.WARNING)
             quantize_static(
@@ -193,13 +226,14 @@ def quantize_within(
     Returns:
         The graph (the last tried if none was good), and the names of the layers in float.
     """
-    quantised = quantize(model, images, symmetric=symmetric)
+    shifts = bias_shifts(model, images)  # once for all tries
+    quantised = quantize(model, images, symmetric=symmetric, shifts=shifts)
     if loss(quantised) is None:
         return quantised, []
     ranked = sensitivity(model, images[:4])
     kept = 1
     while kept <= len(ranked) // 2:
-        quantised = quantize(model, images, ranked[:kept], symmetric=symmetric)
+        quantised = quantize(model, images, ranked[:kept], symmetric=symmetric, shifts=shifts)
         if loss(quantised) is None:
             break
         kept *= 2
@@ -208,18 +242,10 @@ def quantize_within(
 
 def sensitivity(model: onnx.ModelProto, images: NDArray[np.uint8]) -> list[str]:
     """Layers with constant weights, worst first: the relative error of each one's output from rounding its input."""
-    import onnxruntime
-
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     layers = [node for node in model.graph.node if node.op_type in _WEIGHED and node.input[1] in constants]
     names = sorted({node.input[0] for node in layers})
-    tapped = onnx.ModelProto()
-    tapped.CopyFrom(model)
-    tapped.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(tapped.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    inputs = dict(zip(names, session.run(names, {"images": images}), strict=True))
+    inputs = dict(zip(names, tapped_session(model, names).run(names, {"images": images}), strict=True))
     errors = {}
     for node in layers:
         x = inputs[node.input[0]]
@@ -227,27 +253,27 @@ def sensitivity(model: onnx.ModelProto, images: NDArray[np.uint8]) -> list[str]:
         scale = (high - low) / 255
         zero = round(-low / scale)
         rounded = ((np.clip(np.round(x / scale) + zero, 0, 255) - zero) * scale).astype(np.float32)
-        exact, off = (_run_node(node, constants, value) for value in (x, rounded))
+        exact, off = _run_node(node, constants, (x, rounded))
         errors[node.name] = float(np.linalg.norm(off - exact) / (np.linalg.norm(exact) + 1e-12))
     return sorted(errors, key=lambda name: -errors[name])
 
 
 def _run_node(
-    node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], value: NDArray[np.float32]
-) -> NDArray[np.float32]:
+    node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], values: Sequence[NDArray[np.float32]]
+) -> list[NDArray[np.float32]]:
+    """What one layer makes of each of ``values``, which are of one shape."""
     if node.op_type == "MatMul":
-        product: NDArray[np.float32] = value @ numpy_helper.to_array(constants[node.input[1]])
-        return product
+        weights = numpy_helper.to_array(constants[node.input[1]])
+        return [value @ weights for value in values]
     import onnxruntime
 
     graph = helper.make_graph(
         [node],
         "one layer",
-        [helper.make_tensor_value_info(node.input[0], onnx.TensorProto.FLOAT, value.shape)],
-        [helper.make_tensor_value_info(node.output[0], onnx.TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info(node.input[0], TensorProto.FLOAT, values[0].shape)],
+        [helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, None)],
         [constants[name] for name in node.input[1:] if name],
     )
     single = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     session = onnxruntime.InferenceSession(single.SerializeToString(), providers=["CPUExecutionProvider"])
-    result: NDArray[np.float32] = session.run(None, {node.input[0]: value})[0]
-    return result
+    return [session.run(None, {node.input[0]: value})[0] for value in values]
