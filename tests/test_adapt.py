@@ -195,11 +195,11 @@ def test_actions_are_told_apart_better_and_an_interrupted_run_goes_on(
         sports=[],
         held_out=[],
         sha256="0" * 64,
+        folder=tmp_path,
         _pixels=pixels,
         _offsets=np.arange(count + 1) * photos[0].size,
         _shapes=np.array([photos[0].shape] * count),
     )
-    (tmp_path / "0000000000000000").mkdir()
     recipe = SpaceRecipe.model_validate(
         {
             "kind": "space",
@@ -233,7 +233,7 @@ def test_actions_are_told_apart_better_and_an_interrupted_run_goes_on(
         np.testing.assert_allclose(again[name], value, atol=1e-5)
     assert not list(tmp_path.rglob("*.ckpt"))
     tower = ClipTower(tensors, 1)
-    tokens, seen = keep_tokens(tower, corpus, np.arange(count), 1.0, "small", tmp_path, said.append)
+    tokens, seen = keep_tokens(tower, corpus, np.arange(count), 1.0, "small", said.append)
     assert np.allclose((seen * look(tower, photos)).sum(1), 1, atol=1e-3)
     assert tokens.shape == (count, 17, WIDTH)
     maps = token_maps(tokens)

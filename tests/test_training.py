@@ -281,6 +281,7 @@ def _corpus(photos: list[Path], labels: list[str]) -> Corpus:
         sports=labels[-1:],
         held_out=labels[-1:],
         sha256="",
+        folder=Path(),
         _pixels=np.stack(crops).ravel(),
         _offsets=np.arange(len(crops) + 1) * 80 * 80 * 3,
         _shapes=np.array([(80, 80, 3)] * len(crops)),

@@ -37,7 +37,11 @@ def _threshold(calibration: Calibration, coverage: float) -> float:
 
 
 def to_predictions(
-    cosines: NDArray[np.float32], labels: tuple[str, ...], calibration: Calibration, top_k: int, coverage: float
+    cosines: NDArray[np.float32],
+    labels: tuple[str, ...],
+    calibration: Calibration,
+    top_k: int = 5,
+    coverage: float = 0.9,
 ) -> list[Prediction]:
     """One prediction a row of cosines, float [N,C]."""
     bound = _threshold(calibration, coverage)

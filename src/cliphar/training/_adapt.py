@@ -56,7 +56,7 @@ def adapt(
     torch.manual_seed(recipe.seed)
     tower = ClipTower(tensors, how.layers)
     rows = np.concatenate([corpus.select(part=TRAIN), corpus.select(source="actions", part=VAL)])
-    tokens, before = look(tower, corpus, rows, recipe.teacher.max_aspect, how.layers, recipe.data.cache, log)
+    tokens, before = look(tower, corpus, rows, recipe.teacher.max_aspect, how.layers, log)
     targets = corpus.targets(rows, corpus.actions)
     train, val = corpus.part[rows] == TRAIN, corpus.part[rows] == VAL
     acted, others = np.flatnonzero(train & (targets >= 0)), np.flatnonzero(train & (targets < 0))
@@ -92,7 +92,7 @@ def adapt(
         away = (tuned.vectors - words).pow(2).sum(1).mean()
         return cast(Tensor, entropy + how.keep * left + recipe.head.pull * away)
 
-    checkpoint = recipe.data.cache / corpus.sha256[:16] / f"{recipe.name}.ckpt"
+    checkpoint = corpus.folder / f"{recipe.name}.ckpt"
     settings = recipe.model_dump(mode="json", include={"seed", "head", "adapt"})
     identity = hashlib.sha256(json.dumps([settings, corpus.part.tolist()]).encode() + before.tobytes()).hexdigest()
     state = load_checkpoint(checkpoint)

@@ -27,7 +27,8 @@ class Corpus:
     """N photos in the order captioned, sports, actions.
 
     ``labels`` are their labels or None, ``captions`` theirs or (), ``part`` int64 [N] is TRAIN, VAL or TEST;
-    photos of ``held_out`` sports are never TRAIN. ``sha256`` digests the sources.
+    photos of ``held_out`` sports are never TRAIN. ``sha256`` digests the sources; ``folder`` keeps what
+    is computed of the photos.
     """
 
     keys: list[str]
@@ -39,6 +40,7 @@ class Corpus:
     sports: list[str]
     held_out: list[str]
     sha256: str
+    folder: Path
     _pixels: NDArray[np.uint8]
     _offsets: NDArray[np.int64]
     _shapes: NDArray[np.int64]
@@ -104,6 +106,7 @@ def build_corpus(recipe: DataRecipe, log: Callable[[str], None]) -> Corpus:
         sports=sports,
         held_out=held_out,
         sha256=sha,
+        folder=folder,
         _pixels=np.load(folder / "pixels.npy", mmap_mode="r"),
         _offsets=index["offsets"],
         _shapes=index["shapes"],

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
 from cliphar.data import PhotoSet, load_photos, open_source
@@ -20,6 +21,7 @@ from cliphar.media import to_square
 from cliphar.models import WEIGHTS_FILE, Towers, load_towers, save_weights
 from cliphar.training._batches import Batches, TrainItems, stack_views
 from cliphar.training._contrast import ContrastObjective, Losses
+from cliphar.training._finish import bias_photos
 from cliphar.training._job import TRAIN, VAL, Job, Outcome
 from cliphar.training._loop import Run, fit, pick_device, stop_on_signals
 from cliphar.training._method_recipe import GradientRecipe
@@ -185,8 +187,6 @@ class _Validation:
 
 def _views(job: Job, rows: NDArray[np.int64], size: int) -> list[NDArray[np.uint8]]:
     """The frames of each photo or clip, uint8 [T,size,size,3], as they will be served."""
-    from PIL import Image
-
     aspect = job.bundle.info.image.max_aspect
     return [
         np.stack([to_square(Image.fromarray(frame), size, aspect) for frame in job.photos.frames(int(i))]) for i in rows
@@ -225,7 +225,7 @@ def _export(towers: Towers, job: Job) -> dict[str, Path | bytes]:
     image = export_image_tower(towers.image, size)
     files: dict[str, Path | bytes] = {WEIGHTS_FILE: save_weights(towers)}
     if towers.text is None:
-        image = compress_weights(image, np.concatenate(_views(job, rows[:: -(-len(rows) // 64)], size)))
+        image = compress_weights(image, np.concatenate(_views(job, bias_photos(rows), size)))
     else:
         files["text.onnx"] = export_clip_text(towers.text, job.bundle.info.text.context_length).SerializeToString()
     return files | {"image.onnx": image.SerializeToString()}

@@ -16,7 +16,6 @@ from safetensors.numpy import save
 from cliphar.bundle import (
     Bundle,
     Calibration,
-    Metrics,
     Provenance,
     Source,
     VideoSpec,
@@ -30,19 +29,17 @@ from cliphar.evaluation import (
     analyse,
     compare,
     confident_mistakes,
-    evaluate,
     fit_calibration,
 )
+from cliphar.models import WEIGHTS_FILE
 from cliphar.recognizer import BACKGROUND_FILE, TAUGHT_FILE, Prediction, Recognizer, fit_background, to_predictions
 from cliphar.runtime import OnnxRuntime
+from cliphar.training._finish import BACKGROUND_PHOTOS, measured, provenance
 from cliphar.training._job import TEST, TRAIN, VAL, Job, Outcome, embed_rows
 from cliphar.training._loop import pick_device
 from cliphar.training._method_recipe import GradientRecipe, TemporalRecipe
-from cliphar.training._provenance import provenance
 
 __all__ = ["package"]
-
-_BACKGROUND_PHOTOS = 1200
 
 
 def package(job: Job, outcome: Outcome) -> tuple[Bundle, Evaluation]:
@@ -55,7 +52,7 @@ def package(job: Job, outcome: Outcome) -> tuple[Bundle, Evaluation]:
     """
     info, base = job.bundle.info, job.bundle
     same_towers = "image.onnx" not in outcome.files
-    kept = ("image.onnx", "text.onnx", "tokenizer.json", "weights.safetensors", BACKGROUND_FILE)
+    kept = ("image.onnx", "text.onnx", "tokenizer.json", WEIGHTS_FILE, BACKGROUND_FILE)
     files: dict[str, Path | bytes] = {
         name: base.file(name)
         for name in info.files
@@ -84,7 +81,7 @@ def package(job: Job, outcome: Outcome) -> tuple[Bundle, Evaluation]:
         val, test = (_features(job, trained, part, same_towers) for part in (VAL, TEST))
         words = trained.embed_words(job.labels)
         if not same_towers or BACKGROUND_FILE not in info.files:
-            some = np.random.default_rng(0).permutation(job.rows(TRAIN))[:_BACKGROUND_PHOTOS]
+            some = np.random.default_rng(0).permutation(job.rows(TRAIN))[:BACKGROUND_PHOTOS]
             files[BACKGROUND_FILE] = fit_background(embed_rows(trained, job.photos, some)).to_bytes()
     truth = {part: job.targets[job.rows(part)] for part in (VAL, TEST)}
     known = fit_calibration(val @ outcome.vectors.T, truth[VAL])
@@ -101,7 +98,9 @@ def package(job: Job, outcome: Outcome) -> tuple[Bundle, Evaluation]:
         "start": f"the same photos by {info.name}, which training started from",
     }
     named = [job.labels[t] for t in truth[TEST]]
-    metrics = {kind: _measure(job, answers[kind], named, what) for kind, what in descriptions.items()}
+    metrics = {
+        kind: measured(answers[kind], named, f"{len(job.labels)} labels, {what}") for kind, what in descriptions.items()
+    }
     evaluation = Evaluation(
         model=job.recipe.name,
         data=f"the test part of {Path(job.recipe.data.source).name}",
@@ -112,8 +111,8 @@ def package(job: Job, outcome: Outcome) -> tuple[Bundle, Evaluation]:
     files[EVALUATION_FILE] = json.dumps(evaluation.to_dict(), ensure_ascii=False).encode()
     if same_towers and "open" in info.metrics:
         metrics["open"] = info.metrics["open"]
-    for name, measured in metrics.items():
-        job.around.log(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in measured.values.items()))
+    for name, figures in metrics.items():
+        job.around.log(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in figures.values.items()))
     finished = draft.model_copy(update={"known": known, "open": unseen, "metrics": metrics})
     return write_bundle(job.recipe.output, finished, files, overwrite=True), evaluation
 
@@ -139,13 +138,7 @@ def _features(job: Job, trained: Recognizer, part: int, same_towers: bool) -> ND
 
 
 def _answers(job: Job, cosines: NDArray[np.float32], calibration: Calibration) -> list[Prediction]:
-    return to_predictions(cosines, job.labels, calibration, 5, 0.9)
-
-
-def _measure(job: Job, answers: list[Prediction], truth: list[str], what: str) -> Metrics:
-    values = evaluate(answers, truth).to_dict()
-    count = int(values.pop("n"))
-    return Metrics(description=f"{len(job.labels)} labels, {what}", n=count, values=dict(values))
+    return to_predictions(cosines, job.labels, calibration)
 
 
 def _mistakes(job: Job, answers: list[Prediction], truth: list[str]) -> list[Mistake]:

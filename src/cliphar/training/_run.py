@@ -27,7 +27,7 @@ from cliphar.bundle import (
     find_bundle,
     write_bundle,
 )
-from cliphar.evaluation import evaluate, fit_calibration
+from cliphar.evaluation import fit_calibration
 from cliphar.export import (
     TEACHER_SIZE,
     compress_weights,
@@ -45,8 +45,8 @@ from cliphar.training._adapt import adapt
 from cliphar.training._corpus import TEST, TRAIN, VAL, Corpus, build_corpus
 from cliphar.training._distill import DistillData, distill, embed, soft_labels
 from cliphar.training._fetch import fetch_imagenet, fetch_sentence_encoder
+from cliphar.training._finish import BACKGROUND_PHOTOS, bias_photos, measured, provenance
 from cliphar.training._head import train_head
-from cliphar.training._provenance import provenance
 from cliphar.training._recipe import MiniRecipe, SpaceRecipe
 from cliphar.training._sources import LIMITS, MINI_SOURCES, SPACE_SOURCES
 from cliphar.training._teacher import look, teacher_embeddings, teacher_weights, token_maps
@@ -62,7 +62,6 @@ TEMPLATES = (
     "an action photo of {}",
     "a person {}",
 )
-_BACKGROUND_PHOTOS = 1200
 _CHANGES = "changes.safetensors"  # of a space's tower: what a student's teacher is made of
 _UNFITTED = Calibration(logit_scale=50.0, conformal=((0.9, 1.0),), unknown_below=-1.0, photos=1)
 Log = Callable[[str], None]
@@ -75,14 +74,14 @@ def run(recipe: SpaceRecipe | MiniRecipe, log: Log) -> Bundle:
 
 
 def _space(recipe: SpaceRecipe, corpus: Corpus, log: Log) -> Bundle:
-    teacher = teacher_embeddings(corpus, recipe.teacher, recipe.data.cache, log)
+    weights = teacher_weights(recipe.teacher, recipe.data.cache, log)
+    teacher = teacher_embeddings(corpus, weights, recipe.teacher.max_aspect, log)
     sentence_graph, tokenizer = build_sentences(recipe.text, fetch_sentence_encoder(recipe.text.encoder, log), corpus)
     sentences = Sentences(sentence_graph, tokenizer, recipe.text.context_length)
     trained = [label for label in corpus.sports if label not in corpus.held_out] + corpus.actions
     projection = train_projection(corpus, teacher, sentences, recipe.text, trained, recipe.seed, log)
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    weights = teacher_weights(recipe.teacher, recipe.data.cache, log)
     files: dict[str, Path | bytes] = {
         "image.onnx": export_teacher_graph(weights).SerializeToString(),
         weights.name: weights,
@@ -117,7 +116,7 @@ def _mini(recipe: MiniRecipe, corpus: Corpus, log: Log) -> Bundle:
     large = ClipTower(teacher_tensors(teacher_weights(recipe.teacher, recipe.data.cache, log)), 1)
     large.apply_changes(load_file(space.file(_CHANGES)))
     which = space.info.files[_CHANGES].sha256
-    tokens, teacher = look(large, corpus, rows, recipe.teacher.max_aspect, which, recipe.data.cache, log)
+    tokens, teacher = look(large, corpus, rows, recipe.teacher.max_aspect, which, log)
     met = [label for label in corpus.sports if label not in corpus.held_out]
     trained = corpus.actions + met
     vectors = np.concatenate([texts.embed_labels(corpus.actions), texts.embed_labels(met)])  # the actions' as trained
@@ -148,7 +147,7 @@ def _mini(recipe: MiniRecipe, corpus: Corpus, log: Log) -> Bundle:
         unseen = (sports == corpus.targets(val[~known], corpus.held_out)).mean()
         return f"actions {hits:.3f} unseen sports {unseen:.3f}"
 
-    checkpoint = recipe.data.cache / corpus.sha256[:16] / f"{recipe.name}.ckpt"
+    checkpoint = corpus.folder / f"{recipe.name}.ckpt"
     settings = recipe.model_dump(mode="json", exclude={"output", "description", "space", "data", "head"})
     space_files = [space.info.files[name].sha256 for name in ("text.onnx", "head.safetensors", _CHANGES)]
     decides = json.dumps([settings, corpus.sha256, corpus.part.tolist(), space_files])
@@ -162,7 +161,7 @@ def _mini(recipe: MiniRecipe, corpus: Corpus, log: Log) -> Bundle:
         log=log,
         validate=validate,
     )
-    photos = (Image.fromarray(corpus.photo(int(i))) for i in rows[:: -(-len(rows) // 64)])
+    photos = (Image.fromarray(corpus.photo(int(i))) for i in bias_photos(rows))
     squares = np.stack([to_square(photo, recipe.distill.size, recipe.teacher.max_aspect) for photo in photos])
     graph = compress_weights(export_image_tower(tower, recipe.distill.size), squares).SerializeToString()
     bundle = _finish_mini(recipe, corpus, graph, space, log)
@@ -205,13 +204,6 @@ def _without_head(info: BundleInfo, files: dict[str, Path | bytes]) -> Iterator[
         yield Recognizer(bundle, OnnxRuntime(bundle))
 
 
-def _head(recipe: SpaceRecipe | MiniRecipe, corpus: Corpus, towers: Recognizer) -> NDArray[np.float32]:
-    """Class vectors, float32 [C,D], from words and TRAIN photos."""
-    rows = corpus.select(source="actions", part=TRAIN)
-    features, text = _embed(towers, corpus, rows), towers.embed_words(corpus.actions)
-    return train_head(features, corpus.targets(rows, corpus.actions), text, recipe.head, recipe.seed)
-
-
 def _finish(
     recipe: SpaceRecipe | MiniRecipe,
     corpus: Corpus,
@@ -220,41 +212,39 @@ def _finish(
     log: Log,
 ) -> Bundle:
     """Fit class vectors on TRAIN, then calibrate on VAL and measure on TEST, as the bundle will serve, and write it."""
+    rows = corpus.select(source="actions", part=TRAIN)
     with _without_head(info, files) as towers:
-        head = _head(recipe, corpus, towers)
+        features, text = _embed(towers, corpus, rows), towers.embed_words(corpus.actions)
+    head = train_head(features, corpus.targets(rows, corpus.actions), text, recipe.head, recipe.seed)
     files = files | {"head.safetensors": save({"class_vectors": head})}
     with tempfile.TemporaryDirectory() as work:
         bundle = write_bundle(Path(work) / "bundle", info, files)
         recognizer = Recognizer(bundle, OnnxRuntime(bundle))
-        parts: dict[str, tuple[list[str], NDArray[np.float32], NDArray[np.int64]]] = {}
-        for kind, labels in (("known", corpus.actions), ("open", corpus.held_out)):
+        fitted: dict[str, Calibration] = {}
+        metrics: dict[str, Metrics] = {}
+        for kind, labels, description in (
+            ("known", corpus.actions, f"the {len(corpus.actions)} known actions, photos never seen"),
+            ("open", corpus.held_out, f"{len(corpus.held_out)} sports never seen, from their names"),
+        ):
             vectors = recognizer.embed_labels(labels)
-            for part, name in ((VAL, "val"), (TEST, "test")):
-                rows = corpus.select(part=part, labels=labels)
-                cosines = _embed(recognizer, corpus, rows) @ vectors.T
-                parts[f"{kind}-{name}"] = (labels, cosines, corpus.targets(rows, labels))
+            (val, val_truth), (test, test_truth) = (
+                (_embed(recognizer, corpus, rows) @ vectors.T, corpus.targets(rows, labels))
+                for rows in (corpus.select(part=part, labels=labels) for part in (VAL, TEST))
+            )
+            fitted[kind] = fit_calibration(val, val_truth)
+            answers = to_predictions(test, tuple(labels), fitted[kind])
+            metrics[kind] = measured(answers, [labels[i] for i in test_truth], description)
+            log(f"{kind}: {metrics[kind].values}")
         captioned = corpus.select(source="captioned", part=VAL)
         sentences = recognizer.runtime.encode_text([corpus.captions[i][0] for i in captioned])
         hits = (sentences @ _embed(recognizer, corpus, captioned).T).argmax(1) == np.arange(len(captioned))
-        some = corpus.select(source="captioned")[:_BACKGROUND_PHOTOS]
+        some = corpus.select(source="captioned")[:BACKGROUND_PHOTOS]
         files[BACKGROUND_FILE] = fit_background(_embed(recognizer, corpus, some)).to_bytes()
-    known = fit_calibration(parts["known-val"][1], parts["known-val"][2])
-    unseen = fit_calibration(parts["open-val"][1], parts["open-val"][2])
-    metrics = {}
-    for kind, calibration, description in (
-        ("known", known, f"the {len(corpus.actions)} known actions, photos never seen"),
-        ("open", unseen, f"{len(corpus.held_out)} sports never seen, from their names"),
-    ):
-        labels, cosines, truth = parts[f"{kind}-test"]
-        answers = to_predictions(cosines, tuple(labels), calibration, 5, 0.9)
-        values = evaluate(answers, [labels[i] for i in truth]).to_dict()
-        metrics[kind] = Metrics(description=description, n=int(values.pop("n")), values=dict(values))
-        log(f"{kind}: {metrics[kind].values}")
     metrics["retrieval"] = Metrics(
         description="a photo found by its caption", n=len(captioned), values={"top1": round(float(hits.mean()), 6)}
     )
     log(f"retrieval: {metrics['retrieval'].values}")
-    info = info.model_copy(update={"known": known, "open": unseen, "metrics": metrics})
+    info = info.model_copy(update=fitted | {"metrics": metrics})
     return write_bundle(recipe.output, info, files, overwrite=True)
 
 

@@ -38,12 +38,10 @@ def teacher_weights(recipe: TeacherRecipe, cache: Path, log: Callable[[str], Non
 
 
 def teacher_embeddings(
-    corpus: Corpus, recipe: TeacherRecipe, cache: Path, log: Callable[[str], None]
+    corpus: Corpus, weights: Path, max_aspect: float, log: Callable[[str], None]
 ) -> NDArray[np.float32]:
     """float32 [N,512], unit length. Saved as it goes, so an interrupted run takes up where it stopped."""
-    weights = teacher_weights(recipe, cache, log)
-    key = f"teacher-{sha256_file(weights)[:8]}-{recipe.max_aspect:g}"
-    file = cache / corpus.sha256[:16] / f"{key}.npy"
+    file = corpus.folder / f"teacher-{sha256_file(weights)[:8]}-{max_aspect:g}.npy"
     count = len(corpus.keys)
     done = np.load(file) if file.exists() else np.zeros((0, 512), np.float32)
     if len(done) >= count:
@@ -57,7 +55,7 @@ def teacher_embeddings(
     parts, started, first = [done], time.perf_counter(), len(done)
     for at in range(first, count, 16):
         squares = [
-            to_square(Image.fromarray(corpus.photo(i)), TEACHER_SIZE, recipe.max_aspect)
+            to_square(Image.fromarray(corpus.photo(i)), TEACHER_SIZE, max_aspect)
             for i in range(at, min(at + 16, count))
         ]
         parts += [session.run(["embeddings"], {"images": square[None]})[0] for square in squares]
@@ -76,15 +74,14 @@ def look(
     rows: NDArray[np.int64],
     max_aspect: float,
     which: int | str,
-    cache: Path,
     log: Callable[[str], None],
 ) -> tuple[NDArray[np.int16], NDArray[np.float32]]:
     """What the tower's lower layers make of each photo, bfloat16's bits [N,T,W], and embeddings, float32 [N,D].
 
-    Both are kept in ``cache``, by the photos and by ``which`` tower it is, and taken from there if they are there.
+    Both are kept, by the photos and by ``which`` tower it is, and taken from there if they are there.
     """
     decides = json.dumps([rows.tolist(), max_aspect, which])
-    file = cache / corpus.sha256[:16] / f"tokens-{hashlib.sha256(decides.encode()).hexdigest()[:16]}.npy"
+    file = corpus.folder / f"tokens-{hashlib.sha256(decides.encode()).hexdigest()[:16]}.npy"
     embeddings = file.with_suffix(".z.npy")
     if not embeddings.exists():
         started = time.perf_counter()

@@ -1,19 +1,38 @@
-"""Where a bundle came from."""
+"""What every recipe's bundle is finished with: what it was measured at, and where it came from."""
 
 from __future__ import annotations
 
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from cliphar.bundle import Provenance
+from cliphar.bundle import Metrics, Provenance
+from cliphar.evaluation import evaluate
+from cliphar.recognizer import Prediction
 
-__all__ = ["provenance"]
+__all__ = ["BACKGROUND_PHOTOS", "bias_photos", "measured", "provenance"]
+
+BACKGROUND_PHOTOS = 1200
+_BIAS_PHOTOS = 64
+
+
+def bias_photos(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Of the photos that were trained on, those that ``compress_weights`` is given, spread evenly; 64 at most."""
+    return rows[:: -(-len(rows) // _BIAS_PHOTOS)]
+
+
+def measured(answers: Sequence[Prediction], truth: Sequence[str], description: str) -> Metrics:
+    """The figures of answers to photos whose labels are known."""
+    values = evaluate(answers, truth).to_dict()
+    return Metrics(description=description, n=int(values.pop("n")), values=dict(values))
 
 
 def provenance(settings: dict[str, Any], data_sha256: str, seed: int, gpus: str = "") -> Provenance:
