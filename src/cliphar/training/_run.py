@@ -76,7 +76,8 @@ def run(recipe: SpaceRecipe | MiniRecipe, log: Log) -> Bundle:
 def _space(recipe: SpaceRecipe, corpus: Corpus, log: Log) -> Bundle:
     weights = teacher_weights(recipe.teacher, recipe.data.cache, log)
     teacher = teacher_embeddings(corpus, weights, recipe.teacher.max_aspect, log)
-    sentence_graph, tokenizer = build_sentences(recipe.text, fetch_sentence_encoder(recipe.text.encoder, log), corpus)
+    encoder = fetch_sentence_encoder(recipe.text.encoder, recipe.data.cache, log)
+    sentence_graph, tokenizer = build_sentences(recipe.text, encoder, corpus)
     sentences = Sentences(sentence_graph, tokenizer, recipe.text.context_length)
     trained = [label for label in corpus.sports if label not in corpus.held_out] + corpus.actions
     projection = train_projection(corpus, teacher, sentences, recipe.text, trained, recipe.seed, log)
@@ -133,7 +134,7 @@ def _mini(recipe: MiniRecipe, corpus: Corpus, log: Log) -> Bundle:
     )
     torch.manual_seed(recipe.seed)
     tower = ImageTower(recipe.distill.backbone, teacher.shape[1], recipe.distill.drop_path)
-    tower.load_backbone(fetch_imagenet(recipe.distill.backbone, recipe.distill.weights, log))
+    tower.load_backbone(fetch_imagenet(recipe.distill.backbone, recipe.distill.weights, recipe.data.cache, log))
     val = np.concatenate([corpus.select(source="actions", part=VAL), corpus.select(labels=corpus.held_out, part=VAL)])
     held_vectors = texts.embed_labels(corpus.held_out)
 
