@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 from collections.abc import Callable
 from typing import cast
@@ -24,6 +23,7 @@ from cliphar.models import ClipTower
 from cliphar.training._checkpoint import load_checkpoint, save_checkpoint
 from cliphar.training._corpus import TRAIN, VAL, Corpus
 from cliphar.training._head import train_head
+from cliphar.training._rates import warm_cosine
 from cliphar.training._recipe import SpaceRecipe
 from cliphar.training._teacher import look
 
@@ -67,10 +67,7 @@ def adapt(
     optimizer = torch.optim.AdamW(trained, how.lr, weight_decay=0.0)
     known = min(max(1, how.batch_size - round(how.others * how.batch_size)), len(acted))
     per_epoch = len(acted) // known
-    steps = per_epoch * how.epochs
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / how.warmup_steps) * 0.5 * (1 + math.cos(math.pi * step / steps))
-    )
+    schedule = warm_cosine(optimizer, how.warmup_steps, per_epoch * how.epochs)
     words, was = torch.from_numpy(text), torch.from_numpy(before)
 
     def loss(numbers: NDArray[np.int64], share: float, random: np.random.Generator) -> Tensor:

@@ -28,6 +28,7 @@ from cliphar.export import quantize_sentence_encoder
 from cliphar.labels import glossary, prompts
 from cliphar.models import SentenceEncoder, TextProjection
 from cliphar.training._corpus import TRAIN, Corpus
+from cliphar.training._rates import warm_cosine
 from cliphar.training._recipe import TextRecipe
 
 __all__ = ["TRAIN_TEMPLATES", "Sentences", "build_sentences", "prune_tokenizer", "train_projection"]
@@ -160,9 +161,7 @@ def _train_one(material: _Material, recipe: TextRecipe, seed: int) -> TextProjec
     model = TextProjection(photos.shape[1], recipe.hidden, recipe.dropout)
     scale = nn.Parameter(torch.tensor(np.log(50.0), dtype=torch.float32))
     optimizer = torch.optim.AdamW([*model.parameters(), scale], recipe.lr, weight_decay=recipe.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / 50) * 0.5 * (1 + np.cos(np.pi * step / recipe.steps))
-    )
+    schedule = warm_cosine(optimizer, 50, recipe.steps)
 
     def noisy(x: Tensor) -> Tensor:
         shaken: Tensor = x + recipe.noise * torch.randn_like(x) / x.shape[-1] ** 0.5
