@@ -17,9 +17,9 @@ from typing import Any
 from cliphar.bundle import Bundle, read_bundle
 from cliphar.errors import ClipharError, UsageError
 from cliphar.training._loop import Surroundings
-from cliphar.training._method_recipe import GradientRecipe, MethodRecipe
+from cliphar.training._method_recipe import GradientRecipe
 from cliphar.training._recipe import Recipe
-from cliphar.training._train import train
+from cliphar.training._train import refuse_several, train
 
 __all__ = ["train_on_ray"]
 
@@ -45,9 +45,7 @@ def train_on_ray(recipe: Recipe, workers: int, *, resume: bool = False) -> Bundl
         UsageError: ray is not installed, or the method takes one process.
         ClipharError: the training failed; Ray has said why.
     """
-    if workers > 1 and not isinstance(recipe, GradientRecipe):
-        what = recipe.method if isinstance(recipe, MethodRecipe) else recipe.kind
-        raise UsageError(f"'{what}' runs in one process; leave --ray out")
+    refuse_several(recipe, workers, "--ray")
     try:
         import ray
         from ray.train import RunConfig, ScalingConfig

@@ -20,7 +20,7 @@ from cliphar.training._recipe import Recipe
 from cliphar.training._run import run
 from cliphar.training._tracking import NoTracker, open_tracker
 
-__all__ = ["train"]
+__all__ = ["refuse_several", "train"]
 
 
 def train(recipe: Recipe, around: Surroundings | None = None) -> Bundle:
@@ -37,9 +37,7 @@ def train(recipe: Recipe, around: Surroundings | None = None) -> Bundle:
     if gradient:  # before photos are read and a tracker has a run that fails
         refuse_unasked(checkpoint, around.resume)
     ranks = open_ranks(gradient.train.distributed, pick_device(gradient.train)) if gradient else open_ranks()
-    if ranks.world > 1 and not gradient:
-        what = recipe.method if isinstance(recipe, MethodRecipe) else recipe.kind
-        raise UsageError(f"'{what}' runs in one process, without torchrun")
+    refuse_several(recipe, ranks.world, "torchrun")
     if not isinstance(recipe, MethodRecipe):
         return run(recipe, around.log)
     around = replace(around, ranks=ranks)
@@ -69,6 +67,13 @@ def train(recipe: Recipe, around: Surroundings | None = None) -> Bundle:
         if not ranks.rank and not checkpoint.exists():
             runs.unlink(missing_ok=True)
     return read_bundle(recipe.output)
+
+
+def refuse_several(recipe: Recipe, processes: int, launcher: str) -> None:
+    """UsageError if ``launcher`` starts several processes, and the recipe's method takes one."""
+    if processes > 1 and not isinstance(recipe, GradientRecipe):
+        what = recipe.method if isinstance(recipe, MethodRecipe) else recipe.kind
+        raise UsageError(f"'{what}' runs in one process; leave {launcher} out")
 
 
 def _check_place(output: Path) -> None:
