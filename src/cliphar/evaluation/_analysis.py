@@ -90,14 +90,13 @@ def _rounded(values: dict[str, Any]) -> dict[str, Any]:
     return {key: round(value, 6) if isinstance(value, float) else value for key, value in values.items()}
 
 
-def analyse(predictions: Sequence[Prediction], truth: Sequence[str], labels: Sequence[str], seed: int = 0) -> Analysis:
+def analyse(predictions: Sequence[Prediction], truth: Sequence[str], labels: Sequence[str]) -> Analysis:
     """Everything that predictions and true labels say.
 
     Args:
         predictions: as :func:`evaluate` takes them.
         truth: the true label of each.
         labels: all that could be answered, in the order that the confusion matrix shall have.
-        seed: of the bootstrap.
     """
     report = evaluate(predictions, truth)
     number = {label: i for i, label in enumerate(labels)}
@@ -119,7 +118,7 @@ def analyse(predictions: Sequence[Prediction], truth: Sequence[str], labels: Seq
     return Analysis(
         labels=tuple(labels),
         report=report,
-        ci95=_intervals(report, np.array([len(p.set) for p in predictions]), true, best, count, seed),
+        ci95=_intervals(report, np.array([len(p.set) for p in predictions]), true, best, count),
         classes=classes,
         confusion=confusion,
         reliability=reliability(np.array([p.score for p in predictions]), true == best),
@@ -132,9 +131,8 @@ def _intervals(
     true: NDArray[np.int64],
     best: NDArray[np.int64],
     count: int,
-    seed: int,
 ) -> dict[str, tuple[float, float]]:
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     n = len(true)
     drawn: dict[str, list[float]] = {"set_size": [], "macro_f1": []}
     for _ in range(_RESAMPLES):

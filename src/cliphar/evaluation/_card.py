@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 from cliphar.bundle import Bundle
+from cliphar.evaluation._metrics import FIGURES
 from cliphar.recognizer import TAUGHT_FILE, read_taught
 
 __all__ = ["model_card"]
 
-_NAMES = {
-    "top1": "top-1",
-    "top5": "top-5",
-    "macro_f1": "macro F1",
-    "ece": "calibration error",
-    "coverage": "coverage of 90 % sets",
-    "set_size": "labels in a set",
-    "unknown": "answered unknown",
-}
+_NAMES = {key: name for key, name in FIGURES.items() if key != "n"} | {"coverage": "coverage of 90 % sets"}
 
 
 def model_card(bundle: Bundle) -> str:

@@ -12,7 +12,19 @@ from numpy.typing import NDArray
 from cliphar.labels import UNKNOWN
 from cliphar.recognizer import Prediction
 
-__all__ = ["Bin", "Report", "evaluate", "expected_calibration_error", "macro_f1", "reliability"]
+__all__ = ["FIGURES", "Bin", "Report", "evaluate", "expected_calibration_error", "macro_f1", "reliability"]
+
+# what a report's figures are called for people
+FIGURES = {
+    "n": "photos",
+    "top1": "top-1",
+    "top5": "top-5",
+    "macro_f1": "macro F1",
+    "ece": "calibration error",
+    "coverage": "coverage of sets",
+    "set_size": "labels in a set",
+    "unknown": "answered unknown",
+}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from cliphar.bundle import Bundle, write_whole
 from cliphar.errors import MediaError, printable
 from cliphar.evaluation._analysis import Analysis, Mistake
 from cliphar.evaluation._compare import Comparison, harmonic_mean
-from cliphar.evaluation._metrics import Report
+from cliphar.evaluation._metrics import FIGURES, Report
 from cliphar.evaluation._plots import confusion_svg, reliability_svg
 from cliphar.media import decode_image
 
@@ -24,16 +24,6 @@ __all__ = ["EVALUATION_FILE", "Evaluation", "bundled_evaluation", "write_report"
 EVALUATION_FILE = "evaluation.json"
 
 _THUMB = 176
-_FIGURES = {
-    "n": "photos",
-    "top1": "top-1",
-    "top5": "top-5",
-    "macro_f1": "macro F1",
-    "ece": "calibration error",
-    "coverage": "coverage of sets",
-    "set_size": "labels in a set",
-    "unknown": "answered unknown",
-}
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1d2433;--dim:#5d6678;--line:#d9dee8;--page:#fff;--blue:#2463c5;--red:#c2413a}
 @media(prefers-color-scheme:dark){:root{--ink:#e6e9f0;--dim:#9aa4b5;--line:#363d4b;--page:#14171d;--blue:#6ea0f0;
@@ -146,7 +136,7 @@ def _tiles(analysis: Analysis) -> str:
         ends = analysis.ci95.get(name)
         shown = f"{value}" if isinstance(value, int) else f"{value:.3f}"
         interval = f"{ends[0]:.3f} to {ends[1]:.3f}" if ends else "&nbsp;"
-        tiles.append(f"<div>{_FIGURES[name]}<b>{shown}</b><small>{interval}</small></div>")
+        tiles.append(f"<div>{FIGURES[name]}<b>{shown}</b><small>{interval}</small></div>")
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
