@@ -76,7 +76,7 @@ class _Worker:
     threads: int
     pipe: Connection
     process: Any
-    load_s: float = 0.0
+    load_s: float
 
     def ask(self, *request: Any) -> Any:
         try:

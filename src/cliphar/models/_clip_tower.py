@@ -128,10 +128,8 @@ class _Mlp(nn.Module):
 class _Layer(nn.Module):
     def __init__(self, tensors: Mapping[str, NDArray[np.float32]], name: str) -> None:
         super().__init__()
-        self.layer_norm1, self.layer_norm2 = (
-            _Norm(tensors, f"{name}.layer_norm1"),
-            _Norm(tensors, f"{name}.layer_norm2"),
-        )
+        self.layer_norm1 = _Norm(tensors, f"{name}.layer_norm1")
+        self.layer_norm2 = _Norm(tensors, f"{name}.layer_norm2")
         self.self_attn = _Attention(tensors, f"{name}.self_attn")
         self.mlp = _Mlp(tensors, f"{name}.mlp")
 

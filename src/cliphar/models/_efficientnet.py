@@ -108,7 +108,7 @@ class EfficientNetLite(nn.Module):
 
     out_features = _HEAD
 
-    def __init__(self, scale: str = "lite0", drop_path: float = 0.0) -> None:
+    def __init__(self, scale: str, drop_path: float) -> None:
         super().__init__()
         if scale not in SCALES:
             raise ValueError(f"unknown EfficientNet-Lite {scale!r}; choose one of {', '.join(SCALES)}")

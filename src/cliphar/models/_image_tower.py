@@ -18,7 +18,7 @@ class ImageTower(nn.Module):
     returns float [N, out_features].
     """
 
-    def __init__(self, backbone: str = "lite1", out_features: int = 512, drop_path: float = 0.0) -> None:
+    def __init__(self, backbone: str, out_features: int, drop_path: float = 0.0) -> None:
         super().__init__()
         self.backbone = EfficientNetLite(backbone, drop_path)
         self.project = nn.Linear(self.backbone.out_features, out_features)

@@ -114,7 +114,7 @@ class TextProjection(nn.Module):
     ``forward`` takes float [N,384] and returns float [N, dim] of unit length.
     """
 
-    def __init__(self, dim: int = 512, hidden: int = 1024, dropout: float = 0.4) -> None:
+    def __init__(self, dim: int, hidden: int, dropout: float = 0.4) -> None:
         super().__init__()
         self.linear = nn.Linear(SentenceEncoder.out_features, dim)
         self.inner = nn.Linear(SentenceEncoder.out_features, hidden)

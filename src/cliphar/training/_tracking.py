@@ -116,15 +116,13 @@ class MlflowSink:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "cliphar"
         experiment = self._client.get_experiment_by_name(name)
         kind = {"mlflow.experimentKind": "custom_model_development"}  # else its pages are those for language models
-        self._experiment = (
-            experiment.experiment_id if experiment else self._client.create_experiment(name, place, tags=kind)
-        )
+        number = experiment.experiment_id if experiment else self._client.create_experiment(name, place, tags=kind)
         self._model = run_name
         source = {"mlflow.source.name": "cliphar train"}
         known = None if run_id is None else self._known(run_id)
         if run_id is not None and known is None:
             log(_FORGOTTEN.format(self.name, run_id))
-        self._run = known or self._client.create_run(self._experiment, tags=source, run_name=run_name)
+        self._run = known or self._client.create_run(number, tags=source, run_name=run_name)
         self.run_id = self._run.info.run_id
 
     def _known(self, run_id: str) -> Run | None:
