@@ -379,6 +379,16 @@ def test_a_full_disk(clean_env: dict[str, str], photos: list[Path]) -> None:
     assert "No space left" in done.stderr
 
 
+# --- data
+
+
+def test_where_nothing_has_a_label_none_is_the_commonest(cli: Run, photos: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "set.csv").write_text("file,caption\n" + "".join(f"{photo},somebody\n" for photo in photos))
+    done = cli("data", "check", "set.csv")
+    assert done.returncode == 0
+    assert done.stdout.endswith("3 photos have no label\n")
+
+
 # --- eval
 
 REPORT = {"n", "top1", "top5", "macro_f1", "ece", "coverage", "set_size", "images_per_s"}

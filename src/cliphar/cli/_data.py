@@ -19,7 +19,10 @@ __all__ = ["app"]
 app = typer.Typer(help="Check, count and split a data set.", no_args_is_help=True, rich_markup_mode=None)
 
 _Source = Annotated[
-    str, typer.Argument(help="A folder, a tar, WebDataset shards, a .csv/.jsonl/.parquet manifest, or hub:OWNER/NAME.")
+    str,
+    typer.Argument(
+        help="A folder, a tar or zip, WebDataset shards, a .csv/.jsonl/.parquet manifest, or hub:OWNER/NAME."
+    ),
 ]
 _Cache = Annotated[Path, typer.Option(help="Where decoded photos are kept.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -72,7 +75,8 @@ def check(source: _Source, as_json: _Json = False, cache: _Cache = _CACHE) -> No
             print(f"{report.unlabelled:,} photos have no label")
         for doubt in report.doubts:
             print(doubt)
-        print(f"the commonest label has {report.imbalance:g} times the photos of the rarest")
+        if report.photos > report.unlabelled:
+            print(f"the commonest label has {report.imbalance:g} times the photos of the rarest")
         if report.rare:
             print(f"  few photos: {', '.join(report.rare)}; 'train.balanced: true' draws all labels equally often")
     if report.refused:
