@@ -70,16 +70,16 @@ def as_folder(folder: Path) -> str:
 
 def as_tar(folder: Path) -> str:
     with tarfile.open(folder.parent / "set.tar", "w") as tar:
-        for file in sorted(folder.rglob("*.jpg"), reverse=True):
+        for file in sorted(folder.rglob("*.jpg"))[::-1]:
             add(tar, file.relative_to(folder.parent).as_posix(), file.read_bytes())
-    return str(folder.parent / "set.tar")
+    return str(tar.name)
 
 
 def as_zip(folder: Path) -> str:
     with zipfile.ZipFile(folder.parent / "set.zip", "w") as archive:
-        for file in sorted(folder.rglob("*.jpg"), reverse=True):
-            archive.write(file, file.relative_to(folder.parent))
-    return str(folder.parent / "set.zip")
+        for i, file in enumerate(sorted(folder.rglob("*.jpg"))[::-1]):
+            archive.write(file, "/\\"[i % 2].join(file.relative_to(folder.parent).parts))
+    return str(archive.filename)
 
 
 def as_manifest(suffix: str, between: str = ",") -> Callable[[Path], str]:

@@ -168,8 +168,9 @@ def _zip(path: Path, source: str) -> PhotoSource:
     def read() -> Iterator[Photo]:
         try:
             with zipfile.ZipFile(path) as archive:
-                for name in sorted(filter(_is_media, archive.namelist()), key=lambda name: PurePosixPath(name).parts):
-                    photo = _labelled(name, archive.read(name))
+                names = {name.replace("\\", "/"): name for name in archive.namelist()}  # Windows PowerShell's are \
+                for key in sorted(filter(_is_media, names), key=lambda key: PurePosixPath(key).parts):
+                    photo = _labelled(key, archive.read(names[key]))
                     if photo is not None:
                         yield photo
         # RuntimeError: a password is asked for; NotImplementedError: an unusual compression
