@@ -237,6 +237,8 @@ def test_a_page_of_another_site_sends_nothing(api: str, photos: list[Path]) -> N
         sent = httpx.post(f"{api}/v1/embed", files={"images": content}, headers={"origin": origin})
         assert sent.status_code == status
         assert httpx.get(f"{api}/v1/actions", headers={"origin": origin}).status_code == 200
+    behind_a_proxy = {"origin": "https://own.example", "sec-fetch-site": "same-origin"}
+    assert httpx.post(f"{api}/v1/embed", files={"images": content}, headers=behind_a_proxy).status_code == 200
 
 
 def test_where_no_stream_is(api: str) -> None:

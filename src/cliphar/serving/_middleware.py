@@ -141,6 +141,7 @@ class Around:
         origin = headers.get("origin")
         allowed = self._owner.state.service.settings.cors_origins
         own = (origin or "").partition("://")[2] == headers.get("host")
+        own |= headers.get("sec-fetch-site") == "same-origin"  # a browser's word, where a proxy changes the Host
         if origin and not own and "*" not in allowed and origin not in allowed:
             raise ProblemError(403, "pages of this origin may not call; see --cors")
 
