@@ -17,6 +17,7 @@ pytest.importorskip("onnx")
 
 from cliphar.bench import Bench, Row, _bench, count_flops, plot_bench, run_bench
 from cliphar.bundle import find_bundle, packaged
+from cliphar.cli._bench import bench
 from cliphar.errors import UsageError
 from cliphar.export import float_graph
 from serving_process import read_terminal
@@ -152,3 +153,9 @@ def test_a_table_is_no_wider_than_the_terminal(clean_env: dict[str, str]) -> Non
     lines = read_terminal(outside).splitlines()
     assert "accuracy" in lines[-3]
     assert max(map(len, lines)) <= 80
+
+
+def test_what_a_plot_lacks_is_said_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UsageError, match="matplotlib"):
+        bench("none", plot=tmp_path / "x.png")

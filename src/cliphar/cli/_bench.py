@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -53,6 +54,8 @@ def bench(
 
     if plot is not None:
         check_target(plot, ".pdf", ".png", ".svg")
+        if find_spec("matplotlib") is None:  # before minutes of measuring
+            raise UsageError("a plot needs matplotlib; run: pip install 'cliphar[train]'")
     try:
         result = run_bench(
             find_bundle(model),
