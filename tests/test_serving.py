@@ -108,6 +108,10 @@ def test_a_bad_photo_does_not_spoil_the_others(api: str, photos: list[Path]) -> 
         assert client.predict(str(photos[0])) == [good]  # one alone
         (alone,) = client.predict([b"no photo"])
         assert isinstance(alone, MediaError) and str(alone) == str(bad)
+        vector, bad = client.embed([photos[0], b"no photo"])
+        assert isinstance(vector, np.ndarray) and np.linalg.norm(vector) == pytest.approx(1, abs=1e-5)
+        assert isinstance(bad, MediaError) and str(bad) == str(alone)
+        assert [str(one) for one in client.embed(b"no photo")] == [str(bad)]
         with pytest.raises(UsageError, match="cannot be a label"):
             client.predict([b"no photo"], "unknown")
 
@@ -128,6 +132,7 @@ def test_a_client_takes_any_number_of_photos(api: str, photos: list[Path]) -> No
 
     async def many() -> list[Any]:
         async with AsyncClient(api) as client:
+            assert [isinstance(one, MediaError) for one in await client.embed(few)] == [False, True, True, True, False]
             return [*await client.predict(few[i % 5] for i in range(200)), *await client.predict(["nowhere.jpg"])]
 
     again = asyncio.run(many())
@@ -244,7 +249,7 @@ def test_vocabularies_and_actions_are_kept(api: str, photos: list[Path], samples
         assert "being a cat" in [label for label, _ in answer.top]
         client.forget("being a cat")
         assert "being a cat" not in client.model()["labels"]
-    assert httpx.delete(f"{api}/v1/labels/mine").status_code == 204
+        client.delete_vocabulary("mine")
     assert problem(httpx.delete(f"{api}/v1/labels/mine"), 404)
     assert problem(httpx.put(f"{api}/v1/labels/%20", json=["a"]), 422)
 

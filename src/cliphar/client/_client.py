@@ -14,6 +14,8 @@ from typing import Any, Generic, Self, TypeVar
 from urllib.parse import quote
 
 import httpx
+import numpy as np
+from numpy.typing import NDArray
 
 from cliphar.errors import ClipharError, MediaError, UsageError
 from cliphar.labels import clean_labels
@@ -26,13 +28,17 @@ Photo = bytes | str | PathLike[str]
 Photos = Iterable[Photo] | Photo
 Labels = Sequence[str] | str | None
 Answer = Prediction | MediaError
+Embedding = NDArray[np.float32] | MediaError
 _Part = list[bytes | MediaError]
 _Files = list[tuple[str, tuple[str, bytes, str]]]
 H = TypeVar("H")
 _Outcome = httpx.Response | httpx.RequestError
 _LONGEST_PAUSE_S = 5.0
-# whose request may have been done when the connection broke is asked again only if twice is as good as once
-_REPEATABLE = ("/v1/predict", "/v1/embed")
+# what is asked of photos: the rows of an answer, and how one is read
+_ROWS: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
+    "/v1/predict": ("predictions", Prediction.from_dict),
+    "/v1/embed": ("embeddings", lambda row: np.array(row["embedding"], np.float32)),
+}
 _CALL_PHOTOS, _CALL_BYTES = 16, 48 * 2**20  # of a request; if that is too much, halves are sent
 
 
@@ -91,7 +97,8 @@ class _Calls(Generic[H]):
             told = outcome.headers.get("Retry-After", "")
             pause += float(told) if told.isdecimal() else 0.0
         else:
-            harmless = isinstance(outcome, httpx.ConnectError) or method in ("GET", "PUT") or path in _REPEATABLE
+            # what may have been done when the connection broke is asked again only if twice is as good as once
+            harmless = isinstance(outcome, httpx.ConnectError) or method in ("GET", "PUT") or path in _ROWS
             if isinstance(outcome, httpx.TimeoutException | httpx.DecodingError) or not harmless:
                 return None
         return pause if time.monotonic() - since + pause <= self._retry_s else None
@@ -107,7 +114,7 @@ class _Calls(Generic[H]):
         if outcome.status_code == 413 and "json" not in outcome.headers.get("Content-Type", ""):
             raise _TooLargeError(f"larger than a proxy before {self._url} takes")
         told = self._content(outcome)
-        if "predictions" in told:  # no photo could be read; why, of each
+        if any(rows in told for rows, _ in _ROWS.values()):  # no photo could be read; why, of each
             return outcome
         known = dict.fromkeys((401, 403, 404, 422), UsageError) | {413: _TooLargeError}
         kind: type[ClipharError] = known.get(outcome.status_code, ClipharError)
@@ -134,13 +141,13 @@ class _Calls(Generic[H]):
     def _foreign(self, status: int = 200) -> ClipharError:
         return ClipharError(f"{self._url} answered {status}, but not as cliphar does; is the address right?")
 
-    def _answers(self, part: _Part, content: dict[str, Any]) -> Iterator[Answer]:
-        told = content.get("predictions") or ()
+    def _answers(self, path: str, part: _Part, content: dict[str, Any]) -> Iterator[Any]:
+        rows, read = _ROWS[path]
         try:
-            known = (MediaError(one["error"]) if "error" in one else Prediction.from_dict(one) for one in told)
+            known = (MediaError(one["error"]) if "error" in one else read(one) for one in content.get(rows) or ())
             for photo in part:
                 yield photo if isinstance(photo, MediaError) else next(known)
-        except (LookupError, TypeError, StopIteration) as error:
+        except (LookupError, TypeError, ValueError, StopIteration) as error:
             raise self._foreign() from error
 
 
@@ -195,18 +202,22 @@ class Client(_Calls[httpx.Client]):
         ``labels`` may name a list. Photos are read and sent a few at a time.
         """
         data = {"top_k": str(top_k), "coverage": str(coverage)} | _labels(labels)
-        return [answer for part in _parts(photos) for answer in self._predict(part, data)]
+        return [answer for part in _parts(photos) for answer in self._ask("/v1/predict", part, data)]
 
-    def _predict(self, part: _Part, data: dict[str, Any]) -> list[Answer]:
+    def embed(self, photos: Photos) -> list[Embedding]:
+        """Each photo as float32 [D] of unit length, or its MediaError; photos are given as to ``predict``."""
+        return [answer for part in _parts(photos) for answer in self._ask("/v1/embed", part, {})]
+
+    def _ask(self, path: str, part: _Part, data: dict[str, Any]) -> list[Any]:
         files = self._photos(part)
         try:
-            told = self._call("POST", "/v1/predict", files=files, data=data) if files else {}
+            told = self._call("POST", path, files=files, data=data) if files else {}
         except _TooLargeError as error:
             if len(files) == 1:
-                return [*self._answers(part, {"predictions": [{"error": str(error)}]})]
+                return [*self._answers(path, part, {_ROWS[path][0]: [{"error": str(error)}]})]
             half = len(part) // 2
-            return self._predict(part[:half], data) + self._predict(part[half:], data)
-        return [*self._answers(part, told)]
+            return self._ask(path, part[:half], data) + self._ask(path, part[half:], data)
+        return [*self._answers(path, part, told)]
 
     def video(
         self,
@@ -253,6 +264,10 @@ class Client(_Calls[httpx.Client]):
         """Keep a list of labels under a name."""
         self._call("PUT", self._path("labels", name), json=clean_labels(labels))
 
+    def delete_vocabulary(self, name: str) -> None:
+        """Delete the list of that name."""
+        self._call("DELETE", self._path("labels", name))
+
     def teach(self, name: str, photos: Photos) -> dict[str, Any]:
         """Teach an action; how well it works, as ``Lesson.to_dict`` has it."""
         return self._call("POST", self._path("actions", name), files=self._lesson(name, photos))
@@ -294,18 +309,22 @@ class AsyncClient(_Calls[httpx.AsyncClient]):
     ) -> list[Answer]:
         """See :meth:`Client.predict`."""
         data = {"top_k": str(top_k), "coverage": str(coverage)} | _labels(labels)
-        return [answer for part in _parts(photos) for answer in await self._predict(part, data)]
+        return [answer for part in _parts(photos) for answer in await self._ask("/v1/predict", part, data)]
 
-    async def _predict(self, part: _Part, data: dict[str, Any]) -> list[Answer]:
+    async def embed(self, photos: Photos) -> list[Embedding]:
+        """See :meth:`Client.embed`."""
+        return [answer for part in _parts(photos) for answer in await self._ask("/v1/embed", part, {})]
+
+    async def _ask(self, path: str, part: _Part, data: dict[str, Any]) -> list[Any]:
         files = self._photos(part)
         try:
-            told = await self._call("POST", "/v1/predict", files=files, data=data) if files else {}
+            told = await self._call("POST", path, files=files, data=data) if files else {}
         except _TooLargeError as error:
             if len(files) == 1:
-                return [*self._answers(part, {"predictions": [{"error": str(error)}]})]
+                return [*self._answers(path, part, {_ROWS[path][0]: [{"error": str(error)}]})]
             half = len(part) // 2
-            return await self._predict(part[:half], data) + await self._predict(part[half:], data)
-        return [*self._answers(part, told)]
+            return await self._ask(path, part[:half], data) + await self._ask(path, part[half:], data)
+        return [*self._answers(path, part, told)]
 
     async def model(self) -> dict[str, Any]:
         """See :meth:`Client.model`."""
@@ -322,6 +341,10 @@ class AsyncClient(_Calls[httpx.AsyncClient]):
     async def put_vocabulary(self, name: str, labels: Sequence[str]) -> None:
         """Keep a list of labels under a name."""
         await self._call("PUT", self._path("labels", name), json=clean_labels(labels))
+
+    async def delete_vocabulary(self, name: str) -> None:
+        """Delete the list of that name."""
+        await self._call("DELETE", self._path("labels", name))
 
     async def teach(self, name: str, photos: Photos) -> dict[str, Any]:
         """See :meth:`Client.teach`."""

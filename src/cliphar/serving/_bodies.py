@@ -6,8 +6,8 @@ import asyncio
 import base64
 import binascii
 import difflib
-from collections.abc import Iterable, Sequence
-from typing import Annotated, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Query, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -15,7 +15,6 @@ from starlette.datastructures import FormData, UploadFile
 
 from cliphar.errors import MediaError
 from cliphar.labels import MAX_LABELS
-from cliphar.recognizer import Prediction
 from cliphar.serving._document import docs, reference
 from cliphar.serving._problems import ProblemError, said
 from cliphar.serving._settings import Settings
@@ -37,6 +36,8 @@ __all__ = [
     "read_asked",
     "refuse_unknown",
 ]
+
+T = TypeVar("T")
 
 
 class Asked(BaseModel):
@@ -226,10 +227,11 @@ def _checked(request: Request, content: Any) -> Asked:
         raise ProblemError(422, said(error, docs(request))) from error
 
 
-def answers(model: str, found: list[Prediction | MediaError]) -> dict[str, Any]:
-    """The JSON form; ProblemError 422 if no photo could be read, with the same for each of them."""
-    predictions = [{"error": str(one)} if isinstance(one, MediaError) else one.to_dict() for one in found]
+def answers(
+    model: str, what: str, found: Sequence[T | MediaError], row: Callable[[T], dict[str, Any]]
+) -> dict[str, Any]:
+    """The JSON form, a ``row`` for each photo; ProblemError 422 if none could be read, with the same rows."""
+    rows = [{"error": str(one)} if isinstance(one, MediaError) else row(one) for one in found]
     if all(isinstance(one, MediaError) for one in found):
-        reasons = "; ".join(dict.fromkeys(str(one) for one in found))
-        raise ProblemError(422, reasons, more={"predictions": predictions})
-    return {"model": model, "predictions": predictions}
+        raise ProblemError(422, "; ".join(dict.fromkeys(str(one) for one in found)), more={what: rows})
+    return {"model": model, what: rows}

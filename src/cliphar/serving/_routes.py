@@ -9,9 +9,9 @@ from fastapi import APIRouter, Body, HTTPException, Path, Request, Response
 from pydantic import BaseModel, FailFast, Field, StringConstraints
 
 from cliphar.bundle import Metrics
-from cliphar.errors import MediaError, UsageError
+from cliphar.errors import UsageError
 from cliphar.evaluation import bundled_evaluation, model_card
-from cliphar.recognizer import Recognizer
+from cliphar.recognizer import Prediction, Recognizer
 from cliphar.serving._bodies import (
     PHOTOS,
     PREDICT_BODY,
@@ -79,7 +79,7 @@ async def predict(request: Request, service: TheService) -> dict[str, Any]:
     """Recognise actions in photos: multipart ``images``, one raw image, or JSON with base64."""
     contents, asked = await read_asked(request, service.settings)
     found = await service.answer(contents, asked.labels, asked.top_k, asked.coverage)
-    return answers(service.recognizer.bundle.info.name, found)
+    return answers(service.recognizer.bundle.info.name, "predictions", found, Prediction.to_dict)
 
 
 @router.post("/embed", response_model=Embeddings, openapi_extra=PREDICT_BODY)
@@ -87,10 +87,7 @@ async def embed(request: Request, service: TheService) -> dict[str, Any]:
     """Embed photos as vectors of unit length; one that cannot be read has its error instead."""
     contents, _ = await read_asked(request, service.settings)
     found = await service.embed(contents)
-    if all(isinstance(one, MediaError) for one in found):
-        raise ProblemError(422, "; ".join(dict.fromkeys(str(one) for one in found)))
-    rows = [{"error": str(one)} if isinstance(one, MediaError) else {"embedding": one.tolist()} for one in found]
-    return {"model": service.recognizer.bundle.info.name, "embeddings": rows}
+    return answers(service.recognizer.bundle.info.name, "embeddings", found, lambda one: {"embedding": one.tolist()})
 
 
 @router.get("/models", response_model=Models)
