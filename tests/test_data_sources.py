@@ -310,6 +310,27 @@ def test_files_of_one_name_are_numbered(tmp_path: Path) -> None:
     assert names == ["1-1.jpg", "1-2.jpg", "1.jpg"]
 
 
+@pytest.mark.parametrize("label", ["..", ".x", "lost+found", "a\0b", "\ud800"])
+def test_a_label_that_is_no_folder_for_photos_is_refused(folder: Path, tmp_path: Path, label: str) -> None:
+    listing = folder / "all.jsonl"
+    listing.write_text(json.dumps({"file": "sleeping/0.jpg", "label": label}))
+    source = open_source(str(listing))
+    photos = load_photos(source, tmp_path / "cache", side=64)
+    with pytest.raises(DataError, match="cannot be a folder's name"):
+        copy_parts(source, photos, np.array([0]), tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_what_was_split_is_known_for_photos(folder: Path, tmp_path: Path) -> None:
+    rows = [{"file": name, "label": "/etc/x"} for name in ("0007", ".hidden.jpg")]
+    for seed, row in enumerate(rows):
+        (folder / row["file"]).write_bytes(jpeg(seed))
+    (folder / "all.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = open_source(str(folder / "all.jsonl"))
+    copy_parts(source, load_photos(source, tmp_path / "cache", side=64), np.array([0, 0]), tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out/train/_etc_x").iterdir()) == ["0007.jpg", "hidden.jpg"]
+
+
 def test_a_folder_called_train_names_no_part(folder: Path) -> None:
     source = folder.rename(folder.parent / "train")
     photos = list(open_source(str(source)).read())

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cliphar.data._cache import PhotoSet
-from cliphar.data._readers import SPLITS, PhotoSource
-from cliphar.errors import naming
+from cliphar.data._readers import SPLITS, PhotoSource, is_clip_name
+from cliphar.errors import DataError, naming
+from cliphar.media import is_hidden, is_image_name
 
 __all__ = ["copy_parts"]
 
@@ -24,6 +25,9 @@ def copy_parts(source: PhotoSource, photos: PhotoSet, parts: NDArray[np.int64], 
         photos: of ``source``.
         parts: int64 [N], 0 for train, 1 for val, 2 for test; a negative one is left out.
         out: a folder that does not exist yet.
+
+    Raises:
+        DataError: a label cannot be a folder's name, or would be a hidden one's, which readers pass over.
     """
     places: dict[str, deque[tuple[int, str | None]]] = defaultdict(deque)  # a file may be named more than once
     for key, part, label in zip(photos.keys, parts, photos.labels, strict=True):
@@ -38,9 +42,17 @@ def copy_parts(source: PhotoSource, photos: PhotoSet, parts: NDArray[np.int64], 
             part, label = waiting.popleft() if waiting else (0, None)
             if label is None or part < 0:
                 continue
-            folder = work / SPLITS[part] / label.replace(" ", "_").replace("/", "_")
-            folder.mkdir(parents=True, exist_ok=True)
-            pure = PurePosixPath(photo.key)
+            name = label.replace(" ", "_").replace("/", "_")
+            folder = work / SPLITS[part] / name
+            try:
+                if is_hidden(name):
+                    raise ValueError("it would be passed over")
+                folder.mkdir(parents=True, exist_ok=True)
+            except ValueError as error:  # a label may hold what no name can
+                raise DataError(f"label {label!r} cannot be a folder's name: {error}; rename it") from error
+            pure = PurePosixPath(PurePosixPath(photo.key).name.lstrip("."))
+            if not (is_image_name(pure.name) or is_clip_name(pure.name)):  # else a copy of it is not known for a photo
+                pure = PurePosixPath(f"{pure}.jpg")
             place = plain = folder / pure.name
             while place.exists():  # files of one name from different folders
                 taken[plain] += 1
