@@ -304,10 +304,13 @@ def test_cmyk_becomes_rgb(kind: str) -> None:
     assert difference(decoded.crop((34, 18, 62, 30)), Image.new("RGB", (28, 12), WHITE)) < 8
 
 
-def test_grey_of_16_bits_keeps_its_greys() -> None:
-    values = np.arange(256, dtype=np.uint16).reshape(16, 16)
-    content = encode(Image.fromarray(values * 257), "PNG")
-    assert Image.open(io.BytesIO(content)).mode == "I;16"
+@pytest.mark.parametrize("full", [65535, 4095, 255])
+@pytest.mark.parametrize(("kind", "mode"), [("PNG", "I;16"), ("TIFF", "I;16"), ("TIFF", "I")])
+def test_wide_greys_keep_their_greys(kind: str, mode: str, full: int) -> None:
+    values = np.arange(256).reshape(16, 16)
+    wide = -(-values * full // 255).astype(np.int32 if mode == "I" else np.uint16)
+    content = encode(Image.fromarray(wide), kind)
+    assert Image.open(io.BytesIO(content)).mode == mode
     np.testing.assert_array_equal(np.asarray(decode_image(content))[:, :, 1], values)
 
 

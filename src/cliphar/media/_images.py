@@ -81,12 +81,13 @@ def decode_image(image: ImageLike, *, min_side: int = 0, max_pixels: int = MAX_P
     """Decode to an upright RGB PIL image.
 
     EXIF rotation is applied, transparency is laid over white, the first frame of an animation is taken, and 16-bit,
-    grey, palette and CMYK images are converted.
+    grey, palette and CMYK images are converted. Integers wider than 8 bits that stay below 256 or 4096 are taken for
+    8-bit or 12-bit.
 
     Args:
         image: a path, encoded bytes, a PIL image, or an array: uint8 [H,W], [H,W,1], [H,W,3] or [H,W,4],
-            or of those shapes uint16 with values 0..65535 (one that holds nothing above 255 is refused, as it would
-            come out black), or float with values in 0..1.
+            or of those shapes uint16 with values 0..65535 (one that holds nothing above 255 is refused), or float
+            with values in 0..1.
         min_side: a JPEG may be decoded smaller (in the DCT domain) as long as its short side keeps this many pixels;
             0 decodes it whole.
         max_pixels: larger images are refused before they are decoded.
@@ -247,8 +248,9 @@ def _from_array(array: NDArray[np.generic], max_pixels: int, name: str = "the ar
     elif array.dtype == np.uint8:
         pixels = np.ascontiguousarray(array).view(np.uint8)
     elif np.issubdtype(array.dtype, np.integer):
-        # 16-bit, whatever the container's type says; more is scaled by its own maximum
-        peak = max(int(array.max()), 65535)
+        # cameras and tools keep 8 and 12 bits in wide types, unsaid; above 16, its own maximum
+        peak = int(array.max())
+        peak = next((most for most in (255, 4095, 65535) if peak <= most), peak)
         pixels = (np.clip(array, 0, None).astype(np.float64) * (255.0 / peak)).astype(np.uint8)
     else:
         raise MediaError(f"{name} has dtype {array.dtype}; give uint8 or float")
