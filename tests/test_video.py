@@ -239,6 +239,14 @@ def test_pictures_are_seen_when_said(tmp_path: Path, late: int) -> None:
             assert reader.info.duration_s == pytest.approx(late + 4.2, abs=0.05)
 
 
+def test_without_pyav_a_drawing_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = film(tmp_path / "clip.mp4", [RED], seconds=1)
+    monkeypatch.setitem(sys.modules, "av", None)
+    for draw in (lambda: annotate(path, [], tmp_path / "out.mp4"), lambda: contact_sheet(path, [])):
+        with pytest.raises(UsageError, match=r"cliphar\[video\]"):
+            draw()
+
+
 def test_sound_may_outlast_the_picture(tmp_path: Path) -> None:
     path = film(tmp_path / "clip.mkv", [RED], seconds=2, sound=9)
     with VideoReader(path) as reader:

@@ -31,6 +31,7 @@ def contact_sheet(source: VideoLike, segments: Sequence[Segment]) -> Image.Image
 
     Raises:
         MediaError: the video cannot be read.
+        UsageError: PyAV is not installed.
     """
     longest = sorted(segments, key=lambda segment: segment.start_s - segment.end_s)[:_MAX_TILES]
     shown = sorted(longest, key=lambda segment: segment.start_s)
@@ -84,12 +85,14 @@ def annotate(source: VideoLike, segments: Sequence[Segment], target: str | os.Pa
 
     Raises:
         MediaError: the video cannot be read.
+        UsageError: PyAV is not installed.
     """
+    reader = VideoReader(source)  # before the import: it says what to do if PyAV is not installed
     import av
 
     path = Path(target)
     try:
-        with whole_file(path) as partial, VideoReader(source) as reader, av.open(partial, "w", format="mp4") as out:
+        with reader, whole_file(path) as partial, av.open(partial, "w", format="mp4") as out:
             rate = Fraction(max(25, reader.info.fps or 0)).limit_denominator(1001)
             stream = out.add_stream("libx264", rate=rate, options={"preset": "veryfast", "crf": "23"})
             stream.pix_fmt, stream.time_base = "yuv420p", Fraction(1, 90_000)
