@@ -211,6 +211,7 @@ def test_the_command_line(folder: Path, tmp_path: Path, clean_env: dict[str, str
     source = open_source(str(tmp_path / "set"))
     load_photos(source, tmp_path / "runs/cache", side=seen.size, max_aspect=seen.max_aspect, frames=1, log=said.append)
     assert [line[:8] for line in said] == ["left out"]  # training reads the same cache, near-duplicates as well
+    assert "with --cache\n" in cliphar("check", "set", "--cache", "set/sleeping/bad.jpg/x").stderr  # no folder
     absent = cliphar("check", "nowhere")
     assert absent.returncode == 1
     assert absent.stderr.count("\n") == 1

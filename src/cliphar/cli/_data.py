@@ -36,14 +36,21 @@ def _read(source: str, cache: Path) -> tuple[PhotoSource, PhotoSet]:
 
     opened, spec = open_source(source), find_bundle("mini", verify=False).info.image
     # as training from mini sees them: it counts the same near-duplicates, and need not decode them again
-    photos = load_photos(
-        opened,
-        cache,
-        side=spec.size,
-        max_aspect=spec.max_aspect,
-        frames=1,
-        log=lambda line: print(line, file=sys.stderr),
-    )
+    try:
+        photos = load_photos(
+            opened,
+            cache,
+            side=spec.size,
+            max_aspect=spec.max_aspect,
+            frames=1,
+            log=lambda line: print(line, file=sys.stderr),
+        )
+    except OSError as error:
+        place, kept = Path(error.filename or cache).absolute(), cache.absolute()
+        if not (place.is_relative_to(kept) or kept.is_relative_to(place)):  # of the source
+            raise
+        why = f"cannot keep decoded photos in {cache}: {error.strerror}"
+        raise DataError(f"{why}; choose another folder with --cache") from error
     return opened, photos
 
 
