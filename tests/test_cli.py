@@ -342,6 +342,13 @@ def test_a_reader_that_goes_away(clean_env: dict[str, str], photos: list[Path]) 
         )
         assert len(done.stdout.splitlines()) == 1
         assert done.stderr == ""
+    for command in ("--version", "--help", "data --help"):  # nobody reads at all
+        with subprocess.Popen(
+            [sys.executable, "-m", "cliphar", *command.split()], stdout=subprocess.PIPE, env=clean_env
+        ) as process:
+            assert process.stdout is not None
+            process.stdout.close()
+        assert process.returncode == 0, command
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no signals")

@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 
 from cliphar._version import __version__
 from cliphar.cli import _app, _bench, _data, _doctor, _eval, _export, _model, _predict, _serve, _train, _up, _video
-from cliphar.cli._output import escaping
+from cliphar.cli._output import escaping, while_read
 from cliphar.errors import ClipharError, UsageError
 
 __all__ = ["main"]
@@ -25,12 +25,13 @@ _WrongUsage: type[Any] = typer.BadParameter.__mro__[1]
 
 
 class _Commands(TyperGroup):
+    def make_context(self, *args: Any, **more: Any) -> Any:  # --version prints
+        with while_read():
+            return super().make_context(*args, **more)
+
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with while_read():
             return super().invoke(ctx)
-        except BrokenPipeError:  # the reader went away, as in "| head", and typer would exit with 1
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return None
 
 
 app = typer.Typer(

@@ -13,12 +13,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
+import typer
+
 from cliphar.errors import MediaError, UsageError, printable
 
 if TYPE_CHECKING:
     from cliphar.recognizer import Prediction
 
-__all__ = ["Writer", "check_target", "escaping", "named_error", "progress", "row_of", "show"]
+__all__ = ["Writer", "check_target", "escaping", "named_error", "progress", "row_of", "show", "while_read"]
 
 _BAR = 24
 
@@ -32,6 +34,16 @@ def escaping() -> str:
 
     codecs.register_error("cliphar-json", escape)
     return "cliphar-json"
+
+
+@contextmanager
+def while_read() -> Iterator[None]:
+    """Ends the command well when the reader of its output went away, as in "| head"; typer would exit with 1."""
+    try:
+        yield
+    except BrokenPipeError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit from error
 
 
 def named_error(path: str, error: MediaError) -> str:
