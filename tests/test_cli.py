@@ -80,6 +80,22 @@ def test_labels_may_be_given_one_by_one(cli: Run, photos: list[Path]) -> None:
     }
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no such names")
+def test_each_answer_is_one_line_whatever_a_files_name_holds(cli: Run, photos: list[Path], tmp_path: Path) -> None:
+    name, spelled = "a  b\tc\nd\x1b[31m.jpg", r"a  b\tc\nd\x1b[31m.jpg"
+    shutil.copy(photos[0], tmp_path / name)
+    assert [line.split("\t")[0] for line in cli("predict", name).stdout.splitlines()] == [spelled]
+    assert json.loads(cli("predict", name, "--json").stdout)["path"] == name
+    (tmp_path / name).write_bytes(b"no photo")
+    for command in ("predict", "video"):
+        (line,) = error_lines(cli(command, name))
+        assert line.startswith(f"cliphar: {spelled} is ")
+    (tmp_path / "set" / "x").mkdir(parents=True)
+    (tmp_path / name).rename(tmp_path / "set" / "x" / name)
+    assert spelled in cli("data", "check", "set").stderr.splitlines()[-1]
+    assert "\x1b" not in cli("predict", name, "--labels-file", name).stderr
+
+
 def test_what_is_no_photo_is_told_where_it_belongs(cli: Run, tmp_path: Path) -> None:
     (tmp_path / "clip.MP4").write_bytes(bytes(100))
     done = cli("predict", "clip.MP4", "https://example.org/a.jpg")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["BundleError", "ClipharError", "DataError", "MediaError", "UsageError", "naming", "printable"]
+__all__ = ["BundleError", "ClipharError", "DataError", "MediaError", "UsageError", "naming", "one_line", "printable"]
+
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class ClipharError(Exception):
@@ -33,6 +36,11 @@ class DataError(ClipharError):
 def printable(path: str) -> str:
     """The path with bytes that are no UTF-8 spelled out, as every output and file can take it."""
     return path.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def one_line(text: str) -> str:
+    """The text with control characters spelled out: a file's name may hold tabs, line breaks, a terminal's commands."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), printable(text))
 
 
 @contextmanager

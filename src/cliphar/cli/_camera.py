@@ -6,7 +6,7 @@ import json
 import sys
 from datetime import datetime
 
-from cliphar.errors import printable
+from cliphar.errors import one_line
 from cliphar.labels import with_score
 from cliphar.media import Camera
 from cliphar.recognizer import Recognizer
@@ -29,7 +29,7 @@ def watch(
     shown: str | None = None
     answer: LiveAnswer | None = None
     with Camera(address, _tell) as camera:
-        name = printable(camera.name)
+        name = one_line(camera.name)
         try:
             for time_s, frame in camera.frames(live.fps):
                 answer = live.push(frame.image(min_side=recognizer.bundle.info.image.size), time_s)
@@ -45,7 +45,7 @@ def watch(
 
 
 def _tell(line: str) -> None:
-    print(f"cliphar: {printable(line)}", file=sys.stderr, flush=True)
+    print(f"cliphar: {one_line(line)}", file=sys.stderr, flush=True)
 
 
 def _show(name: str, answer: LiveAnswer, closed: list[Segment], as_json: bool) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cliphar.errors import DataError, UsageError
+from cliphar.errors import DataError, UsageError, one_line
 
 if TYPE_CHECKING:
     from cliphar.data import PhotoSet, PhotoSource
@@ -43,7 +43,7 @@ def _read(source: str, cache: Path) -> tuple[PhotoSource, PhotoSet]:
             side=spec.size,
             max_aspect=spec.max_aspect,
             frames=1,
-            log=lambda line: print(line, file=sys.stderr),
+            log=lambda line: print(one_line(line), file=sys.stderr),
         )
     except OSError as error:
         place, kept = Path(error.filename or cache).absolute(), cache.absolute()
@@ -70,22 +70,23 @@ def check(source: _Source, as_json: _Json = False, cache: _Cache = _CACHE) -> No
     else:
         print(f"{report.photos:,} photos can be read, {len(report.refused)} cannot")
         for key, reason in report.refused[:_SHOWN]:
-            print(f"  {key}: {reason}")
+            print(one_line(f"  {key}: {reason}"))
         extra = sum(map(len, report.duplicates)) - len(report.duplicates)
         where = "; --json names them" if extra else ""
         print(f"{len(report.duplicates)} groups of near-duplicates ({extra} photos too many){where}")
         for name, groups in (("in more than one part", report.across), ("with different labels", report.conflicts)):
             print(f"  {len(groups)} {name}")
             for keys in groups[:_SHOWN]:
-                print(f"    {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}")
+                print(one_line(f"    {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}"))
         if report.unlabelled:
             print(f"{report.unlabelled:,} photos have no label")
         for doubt in report.doubts:
-            print(doubt)
+            print(one_line(doubt))
         if report.photos > report.unlabelled:
             print(f"the commonest label has {report.imbalance:g} times the photos of the rarest")
         if report.rare:
-            print(f"  few photos: {', '.join(report.rare)}; 'train.balanced: true' draws all labels equally often")
+            few = one_line(", ".join(report.rare))
+            print(f"  few photos: {few}; 'train.balanced: true' draws all labels equally often")
     if report.refused:
         raise typer.Exit(1)
 
@@ -104,7 +105,7 @@ def stats(source: _Source, as_json: _Json = False, cache: _Cache = _CACHE) -> No
         if isinstance(value, dict):
             print(key)
             for name, count in value.items():
-                print(f"  {name}  {count}")
+                print(one_line(f"  {name}  {count}"))
         else:
             print(f"{key}  {value}")
 

@@ -15,7 +15,7 @@ import typer
 
 from cliphar.cli._options import Coverage, Labels, LabelsFile, Model, Provider, Runtime, Threads, chosen_labels
 from cliphar.cli._output import check_target, progress
-from cliphar.errors import DataError, MediaError, UsageError
+from cliphar.errors import DataError, MediaError, UsageError, one_line
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -139,7 +139,7 @@ def answer_all(
         for one, vector in zip(listed, embed_clips(recognizer, _views(recognizer, paths)), strict=True):
             advance()
             if isinstance(vector, MediaError):
-                print(f"cliphar: {vector}", file=sys.stderr)
+                print(f"cliphar: {one_line(str(vector))}", file=sys.stderr)
             else:
                 read.append(one)
                 embedded.append(vector)

@@ -16,11 +16,11 @@ from typer.core import TyperGroup
 from cliphar._version import __version__
 from cliphar.cli import _app, _bench, _data, _doctor, _eval, _export, _model, _predict, _serve, _train, _up, _video
 from cliphar.cli._output import escaping, while_read
-from cliphar.errors import ClipharError, UsageError
+from cliphar.errors import ClipharError, UsageError, one_line
 
 __all__ = ["main"]
 
-# typer does not name the base of its usage errors
+# typer names no base of its usage errors
 _WrongUsage: type[Any] = typer.BadParameter.__mro__[1]
 
 
@@ -71,7 +71,7 @@ def _root(
 
 
 def _end(line: object, status: int) -> NoReturn:
-    print(f"cliphar: {line}", file=sys.stderr)
+    print(f"cliphar: {one_line(str(line))}", file=sys.stderr)
     sys.exit(status)
 
 

@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import typer
 
-from cliphar.errors import MediaError, UsageError, printable
+from cliphar.errors import MediaError, UsageError, one_line
 
 if TYPE_CHECKING:
     from cliphar.recognizer import Prediction
@@ -48,12 +48,13 @@ def while_read() -> Iterator[None]:
 
 def named_error(path: str, error: MediaError) -> str:
     """One line that names the photo once."""
-    text = " ".join(printable(str(error)).split())
+    path, text = one_line(path), one_line(str(error))
     return text if path in text else f"{path}: {text}"
 
 
 def show(path: str, prediction: Prediction) -> None:
     """A block with bars on a terminal; one tab-separated line (path, label, score) in a pipe."""
+    path = one_line(path)
     if not sys.stdout.isatty():
         print(f"{path}\t{prediction.label}\t{prediction.score:.4f}", flush=True)
         return

@@ -20,7 +20,7 @@ from cliphar.cli._options import (
     chosen_labels,
     expand,
 )
-from cliphar.errors import MediaError, UsageError, printable
+from cliphar.errors import MediaError, UsageError, one_line, printable
 
 __all__ = ["predict"]
 
@@ -96,5 +96,6 @@ def _photos(paths: list[str]) -> list[str]:
             files += expand([given], wanted)
         finally:  # also where there is nothing else
             if clips:
-                print(f"cliphar: {given} holds videos ({len(clips)}); run 'cliphar video' on it", file=sys.stderr)
+                said = f"{given} holds videos ({len(clips)}); run 'cliphar video' on it"
+                print(f"cliphar: {one_line(said)}", file=sys.stderr)
     return files

@@ -23,7 +23,7 @@ from cliphar.cli._options import (
     expand,
 )
 from cliphar.cli._output import check_target, named_error
-from cliphar.errors import MediaError, UsageError, printable
+from cliphar.errors import MediaError, UsageError, one_line, printable
 
 if TYPE_CHECKING:
     from cliphar.recognizer import Recognizer
@@ -92,11 +92,11 @@ def video(
             continue
         if timeline.warning:
             failed = True
-            print(f"cliphar: {shown}: {timeline.warning}", file=sys.stderr)
+            print(f"cliphar: {one_line(f'{shown}: {timeline.warning}')}", file=sys.stderr)
         if as_json:
             print(json.dumps({"path": shown} | timeline.to_dict(), ensure_ascii=False), flush=True)
         else:
-            _show(shown, timeline)
+            _show(one_line(shown), timeline)
         for target in targets:
             _write(target, path, timeline)
     if failed:
@@ -133,7 +133,7 @@ def _progress(path: str) -> Iterator[Callable[[float, float | None], None]]:
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.completed:.0f} s"))
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(path, total=None)
+        task = bar.add_task(one_line(path), total=None)
         yield lambda time_s, duration_s: bar.update(task, completed=time_s, total=duration_s)
 
 
