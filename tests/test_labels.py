@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cliphar.bundle import BundleInfo, packaged, read_bundle
 from cliphar.errors import UsageError
 from cliphar.evaluation import confusion_svg
 from cliphar.labels import (
@@ -57,6 +58,14 @@ def test_no_labels_is_an_error_with_an_example(nothing: list[str] | str) -> None
 def test_labels_that_are_no_text(labels: list[str]) -> None:
     with pytest.raises(UsageError, match=r"is no text; labels are actions"):
         clean_labels(labels)
+
+
+@pytest.mark.parametrize("label", ["red\x1b[31m", "nul\0", "\ud83d"])
+def test_labels_that_no_terminal_should_show(label: str) -> None:
+    with pytest.raises(UsageError, match="control character"):
+        clean_labels([label])
+    with pytest.raises(ValueError, match="control characters"):
+        BundleInfo.model_validate(read_bundle(packaged("mini")).info.model_dump() | {"labels": (label,)})
 
 
 def test_too_many_labels() -> None:

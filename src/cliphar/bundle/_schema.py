@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from cliphar.errors import one_line
+
 __all__ = [
     "SCHEMA_VERSION",
     "BundleInfo",
@@ -171,4 +173,6 @@ class BundleInfo(_Model):
     def _labels_differ(self) -> BundleInfo:
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("labels repeat")
+        if any(one_line(label) != label for label in self.labels):
+            raise ValueError("a label holds control characters")
         return self

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cliphar.cli._options import Model, expand
-from cliphar.errors import BundleError, UsageError
+from cliphar.errors import BundleError, UsageError, one_line
 
 if TYPE_CHECKING:
     from cliphar.recognizer import Recognizer
@@ -57,12 +57,14 @@ def show(
     bundle = find_bundle(model, verify=False)
     if as_json:
         print(json.dumps(json.loads(bundle.info.model_dump_json(exclude_unset=True)), ensure_ascii=False))
-    elif sys.stdout.isatty() and console.width >= 80:  # in narrower tables figures would be cut
+        return
+    card = "\n".join(map(one_line, model_card(bundle).split("\n")))  # who made the bundle may have written anything
+    if sys.stdout.isatty() and console.width >= 80:  # in narrower tables figures would be cut
         from rich.markdown import Markdown
 
-        console.print(Markdown(model_card(bundle)))
+        console.print(Markdown(card))
     else:
-        print(model_card(bundle))
+        print(card)
 
 
 @app.command()

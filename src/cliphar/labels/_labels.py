@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from cliphar.errors import UsageError
+from cliphar.errors import UsageError, one_line
 
 __all__ = [
     "MAX_LABELS",
@@ -47,8 +47,8 @@ def clean_labels(labels: Iterable[str]) -> tuple[str, ...]:
     """Each by :func:`clean_label`, without empty ones and repeats; order is kept.
 
     Raises:
-        UsageError: nothing is left, too many, or one is too long, is no Unicode text (half of a surrogate pair) or is
-            the reserved word ``unknown``.
+        UsageError: nothing is left, too many, or one is too long, is no text (a control character, half of a surrogate
+            pair) or is the reserved word ``unknown``.
     """
     labels = labels.split(",") if isinstance(labels, str) else list(labels)
     for label in labels:
@@ -63,8 +63,10 @@ def clean_labels(labels: Iterable[str]) -> tuple[str, ...]:
     for label in cleaned:
         if len(label) > MAX_LABEL_LENGTH:
             raise UsageError(f"label {label[:30]!r}... has {len(label)} characters; at most {MAX_LABEL_LENGTH}")
-        if any("\ud800" <= sign <= "\udfff" for sign in label):
-            raise UsageError(f"label {label[:30]!r} is no text: it holds half of a surrogate pair")
+        if one_line(label) != label:
+            raise UsageError(
+                f"label {label[:30]!r} is no text: it holds a control character or half of a surrogate pair"
+            )
         if label.lower() == UNKNOWN:
             raise UsageError(f"{UNKNOWN!r} cannot be a label: it is the answer when none of them fits")
     return tuple(cleaned)
