@@ -182,7 +182,9 @@ def _to_change(model: str | None, out: Path) -> Iterator[Recognizer]:
 @app.command()
 def promote(
     candidate: Annotated[str, typer.Argument(help="The model that may take the other's place.")],
-    over: Annotated[Path, typer.Option(metavar="BUNDLE", help="The bundle to replace; it need not exist yet.")],
+    over: Annotated[
+        Path, typer.Option(metavar="BUNDLE", help="The bundle, or link to one, to replace; it need not exist yet.")
+    ],
     data: Annotated[Path, typer.Option("--data", "-d", help="A folder of LABEL/PHOTO or LABEL/CLIP, new to both.")],
     level: Annotated[float, typer.Option(min=0, max=1, help="The largest p-value that counts as better.")] = 0.05,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
