@@ -332,6 +332,13 @@ def test_what_was_split_is_known_for_photos(folder: Path, tmp_path: Path) -> Non
     assert sorted(path.name for path in (tmp_path / "out/train/_etc_x").iterdir()) == ["0007.jpg", "hidden.jpg"]
 
 
+def test_what_is_left_out_is_told_in_one_line(folder: Path, tmp_path: Path) -> None:
+    (folder / "sleeping" / "a\n\x1b[31m.jpg").write_bytes(b"no photo")
+    said: list[str] = []
+    load_photos(open_source(str(folder)), tmp_path / "cache", side=64, log=said.append)
+    assert r"sleeping/a\n\x1b[31m.jpg: is not an image" in said[-1]
+
+
 def test_a_folder_called_train_names_no_part(folder: Path) -> None:
     source = folder.rename(folder.parent / "train")
     photos = list(open_source(str(source)).read())

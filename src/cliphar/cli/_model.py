@@ -129,7 +129,7 @@ def teach(
     with _to_change(model, out) as recognizer:
         lesson = recognizer.teach(name, expand(photos))
     for error in lesson.refused:
-        print(f"cliphar: {error}", file=sys.stderr)
+        print(f"cliphar: {one_line(str(error))}", file=sys.stderr)
     if as_json:
         print(json.dumps(lesson.to_dict(), ensure_ascii=False))
     else:

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from cliphar.data._clips import clip_frames
 from cliphar.data._duplicates import difference_hash, group_duplicates
 from cliphar.data._readers import PhotoSource, is_clip_name
 from cliphar.data._sources import Photo
-from cliphar.errors import DataError, MediaError, naming
+from cliphar.errors import DataError, MediaError, naming, one_line
 from cliphar.media import decode_image
 
 __all__ = ["PhotoSet", "load_photos"]
@@ -94,7 +94,7 @@ def load_photos(
         _build(source, folder, side, max_aspect, frames, log)
     index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
     for key, reason in index["refused"]:
-        log(f"left out {key}: {reason}")
+        log(one_line(f"left out {key}: {reason}"))
     arrays = np.load(folder / "arrays.npz")
     return PhotoSet(
         keys=index["keys"],
@@ -165,7 +165,7 @@ def _build(
                 view, length = found
                 pixels.write(view.tobytes())
                 seconds.append(length)
-                kept.append(Photo(photo.key, b"", photo.label, photo.captions, photo.split))
+                kept.append(replace(photo, content=b""))
                 shapes.append(view.shape)
                 hashes.append(difference_hash(view[len(view) // 2]))
                 if len(kept) % 5000 == 0:

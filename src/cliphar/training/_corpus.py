@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cliphar.data import Photo, difference_hash, group_duplicates, read_captioned, read_labelled, split_grouped
-from cliphar.errors import MediaError
+from cliphar.errors import MediaError, one_line
 from cliphar.media import decode_image
 from cliphar.training._recipe import DataRecipe
 
@@ -133,7 +133,7 @@ def _decode_all(photos: list[Photo], folder: Path, log: Callable[[str], None]) -
         try:
             return np.asarray(decode_image(photo.content))
         except MediaError as error:
-            log(f"left out {photo.key}: {error}")
+            log(one_line(f"left out {photo.key}: {error}"))
             return None
 
     with ThreadPoolExecutor() as pool:
