@@ -311,14 +311,15 @@ def test_files_of_one_name_are_numbered(tmp_path: Path) -> None:
     assert names == ["1-1.jpg", "1-2.jpg", "1.jpg"]
 
 
-@pytest.mark.parametrize("label", ["..", ".x", "lost+found", "a\0b", "\ud800"])
+@pytest.mark.parametrize("label", ["..", ".x", "lost+found", "a\0b", "\ud800", "x/y"])
 def test_a_label_that_is_no_folder_for_photos_is_refused(folder: Path, tmp_path: Path, label: str) -> None:
     listing = folder / "all.jsonl"
-    listing.write_text(json.dumps({"file": "sleeping/0.jpg", "label": label}))
+    rows = [{"file": "sleeping/0.jpg", "label": one} for one in ("x y", label)]
+    listing.write_text("\n".join(map(json.dumps, rows)))
     source = open_source(str(listing))
     photos = load_photos(source, tmp_path / "cache", side=64)
     with pytest.raises(DataError, match="cannot be a folder's name"):
-        copy_parts(source, photos, np.array([0]), tmp_path / "out")
+        copy_parts(source, photos, np.array([0, 1]), tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))
 
 

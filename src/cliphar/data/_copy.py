@@ -27,12 +27,12 @@ def copy_parts(source: PhotoSource, photos: PhotoSet, parts: NDArray[np.int64], 
         out: a folder that does not exist yet.
 
     Raises:
-        DataError: a label cannot be a folder's name, or would be a hidden one's, which readers pass over.
+        DataError: a label cannot be a folder's name, would be a hidden one's, which readers pass over, or another's.
     """
     places: dict[str, deque[tuple[int, str | None]]] = defaultdict(deque)  # a file may be named more than once
     for key, part, label in zip(photos.keys, parts, photos.labels, strict=True):
         places[key].append((int(part), label))
-    counts = dict.fromkeys(SPLITS, 0)
+    counts, names = dict.fromkeys(SPLITS, 0), dict[str, str]()
     taken: Counter[Path] = Counter()
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -47,6 +47,8 @@ def copy_parts(source: PhotoSource, photos: PhotoSet, parts: NDArray[np.int64], 
             try:
                 if is_hidden(name):
                     raise ValueError("it would be passed over")
+                if names.setdefault(name, label) != label:
+                    raise ValueError(f"{names[name]!r} has the same")
                 folder.mkdir(parents=True, exist_ok=True)
             except ValueError as error:  # a label may hold what no name can
                 raise DataError(f"label {label!r} cannot be a folder's name: {error}; rename it") from error
