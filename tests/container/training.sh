@@ -34,7 +34,14 @@ if [[ -f $photos ]]; then
   await curl -fsS http://127.0.0.1:18000/readyz || { docker logs "$id"; fail "the trained bundle is not ready"; }
   curl -fsS http://127.0.0.1:18000/v1/models | grep '"cycling"' >/dev/null || { docker logs "$id"; fail "serving the trained bundle"; }
   docker rm -f "$id" >/dev/null
-  ok "the bundle that was trained and exported is served by the api image"
+  place() { docker compose run --rm -T -v "$work/runs:/runs:ro" --entrypoint cp api -rT /runs/shots /models/shots >"$work/out" 2>&1 || { cat "$work/out"; fail "a bundle for the volume"; }; }
+  place
+  MODEL_PATH=shots docker compose up -d --wait api >"$work/up" 2>&1 || { docker compose logs api; fail "a bundle of the volume"; }
+  sed -i 's/"name": "shots"/"name": "later"/' "$work/runs/shots/bundle.json"
+  place
+  docker compose kill -s HUP api 2>/dev/null
+  await sh -c 'curl -fsS http://127.0.0.1:18000/v1/models | grep "\"later\""' || { docker compose logs api; fail "SIGHUP does not change the model"; }
+  ok "the bundle that was trained and exported is served by the api image, from the volume too, where it is replaced"
   train train export runs/shots --to openvino >"$work/out" 2>&1 || { cat "$work/out"; fail "export to OpenVINO"; }
   run -v "$work/runs:/models:ro" "$image" doctor >"$work/doctor" || fail "doctor: $(cat "$work/doctor")"
   grep -A1 'nothing here runs its openvino' "$work/doctor" | grep 'VARIANT=openvino' >/dev/null || fail "doctor says nothing of OpenVINO: $(cat "$work/doctor")"
