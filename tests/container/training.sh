@@ -26,7 +26,12 @@ if [[ -f $photos ]]; then
   await grep -q 'resumed after step' "$work/out" || { cat "$work/out"; fail "a training does not resume"; }
   docker ps -q --filter "label=com.docker.compose.project=$id" --filter "label=com.docker.compose.service=train" | xargs -r docker rm -f >/dev/null
   wait $! || true
-  ok "a training that was stopped goes on from its checkpoint"
+  train -e WANDB_MODE=offline --name "$id" -d train torchrun --nproc-per-node 2 -m cliphar train recipes/full.yaml data.source=data/har15 output=runs/two train.epochs=50 "track=[wandb]" >"$work/out" 2>&1 || { cat "$work/out"; fail "starting torchrun"; }
+  await sh -c "docker logs $id 2>&1 | grep -q 'step '" || { docker logs "$id"; fail "torchrun takes no step"; }
+  docker exec "$id" sh -c 'grep -l jemalloc /proc/[0-9]*/maps | wc -l' >"$work/out" && (($(cat "$work/out") >= 3)) || fail "a process of torchrun runs without jemalloc"
+  docker stop "$id" >/dev/null 2>&1
+  [[ -f $work/runs/two.checkpoint && -d $work/runs/wandb ]] || fail "torchrun leaves no checkpoint, or W&B nothing"
+  ok "a training that was stopped goes on from its checkpoint; torchrun's processes train and stop alike"
   train --entrypoint python train -c 'import torch; print(torch.compile(lambda x: x.sin().sum())(torch.ones(9)))' >"$work/out" 2>&1 || { tail -3 "$work/out"; fail "torch.compile"; }
   ok "torch.compile finds its compiler and may load what it makes"
   train train export runs/shots --to onnx-fp32 >"$work/out" 2>&1 || { cat "$work/out"; fail "export"; }
