@@ -69,7 +69,7 @@ settings["proxies"] = {"default": {"httpProxy": none, "httpsProxy": none}}
 file.write_text(json.dumps(settings))
 PY
 other() { # a subshell: its settings must not reach the first project
-  (export CLIPHAR_PORT=18100 CLIPHAR_APP_PORT=18601 CLIPHAR_USER=54321:54321 CLIPHAR_API_KEYS=$work/keys CLIPHAR_API_KEY_FILE=$work/key DOCKER_CONFIG=$proxied
+  (export CLIPHAR_PORT=18100 CLIPHAR_APP_PORT=18601 CLIPHAR_USER=${CLIPHAR_USER:-54321:54321} CLIPHAR_API_KEYS=$work/keys CLIPHAR_API_KEY_FILE=$work/key DOCKER_CONFIG=$proxied
     docker compose -p "$id-other" "$@")
 }
 key=$(head -c 24 /dev/urandom | od -An -tx1 | tr -d ' \n')
@@ -100,6 +100,10 @@ await sh -c "[ \$(docker inspect -f '{{.RestartCount}}' $(other ps -q api)) -ge 
 await curl -fsS http://127.0.0.1:18100/readyz || fail "the API does not come back"
 curl -fsS -H "Authorization: Bearer $key" http://127.0.0.1:18100/v1/labels | grep '"home"' >/dev/null || fail "a restart loses a vocabulary"
 ok "the model's process is killed: the container is started again and knows what it was taught"
+docker run --rm -u 0 -v "$id-other_models:/models" --entrypoint chown "$image" -R 54322:54322 /models || fail "giving the volume to another user"
+CLIPHAR_USER=54322:54322 other up -d --wait api >"$work/up" 2>&1 || fail "another user: $(tail -5 "$work/up")"
+curl -fsS -X PUT -H "Authorization: Bearer $key" -H 'Content-Type: application/json' -d '["cooking"]' http://127.0.0.1:18100/v1/labels/home >/dev/null || fail "writing the volume as its new user"
+ok "the models volume is given to another user"
 other down -v >/dev/null 2>&1
 curl -fsS $api/readyz >/dev/null || fail "the end of one project is felt by the other"
 docker compose stop -t 30 api >/dev/null 2>&1

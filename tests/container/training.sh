@@ -33,6 +33,8 @@ if [[ -f $photos ]]; then
   [[ -f $work/runs/two.checkpoint && -d $work/runs/wandb ]] || fail "torchrun leaves no checkpoint, or W&B nothing"
   ok "a training that was stopped goes on from its checkpoint; torchrun's processes train and stop alike"
   train --entrypoint python train -c 'import torch; print(torch.compile(lambda x: x.sin().sum())(torch.ones(9)))' >"$work/out" 2>&1 || { tail -3 "$work/out"; fail "torch.compile"; }
+  train train doctor >"$work/doctor" 2>&1 || true
+  grep -q 'ok .*what a service is taught is kept in /models/' "$work/doctor" || fail "doctor in the training image: $(cat "$work/doctor")"
   ok "torch.compile finds its compiler and may load what it makes"
   train train export runs/shots --to onnx-fp32 >"$work/out" 2>&1 || { cat "$work/out"; fail "export"; }
   docker run -d --name "$id" -e MODEL_PATH=/runs/shots -v "$work/runs:/runs:ro" -p 127.0.0.1:18000:8000 "$image" >/dev/null
