@@ -174,6 +174,7 @@ def test_the_second_reading_decodes_nothing(folder: Path, tmp_path: Path) -> Non
     (folder / "sleeping" / "new.jpg").write_bytes(jpeg(77))
     assert len(photos_of(str(folder), tmp_path / "cache", log=said.append)) == 7
     assert not list((tmp_path / "cache").glob(".*"))
+    assert [one.stat().st_mode & 0o777 for one in (tmp_path / "cache").glob("photos-*")] == [0o755] * 2
 
 
 def test_troubles_are_found_and_parts_avoid_them(folder: Path, tmp_path: Path) -> None:

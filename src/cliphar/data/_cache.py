@@ -177,8 +177,8 @@ def _build(
             work / "arrays.npz",
             groups=group_duplicates(hashes),
             shapes=np.array(shapes, np.int64),
-            seconds=np.array(seconds),
-            offsets=np.cumsum([0] + [int(np.prod(shape)) for shape in shapes], dtype=np.int64),
+            seconds=seconds,
+            offsets=np.cumsum([0] + [np.prod(shape) for shape in shapes], dtype=np.int64),
         )
         index = {
             "keys": [photo.key for photo in kept],
@@ -188,10 +188,11 @@ def _build(
             "refused": refused,
             "sha256": digest.hexdigest(),
         }
-        (work / "index.json").write_text(json.dumps(index), encoding="utf-8")
+        (work / "index.json").write_text(json.dumps(index))
         if not (folder / "index.json").is_file():
             shutil.rmtree(folder, ignore_errors=True)  # one that was cut short
         try:
+            work.chmod(0o755)
             work.rename(folder)
         except OSError:
             if not (folder / "index.json").is_file():  # else another run has just made the same
