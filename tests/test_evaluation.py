@@ -155,6 +155,11 @@ def test_a_model_that_is_never_right_refuses_nothing() -> None:
     assert fitted.photos == 20
 
 
+@pytest.mark.parametrize("n", [1, 7, 19])
+def test_too_few_right_answers_set_no_bound_for_unknown(n: int) -> None:
+    assert fit_calibration(*synthetic(n, 400, 0)).unknown_below == -1  # of one, half of those to come were unknown
+
+
 def test_a_model_that_is_always_right() -> None:
     cosines = np.eye(4, dtype=np.float32)[np.arange(40) % 4]
     fitted = fit_calibration(cosines, np.arange(40, dtype=np.int64) % 4)

@@ -11,6 +11,7 @@ from cliphar.recognizer import probabilities
 __all__ = ["fit_calibration"]
 
 _COVERAGES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.99)
+_FEWEST = 20
 
 
 def fit_calibration(cosines: NDArray[np.float32], truth: NDArray[np.int64], refused: float = 0.02) -> Calibration:
@@ -20,7 +21,7 @@ def fit_calibration(cosines: NDArray[np.float32], truth: NDArray[np.int64], refu
     counted as answered otherwise (Platt, 1999): of few photos, all answered rightly, the likeliest scores would all be
     1. The conformal threshold of a coverage c is the ceil((n+1)c)/n quantile of 1 - p(true label). The bound for
     ``unknown`` is the cosine under which ``refused`` of the correctly answered photos lie, so that few right answers
-    are withheld.
+    are withheld; of fewer than 20 even the lowest would withhold more than one in 20 to come, and nothing is.
 
     Args:
         cosines: float [N,C] of calibration photos and labels.
@@ -43,7 +44,7 @@ def fit_calibration(cosines: NDArray[np.float32], truth: NDArray[np.int64], refu
         conformal.append((coverage, float(misfit[rank - 1]) if rank <= len(misfit) else 1.0))
     right = cosines.argmax(1) == truth
     evidence = cosines.max(1)[right]
-    bound = float(np.quantile(evidence, refused)) if len(evidence) else -1.0
+    bound = float(np.quantile(evidence, refused)) if len(evidence) >= _FEWEST else -1.0
     return Calibration(
         logit_scale=scale,
         conformal=tuple(conformal),
