@@ -180,6 +180,7 @@ def test_a_server_that_goes_away_does_not_stop_the_run(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
     lines: list[str] = []
+    (tmp_path / "ids").write_text("{")  # what names the runs is damaged
     tracker = open_tracker(["mlflow"], "gone", tmp_path / "runs", lines.append, tmp_path / "ids")
     tracker.log_params({"train": {"lr": 0.1}})
     tracker.log_metrics({"train/loss": 3.0}, 1)

@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -328,7 +329,9 @@ def open_tracker(kinds: Sequence[str], run_name: str, home: Path, log: Log, runs
         if importlib.util.find_spec(kind) is None:
             raise UsageError(f"tracking with {kind} needs a package; run: pip install 'cliphar[train]'")
     sinks: dict[str, type[MlflowSink] | type[WandbSink]] = {"mlflow": MlflowSink, "wandb": WandbSink}
-    ids: dict[str, str] = json.loads(runs.read_bytes()) if runs.is_file() else {}
+    ids: dict[str, str] = {}
+    with suppress(FileNotFoundError, ValueError):  # of a damaged one, training does not fail: new runs begin
+        ids = json.loads(runs.read_bytes())
 
     def opening(kind: str) -> Sink:
         sink = sinks[kind](run_name, home, ids.get(kind), log)
