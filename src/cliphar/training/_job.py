@@ -129,7 +129,8 @@ def open_job(recipe: MethodRecipe, around: Surroundings) -> Job:
     )
     labels = tuple(sorted({label for label in photos.labels if label is not None}))
     if len(labels) < 2:
-        raise DataError(f"{recipe.data.source} has {len(labels)} labels; at least two are needed to tell apart")
+        only = f"'{labels[0]}' as its only label" if labels else "no labels"
+        raise DataError(f"{recipe.data.source} has {only}; give photos of at least two, as LABEL/PHOTO")
     for label in labels:
         clean_labels([label])
     for doubt in doubtful_labels(labels):
