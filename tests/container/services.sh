@@ -132,6 +132,7 @@ fi
 # docker compose watch, on a tree that is ours to change
 watched() { (cd "$work/tree" && CLIPHAR_IMAGE=$id-watch docker compose -p "$id-watch" "$@"); }
 cp compose.yaml "$work/tree" && cp -r recipes "$work/tree"
+chmod -R go= "$work/tree/src" "$work/tree/docker/healthcheck.py"  # as under umask 077
 (cd "$work/tree" && CLIPHAR_IMAGE=$id-watch exec docker compose -p "$id-watch" watch api >"$work/watch" 2>&1) &
 watcher=$!
 await grep -q 'Watch enabled' "$work/watch" && await curl -fsS $api/readyz || { cat "$work/watch"; fail "docker compose watch starts nothing"; }
