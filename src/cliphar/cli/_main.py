@@ -95,6 +95,8 @@ def main() -> None:
         sys.stdout.reconfigure(errors=escaping())
     try:
         status = app(standalone_mode=False)
+        with suppress(typer.Exit), while_read():  # what Python would write only while it ends
+            sys.stdout.flush()
         sys.exit(128 + stopped[0] if stopped and status == 128 + signal.SIGINT else status)
     except _WrongUsage as error:
         if "Usage:" in error.format_message():  # no arguments: it is the help
