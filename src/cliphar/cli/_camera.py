@@ -6,6 +6,7 @@ import json
 import sys
 from datetime import datetime
 
+from cliphar.cli._output import tell
 from cliphar.errors import one_line
 from cliphar.labels import with_score
 from cliphar.media import Camera
@@ -28,7 +29,7 @@ def watch(
     closed: list[Segment] = []
     shown: str | None = None
     answer: LiveAnswer | None = None
-    with Camera(address, _tell) as camera:
+    with Camera(address, tell) as camera:
         name = one_line(camera.name)
         try:
             for time_s, frame in camera.frames(live.fps):
@@ -42,10 +43,6 @@ def watch(
             closed += live.close()
             if as_json and answer is not None:  # what was not said of the past yet
                 _show(name, answer, closed, as_json)
-
-
-def _tell(line: str) -> None:
-    print(f"cliphar: {one_line(line)}", file=sys.stderr, flush=True)
 
 
 def _show(name: str, answer: LiveAnswer, closed: list[Segment], as_json: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -14,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cliphar.cli._options import Coverage, Labels, LabelsFile, Model, Provider, Runtime, Threads, chosen_labels
-from cliphar.cli._output import check_target, progress
-from cliphar.errors import DataError, MediaError, UsageError, one_line
+from cliphar.cli._output import check_target, progress, tell
+from cliphar.errors import DataError, MediaError, UsageError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -139,7 +138,7 @@ def answer_all(
         for one, vector in zip(listed, embed_clips(recognizer, _views(recognizer, paths)), strict=True):
             advance()
             if isinstance(vector, MediaError):
-                print(f"cliphar: {one_line(str(vector))}", file=sys.stderr)
+                tell(str(vector))
             else:
                 read.append(one)
                 embedded.append(vector)
@@ -167,7 +166,8 @@ def compare_with(
 
 def _views(recognizer: Recognizer, paths: Iterable[Path]) -> Iterator[Sequence[ImageLike] | MediaError]:
     """What the model looks at of each: a photo, or as many frames of a clip as it was trained on."""
-    from cliphar.data import clip_frames, is_clip_name
+    from cliphar.data import clip_frames
+    from cliphar.media import is_clip_name
 
     info = recognizer.bundle.info
     recipe = info.provenance.recipe
@@ -181,7 +181,8 @@ def _views(recognizer: Recognizer, paths: Iterable[Path]) -> Iterator[Sequence[I
 
 def _seen(mistake: Mistake) -> Mistake:
     """The mistake with what a report shows of it: of a clip its middle frame."""
-    from cliphar.data import clip_frames, is_clip_name
+    from cliphar.data import clip_frames
+    from cliphar.media import is_clip_name
 
     if not is_clip_name(mistake.path.name):
         return mistake

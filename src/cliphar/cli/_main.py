@@ -15,8 +15,8 @@ from typer.core import TyperGroup
 
 from cliphar._version import __version__
 from cliphar.cli import _app, _bench, _data, _doctor, _eval, _export, _model, _predict, _serve, _train, _up, _video
-from cliphar.cli._output import escaping, while_read
-from cliphar.errors import ClipharError, UsageError, one_line
+from cliphar.cli._output import escaping, tell, while_read
+from cliphar.errors import ClipharError, UsageError
 
 __all__ = ["main"]
 
@@ -71,7 +71,7 @@ def _root(
 
 
 def _end(line: object, status: int) -> NoReturn:
-    print(f"cliphar: {one_line(str(line))}", file=sys.stderr)
+    tell(str(line))
     sys.exit(status)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cliphar.cli._options import Model, expand
+from cliphar.cli._output import tell
 from cliphar.errors import BundleError, UsageError, one_line
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def teach(
     with _to_change(model, out) as recognizer:
         lesson = recognizer.teach(name, expand(photos))
     for error in lesson.refused:
-        print(f"cliphar: {one_line(str(error))}", file=sys.stderr)
+        tell(str(error))
     if as_json:
         print(json.dumps(lesson.to_dict(), ensure_ascii=False))
     else:

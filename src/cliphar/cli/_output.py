@@ -20,7 +20,7 @@ from cliphar.errors import MediaError, UsageError, one_line
 if TYPE_CHECKING:
     from cliphar.recognizer import Prediction
 
-__all__ = ["Writer", "check_target", "escaping", "named_error", "progress", "row_of", "show", "while_read"]
+__all__ = ["Writer", "check_target", "escaping", "named_error", "progress", "row_of", "show", "tell", "while_read"]
 
 _BAR = 24
 
@@ -44,6 +44,11 @@ def while_read() -> Iterator[None]:
     except BrokenPipeError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit from error
+
+
+def tell(line: str) -> None:
+    """A line on standard error, whatever it holds."""
+    print(f"cliphar: {one_line(line)}", file=sys.stderr, flush=True)
 
 
 def named_error(path: str, error: MediaError) -> str:

@@ -20,7 +20,7 @@ from cliphar.cli._options import (
     chosen_labels,
     expand,
 )
-from cliphar.errors import MediaError, UsageError, one_line, printable
+from cliphar.errors import MediaError, UsageError, printable
 
 __all__ = ["predict"]
 
@@ -44,7 +44,7 @@ def predict(
     threads: Threads = None,
 ) -> None:
     """Recognise what people are doing in photos."""
-    from cliphar.cli._output import Writer, named_error, progress, row_of, show
+    from cliphar.cli._output import Writer, named_error, progress, row_of, show, tell
     from cliphar.recognizer import load
 
     chosen = chosen_labels(labels, labels_file)
@@ -67,7 +67,7 @@ def predict(
                 shown = printable(path)
                 if isinstance(answer, MediaError):
                     failed += 1
-                    print(f"cliphar: {named_error(shown, answer)}", file=sys.stderr)
+                    tell(named_error(shown, answer))
                     continue
                 writer.add(shown, answer)
                 if as_json:
@@ -80,22 +80,21 @@ def predict(
 
 def _photos(paths: list[str]) -> list[str]:
     """What ``expand`` finds. A camera's folder holds clips too: its giver should know that they are not looked at."""
-    from cliphar.media import is_image_name, is_video_name
+    from cliphar.cli._output import tell
+    from cliphar.media import is_clip_name, is_image_name
 
     files: list[str] = []
     for given in paths:
         clips: list[str] = []
 
         def wanted(name: str, clips: list[str] = clips) -> bool:
-            photo = is_image_name(name)  # as a GIF is
-            if is_video_name(name) and not photo:
+            if is_clip_name(name):
                 clips.append(name)
-            return photo
+            return is_image_name(name)
 
         try:
             files += expand([given], wanted)
         finally:  # also where there is nothing else
             if clips:
-                said = f"{given} holds videos ({len(clips)}); run 'cliphar video' on it"
-                print(f"cliphar: {one_line(said)}", file=sys.stderr)
+                tell(f"{given} holds videos ({len(clips)}); run 'cliphar video' on it")
     return files

@@ -22,7 +22,7 @@ from cliphar.cli._options import (
     chosen_labels,
     expand,
 )
-from cliphar.cli._output import check_target, named_error
+from cliphar.cli._output import check_target, named_error, tell
 from cliphar.errors import MediaError, UsageError, one_line, printable
 
 if TYPE_CHECKING:
@@ -88,11 +88,11 @@ def video(
             timeline = _read(recognizer, path, chosen, coverage, multi_label, fps)
         except MediaError as error:
             failed = True
-            print(f"cliphar: {named_error(shown, error)}", file=sys.stderr)
+            tell(named_error(shown, error))
             continue
         if timeline.warning:
             failed = True
-            print(f"cliphar: {one_line(f'{shown}: {timeline.warning}')}", file=sys.stderr)
+            tell(f"{shown}: {timeline.warning}")
         if as_json:
             print(json.dumps({"path": shown} | timeline.to_dict(), ensure_ascii=False), flush=True)
         else:

@@ -5,7 +5,7 @@ from cliphar.data._check import DataReport, check_photos, doubtful_labels, photo
 from cliphar.data._clips import clip_frames, embed_clips
 from cliphar.data._copy import copy_parts
 from cliphar.data._duplicates import difference_hash, group_duplicates
-from cliphar.data._readers import SPLITS, PhotoSource, is_clip_name, open_source
+from cliphar.data._readers import SPLITS, PhotoSource, open_source
 from cliphar.data._sources import (
     Photo,
     labelled_keys,
@@ -31,7 +31,6 @@ __all__ = [
     "doubtful_labels",
     "embed_clips",
     "group_duplicates",
-    "is_clip_name",
     "labelled_keys",
     "list_labelled",
     "load_photos",

@@ -17,10 +17,10 @@ from PIL import Image
 
 from cliphar.data._clips import clip_frames
 from cliphar.data._duplicates import difference_hash, group_duplicates
-from cliphar.data._readers import PhotoSource, is_clip_name
+from cliphar.data._readers import PhotoSource
 from cliphar.data._sources import Photo
 from cliphar.errors import DataError, MediaError, naming, one_line
-from cliphar.media import decode_image
+from cliphar.media import decode_image, is_clip_name
 
 __all__ = ["PhotoSet", "load_photos"]
 

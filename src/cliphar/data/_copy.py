@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cliphar.data._cache import PhotoSet
-from cliphar.data._readers import SPLITS, PhotoSource, is_clip_name
+from cliphar.data._readers import SPLITS, PhotoSource, is_media
 from cliphar.errors import DataError, naming
-from cliphar.media import is_hidden, is_image_name
+from cliphar.media import is_hidden
 
 __all__ = ["copy_parts"]
 
@@ -53,7 +53,7 @@ def copy_parts(source: PhotoSource, photos: PhotoSet, parts: NDArray[np.int64], 
             except ValueError as error:  # a label may hold what no name can
                 raise DataError(f"label {label!r} cannot be a folder's name: {error}; rename it") from error
             pure = PurePosixPath(PurePosixPath(photo.key).name.lstrip("."))
-            if not (is_image_name(pure.name) or is_clip_name(pure.name)):  # else a copy of it is not known for a photo
+            if not is_media(pure.name):  # else a copy of it is not known for a photo
                 pure = PurePosixPath(f"{pure}.jpg")
             place = plain = folder / pure.name
             while place.exists():  # files of one name from different folders

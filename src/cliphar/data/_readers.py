@@ -30,19 +30,14 @@ from typing import Any
 from cliphar.data._sources import Photo, is_file, open_tar, read_captioned, tar_files
 from cliphar.errors import DataError, UsageError
 from cliphar.labels import clean_label
-from cliphar.media import files_in, is_hidden, is_image_name, is_video_name
+from cliphar.media import files_in, is_clip_name, is_hidden, is_image_name
 
-__all__ = ["SPLITS", "PhotoSource", "is_clip_name", "open_source"]
+__all__ = ["SPLITS", "PhotoSource", "is_media", "open_source"]
 
 SPLITS = ("train", "val", "test")
 _SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
 _SPLIT_NAMES |= {"test": "test", "testing": "test"}
 _TEXTS = frozenset({"cls", "txt", "json"})
-
-
-def is_clip_name(name: str) -> bool:
-    """Whether a file's name has the suffix of a video, and not of an image (a GIF is a photo here)."""
-    return is_video_name(name) and not is_image_name(name)
 
 
 @dataclass(frozen=True)
@@ -100,21 +95,22 @@ def _fingerprint(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def _is_media(name: str) -> bool:
+def is_media(name: str) -> bool:
+    """Whether a file's name is that of a photo or a clip, and not hidden."""
     return (is_image_name(name) or is_clip_name(name)) and not is_hidden(name)
 
 
 def _labelled(name: str, content: bytes) -> Photo | None:
     """A photo at .../SPLIT/LABEL/FILE or .../LABEL/FILE."""
     parts = PurePosixPath(name).parts
-    if len(parts) < 2 or not _is_media(name):
+    if len(parts) < 2 or not is_media(name):
         return None
     split = _SPLIT_NAMES.get(parts[-3].lower()) if len(parts) > 2 else None
     return Photo(name, content, label=clean_label(parts[-2]) or None, split=split)
 
 
 def _folder(path: Path, source: str) -> PhotoSource:
-    files = [file for file in files_in(path) if _is_media(file.name) or not file.is_file()]
+    files = [file for file in files_in(path) if is_media(file.name) or not file.is_file()]
     closed = [file for file in files if not os.access(file, os.R_OK)]
     if closed:
         raise DataError(
@@ -146,7 +142,7 @@ def _has_samples(path: Path) -> bool:
     with open_tar(path, whole=False) as tar:
         names = [member.name for _, member in zip(range(16), tar, strict=False) if member.isfile()]
     texts = {name.rpartition(".")[0] for name in names if PurePosixPath(name).suffix.removeprefix(".") in _TEXTS}
-    return any(_is_media(name) and name.rpartition(".")[0] in texts for name in names)
+    return any(is_media(name) and name.rpartition(".")[0] in texts for name in names)
 
 
 def _tar(path: Path, source: str) -> PhotoSource:
@@ -156,7 +152,7 @@ def _tar(path: Path, source: str) -> PhotoSource:
         return PhotoSource(source, "captioned", _fingerprint([path]), lambda: iter(read_captioned(path)))
 
     def read() -> Iterator[Photo]:
-        for name, content in tar_files(path, _is_media):
+        for name, content in tar_files(path, is_media):
             photo = _labelled(name, content)
             if photo is not None:
                 yield photo
@@ -169,7 +165,7 @@ def _zip(path: Path, source: str) -> PhotoSource:
         try:
             with zipfile.ZipFile(path) as archive:
                 names = {name.replace("\\", "/"): name for name in archive.namelist()}  # Windows PowerShell's are \
-                for key in sorted(filter(_is_media, names), key=lambda key: PurePosixPath(key).parts):
+                for key in sorted(filter(is_media, names), key=lambda key: PurePosixPath(key).parts):
                     photo = _labelled(key, archive.read(names[key]))
                     if photo is not None:
                         yield photo
@@ -215,7 +211,7 @@ def _shards(paths: list[Path], source: str) -> PhotoSource:
 
 
 def _sample(key: str, fields: dict[str, bytes], shard: Path) -> Iterator[Photo]:
-    suffix = next((suffix for suffix in fields if _is_media("x." + suffix)), None)
+    suffix = next((suffix for suffix in fields if is_media("x." + suffix)), None)
     if suffix is None:
         return
     about: dict[str, Any] = {}

@@ -23,6 +23,7 @@ __all__ = [
     "MAX_PIXELS",
     "ImageLike",
     "decode_image",
+    "is_clip_name",
     "is_image_name",
     "several",
     "still",
@@ -54,6 +55,11 @@ _alone = tuple(threading.Lock() for _ in range(64))
 def is_image_name(name: str) -> bool:
     """Whether a file's name has the suffix of an image format that is read here."""
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122 - names inside archives too
+
+
+def is_clip_name(name: str) -> bool:
+    """Whether a file's name has the suffix of a video, and not of an image (a GIF is a photo here)."""
+    return is_video_name(name) and not is_image_name(name)
 
 
 def several(images: Any) -> Iterable[Any]:
