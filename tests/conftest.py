@@ -65,6 +65,7 @@ class FakeRuntime:
     """Deterministic and instant: a photo is its mean colour, a sentence is its digest. Counts what it is asked."""
 
     name = "fake"
+    lanes = 1
 
     def __init__(self) -> None:
         self.batches: list[int] = []
@@ -73,6 +74,8 @@ class FakeRuntime:
     def encode_images(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         self.batches.append(len(images))
         return unit(images.astype(np.float64).mean((1, 2)) + 1e-3)
+
+    encode_lane = encode_images
 
     def encode_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
         self.sentences += texts

@@ -153,6 +153,15 @@ def test_several_threads_may_share_a_runtime(runtime: OnnxRuntime, noise: NDArra
             np.testing.assert_array_equal(together, alone)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_lanes_give_the_same_embeddings(runtime: OnnxRuntime, noise: NDArray[np.uint8], threads: int) -> None:
+    one = OnnxRuntime(runtime.bundle, provider="cpu", threads=threads)
+    assert one.lanes == threads
+    with ThreadPoolExecutor(threads) as pool:
+        for lane in pool.map(lambda _: one.encode_lane(noise), range(6)):
+            np.testing.assert_allclose(lane, runtime.encode_images(noise), atol=TOLERANCE)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_process_answers_batches_too() -> None:
     """It has none of the threads that its parent had made."""

@@ -524,6 +524,32 @@ def test_batches_grow_with_the_load_and_a_single_photo_is_not_behind_a_hundred()
     assert 255 in [number for batch in batches[:3] for number in batch]
 
 
+def test_lanes_run_beside_each_other_and_a_lone_photo_has_all_of_them() -> None:
+    runs: list[str] = []
+
+    def encode_lane(squares: Any) -> Any:
+        runs.append("begins")
+        time.sleep(0.1)
+        runs.append("ends")
+        return means(squares)
+
+    def encode(squares: Any) -> Any:
+        runs.append("alone")
+        return means(squares)
+
+    async def ask() -> None:
+        one = engine(encode, encode_lane=encode_lane, lanes=2, max_batch=1)
+        await one.embed([b"\x01"], 60)
+        many = asyncio.create_task(one.embed([bytes([i]) for i in range(2, 32)], 60))
+        await asyncio.sleep(1)
+        assert one.drain_s < 0.08 * one.pending  # what both lanes spend is counted once
+        assert [int(vector[0]) for vector in await many if not isinstance(vector, MediaError)] == [*range(2, 32)]
+        one.close()
+
+    asyncio.run(ask())
+    assert runs[:3] == ["alone", "begins", "begins"]
+
+
 def test_past_capacity_the_answer_is_no_at_once() -> None:
     gate = threading.Event()
 

@@ -29,6 +29,7 @@ __all__ = ["OnnxRuntime", "available_providers"]
 
 _LOG = logging.getLogger("cliphar.runtime")
 _LANES_BELOW = 128 * 2**20  # bytes of a graph: lanes hold its weights once more
+_SMALL_BELOW = 32 * 2**20  # bytes of a graph: a larger one's weights had better be read for many photos at once
 _NVIDIA = {"tensorrt", "cuda"}
 _PREFERENCE = {
     "cuda": "CUDAExecutionProvider",
@@ -67,8 +68,9 @@ def _load_cuda() -> None:
 class OnnxRuntime:
     """A bundle's image.onnx, or another ONNX graph that export made of it, and its text.onnx.
 
-    On a CPU one photo is run by all threads together, and a batch is cut into a part for each, which run by themselves:
-    threads that share an operator wait for each other at its end, the more so if other work holds up one of them.
+    On a CPU one photo is run by all threads together. Where there are as many photos as threads, each thread runs some
+    by itself: threads that share an operator wait for each other at its end, the more so if other work holds up one of
+    them. Of a small graph it runs two at a time: what lies between two layers then stays in the core's own cache.
 
     Args:
         bundle: a bundle that was read.
@@ -102,11 +104,14 @@ class OnnxRuntime:
         self.file = file
         self._image = _session(bundle, file, provider, self.threads)
         self._single = self._image.get_inputs()[0].shape[0] == 1
-        self._lanes: tuple[onnxruntime.InferenceSession, ThreadPoolExecutor, int] | None = None
-        self._making_lanes = threading.Lock()
+        self._alone: tuple[onnxruntime.InferenceSession, ThreadPoolExecutor, int] | None = None
+        self._making = threading.Lock()
         self.provider = next(
             (short for short, name in _PREFERENCE.items() if name == self._image.get_providers()[0]), "cpu"
         )
+        size = bundle.info.files[file].bytes
+        self.lanes = self.threads if self.provider == "cpu" and size < _LANES_BELOW else 1
+        self._small = self.provider == "cpu" and size < _SMALL_BELOW
         asked = provider or present[0]
         missed = self.provider != asked and (provider or self.provider == "cpu")
         if missed and not (asked in _NVIDIA and _without_nvidia()):  # which has been said
@@ -117,20 +122,31 @@ class OnnxRuntime:
     def encode_images(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """See :class:`Runtime`; ValueError for another shape or dtype, BundleError if it does not run."""
         check_images(self.bundle, images)
-        large = self.bundle.info.files[self.file].bytes >= _LANES_BELOW
-        if len(images) < max(2, self.threads) or self.provider != "cpu" or large:
+        if self.lanes == 1 or len(images) < self.threads:
             return self._run(self._image, images)
-        with self._making_lanes:
-            if self._lanes is None or self._lanes[2] != os.getpid():  # a fork is without its parent's threads
-                pool = ThreadPoolExecutor(self.threads, thread_name_prefix="lane")
-                self._lanes = _session(self.bundle, self.file, self.provider, 1), pool, os.getpid()
-            session, pool, _ = self._lanes
+        session, pool = self._one_thread()
         parts = pool.map(lambda part: self._run(session, part), np.array_split(images, self.threads))
         return np.concatenate(list(parts))
 
+    def encode_lane(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """See :class:`Runtime`; raises what encode_images does."""
+        if self.lanes == 1:
+            return self.encode_images(images)
+        check_images(self.bundle, images)
+        return self._run(self._one_thread()[0], images)
+
+    def _one_thread(self) -> tuple[onnxruntime.InferenceSession, ThreadPoolExecutor]:
+        """A session that runs on the thread that calls it, and such threads."""
+        with self._making:
+            if self._alone is None or self._alone[2] != os.getpid():  # a fork is without its parent's threads
+                pool = ThreadPoolExecutor(self.lanes, thread_name_prefix="lane")
+                self._alone = _session(self.bundle, self.file, self.provider, 1), pool, os.getpid()
+            return self._alone[:2]
+
     def _run(self, session: onnxruntime.InferenceSession, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         # a graph with a batch of one quantises by what is in the batch, so an answer would depend on its neighbours
-        step = 1 if self._single else len(images)
+        one_thread = self.threads == 1 or session is not self._image
+        step = 1 if self._single else 2 if one_thread and self._small else len(images)
         parts = (images[at : at + step] for at in range(0, len(images), step))
         try:
             return np.concatenate([session.run(["embeddings"], {"images": part})[0] for part in parts])

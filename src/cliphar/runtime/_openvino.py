@@ -47,6 +47,8 @@ class OpenVinoRuntime:
         BundleError: the model does not compile here.
     """
 
+    lanes = 1
+
     def __init__(self, bundle: Bundle, *, file: str, threads: int | None = None) -> None:
         openvino = import_openvino()
         self.bundle = bundle
@@ -84,6 +86,8 @@ class OpenVinoRuntime:
         except Exception as error:  # of memory, or of other sizes than bundle.json's
             raise does_not_run(self.bundle, self._file, error) from error
         return result
+
+    encode_lane = encode_images
 
     def encode_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """See :class:`Runtime`."""

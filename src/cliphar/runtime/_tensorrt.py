@@ -38,6 +38,7 @@ class TensorRtRuntime:
         BundleError: the engine is another GPU's or version's, or the GPU's memory is full.
     """
 
+    lanes = 1
     max_batch = 64  # of the optimisation profile that export builds
 
     def __init__(self, bundle: Bundle, *, file: str, threads: int | None = None) -> None:
@@ -93,6 +94,8 @@ class TensorRtRuntime:
                 self._call(cuda.cudaMemcpyAsync(answer.ctypes.data, self._output, answer.nbytes, to_host, self._stream))
                 self._call(cuda.cudaStreamSynchronize(self._stream))
         return out
+
+    encode_lane = encode_images
 
     def encode_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """See :class:`Runtime`."""

@@ -29,6 +29,8 @@ class TorchRuntime:
         BundleError: this torch cannot read the file.
     """
 
+    lanes = 1
+
     def __init__(self, bundle: Bundle, *, file: str, threads: int | None = None) -> None:
         try:
             import torch
@@ -69,6 +71,8 @@ class TorchRuntime:
         except Exception as error:  # of memory, or of other sizes than bundle.json's
             raise does_not_run(self.bundle, self._file, error) from error
         return result
+
+    encode_lane = encode_images
 
     def encode_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """See :class:`Runtime`."""

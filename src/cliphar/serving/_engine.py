@@ -1,11 +1,11 @@
 """Dynamic batching: photos of all requests share the model, a bounded queue, and nobody waits for a batch to fill.
 
-The event loop takes photos in and hands answers out; between the two, threads decode and one thread runs the model, and
+The event loop takes photos in and hands answers out; between the two, threads decode and others run the model, and
 they pass work on by themselves, so that a loop that is busy refusing others does not keep the model waiting. As soon as
-the model is free it takes what is decoded, one photo of each request in turn, up to ``max_batch``; so the
-batch grows with the load, and a caller with one photo is not behind another's hundred. A photo that is asked for twice
-at once is computed once, one that is asked for again soon (as by a page with other labels) is not computed again,
-and one that nobody waits for any more is not computed at all.
+a lane of the model is free it takes its part of what is decoded, one photo of each request in turn, up to
+``max_batch``; so the batch grows with the load, and a caller with one photo is not behind another's hundred. A photo
+that is asked for twice at once is computed once, one that is asked for again soon (as by a page with other labels) is
+not computed again, and one that nobody waits for any more is not computed at all.
 """
 
 from __future__ import annotations
@@ -54,6 +54,9 @@ class _Turns:
     def add(self, caller: int, work: _Work) -> None:
         self.callers.setdefault(caller, deque()).append(work)
 
+    def __len__(self) -> int:
+        return sum(map(len, self.callers.values()))
+
     def take(self) -> tuple[int, _Work] | None:
         while self.callers:
             caller, queue = next(iter(self.callers.items()))
@@ -72,10 +75,12 @@ class Engine:
 
     Args:
         prepare: encoded bytes -> uint8 [S,S,3]; raises MediaError. Called on threads.
-        encode: uint8 [N,S,S,3] -> float32 [N,D]. Called on one thread.
+        encode: uint8 [N,S,S,3] -> float32 [N,D]. Called on ``lanes`` threads.
+        encode_lane: the same on the calling thread alone, for when there are photos for all lanes; None if one lane.
         queue_size: photos that may be waiting or worked on; more are refused.
         max_batch: photos the model is given at once, at most.
         decoders: photos decoded at the same time.
+        lanes: batches that the model runs at the same time.
         keep: embeddings that are kept for photos asked for again, those used last; 0 keeps none.
         observe: told what took how long.
     """
@@ -88,29 +93,32 @@ class Engine:
         queue_size: int,
         max_batch: int,
         decoders: int,
+        encode_lane: Callable[[Square], Embedding] | None = None,
+        lanes: int = 1,
         keep: int = 0,
         observe: Observer = lambda _stage, _value: None,
     ) -> None:
         self._prepare, self._encode, self._observe = prepare, encode, observe
+        self._encode_lane, self._lanes = encode_lane or encode, lanes
         self.queue_size, self._max_batch, self._keep = queue_size, max_batch, keep
         self._shared: dict[bytes, _Work] = {}
         self._kept: OrderedDict[bytes, Embedding] = OrderedDict()
         self._callers = 0
-        self._rate = 20.0
+        self._photo_s, self._finished = 0.05, 0.0
         self.pending = 0
         self._lock = threading.Lock()
         self._to_decode, self._undecoded = _Turns(), threading.Condition(self._lock)
         self._decoded, self._unencoded = _Turns(), threading.Condition(self._lock)
         self._closed = False
         self._threads = [threading.Thread(target=self._decode_all, name="decode", daemon=True) for _ in range(decoders)]
-        self._threads.append(threading.Thread(target=self._encode_all, name="model", daemon=True))
+        self._threads += [threading.Thread(target=self._encode_all, name="model", daemon=True) for _ in range(lanes)]
         for thread in self._threads:
             thread.start()
 
     @property
     def drain_s(self) -> float:
         """About how long it takes to work off what is pending."""
-        return self.pending / self._rate
+        return self.pending * self._photo_s
 
     def check_room(self, photos: int, deadline_s: float) -> None:
         """ProblemError 503 if so many more photos have no room, or could not be answered in time; all find room where
@@ -192,18 +200,19 @@ class Engine:
             self.pending -= 1
             self._observe("pending", -1)
 
-    def _take(self, turns: _Turns, filled: threading.Condition, most: int) -> list[tuple[int, _Work]]:
-        """Up to so many pieces of work as soon as there is one; none when the engine is closed."""
+    def _take(self, turns: _Turns, filled: threading.Condition, most: int, takers: int) -> list[tuple[int, _Work]]:
+        """Up to so many pieces of work as soon as there is one, and a part for each taker; none when it is closed."""
         with filled:
             while not self._closed:
-                taken = [one for _ in range(most) if (one := turns.take()) is not None]
+                count = min(most, -(-len(turns) // takers))
+                taken = [one for _ in range(count) if (one := turns.take()) is not None]
                 if taken:
                     return taken
                 filled.wait()
         return []
 
     def _decode_all(self) -> None:
-        while taken := self._take(self._to_decode, self._undecoded, 1):
+        while taken := self._take(self._to_decode, self._undecoded, 1, 1):
             caller, work = taken[0]
             started = time.perf_counter()
             self._observe("queue", started - work.since)
@@ -218,17 +227,20 @@ class Engine:
                 self._unencoded.notify()
 
     def _encode_all(self) -> None:
-        while taken := self._take(self._decoded, self._unencoded, self._max_batch):
+        while taken := self._take(self._decoded, self._unencoded, self._max_batch, self._lanes):
             batch = [work for _, work in taken]
             started = time.perf_counter()
+            encode = self._encode if self.pending < self._lanes else self._encode_lane
             try:
-                vectors = self._encode(np.stack([work.square for work in batch if work.square is not None]))
+                vectors = encode(np.stack([work.square for work in batch if work.square is not None]))
             except Exception as error:
                 self._deliver(batch, [error] * len(batch))
                 continue
-            took = time.perf_counter() - started
-            self._rate += 0.2 * (len(batch) / took - self._rate)
-            self._observe("model", took)
+            ended = time.perf_counter()
+            with self._lock:  # what passed since another batch ended is this one's, or they would be counted twice
+                took, self._finished = ended - max(started, self._finished), ended
+            self._photo_s += 0.2 * (took / len(batch) - self._photo_s)
+            self._observe("model", ended - started)
             self._observe("batch", len(batch))
             self._deliver(batch, list(vectors))
 

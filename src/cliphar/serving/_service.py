@@ -72,6 +72,8 @@ class Service:
             queue_size=settings.queue_size,
             max_batch=settings.max_batch,
             decoders=cpu_quota(),
+            encode_lane=recognizer.runtime.encode_lane,
+            lanes=recognizer.runtime.lanes,
             keep=settings.keep_photos,
             observe=metrics.observe,
         )
