@@ -175,7 +175,7 @@ def plot(results: dict[str, Any], target: Path) -> None:
     for axes in (left, right):
         axes.set_xticks(CLIENTS, [str(clients) for clients in CLIENTS])
         axes.minorticks_off()
-    left.legend(fontsize=7, loc="upper left", bbox_to_anchor=(0, 0.93))
+    left.legend(fontsize=7, loc="lower right", bbox_to_anchor=(1, 0.2))
     figure.savefig(target, metadata={"Date": None})
 
 
