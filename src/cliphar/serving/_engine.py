@@ -239,7 +239,7 @@ class Engine:
             ended = time.perf_counter()
             with self._lock:  # what passed since another batch ended is this one's, or they would be counted twice
                 took, self._finished = ended - max(started, self._finished), ended
-            self._photo_s += 0.2 * (took / len(batch) - self._photo_s)
+                self._photo_s += 0.2 * (took / len(batch) - self._photo_s)
             self._observe("model", ended - started)
             self._observe("batch", len(batch))
             self._deliver(batch, list(vectors))
