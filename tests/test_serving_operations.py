@@ -638,6 +638,31 @@ def test_workers_agree_and_one_that_dies_is_replaced(env: dict[str, str], photos
         assert supervisor.wait(60) == 0
 
 
+def test_no_worker_waits_for_a_connection_that_another_has_taken(env: dict[str, str], tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    command = [sys.executable, "-m", "cliphar", "serve", "--port", "0", "--workers", "2"]
+    with log.open("w") as errors, subprocess.Popen(command, env=env, stderr=errors) as process:
+        try:
+            end = time.monotonic() + 120
+            while log.read_text().count('"ready"') < 2:
+                assert time.monotonic() < end
+                time.sleep(0.1)
+            time.sleep(5)  # for one that ends sooner was not able to start
+            [fd] = [known.fd for known in psutil.Process(process.pid).net_connections("tcp")]
+            os.kill(json.loads(log.read_text().partition("\n")[0])["pid"], signal.SIGKILL)
+            blocking = until = 0.0
+            while not until or time.monotonic() < until:
+                assert time.monotonic() < end
+                for _ in range(1000):  # of the open file that all of them share
+                    flags = Path(f"/proc/{process.pid}/fdinfo/{fd}").read_text().partition("flags:")[2].split()[0]
+                    blocking += not int(flags, 8) & os.O_NONBLOCK
+                if not until and log.read_text().count('"ready"') == 3:
+                    until = time.monotonic() + 1
+            assert not blocking
+        finally:
+            process.terminate()
+
+
 def test_workers_that_stop_take_no_new_connections(env: dict[str, str]) -> None:
     with serving(env, "--workers", "2") as (url, process):
         address = urlsplit(url).hostname, urlsplit(url).port or 0

@@ -102,6 +102,8 @@ def _serve(settings: Settings, listener: socket.socket, drain_s: int, closed: Ca
     gc.collect()
     gc.freeze()  # what is here for good need not be looked through, each time for 50 ms in which nothing else runs
     gc.set_threshold(10_000)  # a request leaves no garbage, so that to look for it every 700 objects finds none
+    # dup of one that came through pickle would make it blocking, in all workers: one would wait in accept for a next
+    listener.setblocking(False)
     # libuv takes one connection a turn from each: in a busy loop, one of hundreds would wait until the others rest
     server.run(sockets=[listener, *(listener.dup() for _ in range(7))])
     app.state.service.engine.close()
