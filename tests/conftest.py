@@ -32,6 +32,7 @@ from cliphar.bundle import (
     write_bundle,
 )
 from cliphar.recognizer import Recognizer, load
+from cliphar.runtime import Runtime
 from serving_process import serving
 
 PACKAGE = Path(cliphar.__file__).resolve().parent
@@ -61,11 +62,10 @@ def unit(vectors: NDArray[Any]) -> NDArray[np.float32]:
     return unit_vectors
 
 
-class FakeRuntime:
+class FakeRuntime(Runtime):
     """Deterministic and instant: a photo is its mean colour, a sentence is its digest. Counts what it is asked."""
 
     name = "fake"
-    lanes = 1
 
     def __init__(self) -> None:
         self.batches: list[int] = []
@@ -74,8 +74,6 @@ class FakeRuntime:
     def encode_images(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         self.batches.append(len(images))
         return unit(images.astype(np.float64).mean((1, 2)) + 1e-3)
-
-    encode_lane = encode_images
 
     def encode_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
         self.sentences += texts

@@ -25,13 +25,11 @@ EAGER = "pytorch"
 PYTORCH = (EAGER, "pytorch-fp16", "pytorch-fp16-compile")  # the last two are for GPUs
 
 
-class _PyTorch:
+class _PyTorch(Runtime):
     """The bundle's architecture in PyTorch, on the GPU that it sees or the CPU; one of ``PYTORCH``.
 
     Its weights may be random: they do not change its speed.
     """
-
-    lanes = 1
 
     def __init__(self, bundle: Bundle, name: str, threads: int) -> None:
         import torch
@@ -63,8 +61,6 @@ class _PyTorch:
             pixels = torch.from_numpy(images).to(self._device).permute(0, 3, 1, 2).to(self._dtype)
             result: NDArray[np.float32] = self._tower(pixels).float().cpu().numpy()
         return result
-
-    encode_lane = encode_images
 
     def encode_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
         raise NotImplementedError

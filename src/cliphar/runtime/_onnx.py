@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from cliphar.bundle import Bundle, store
 from cliphar.errors import BundleError, UsageError
+from cliphar.runtime._base import Runtime
 from cliphar.runtime._cpu import cpu_quota
 from cliphar.runtime._text import TextTower, check_images, does_not_run
 
@@ -65,7 +66,7 @@ def _load_cuda() -> None:
         onnxruntime.preload_dlls()
 
 
-class OnnxRuntime:
+class OnnxRuntime(Runtime):
     """A bundle's image.onnx, or another ONNX graph that export made of it, and its text.onnx.
 
     On a CPU one photo is run by all threads together. Where there are as many photos as threads, each thread runs some
@@ -131,7 +132,7 @@ class OnnxRuntime:
     def encode_lane(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """See :class:`Runtime`; raises what encode_images does."""
         if self.lanes == 1:
-            return self.encode_images(images)
+            return super().encode_lane(images)
         check_images(self.bundle, images)
         return self._run(self._one_thread()[0], images)
 

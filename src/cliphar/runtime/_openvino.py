@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from cliphar.bundle import Bundle
 from cliphar.errors import BundleError, UsageError
+from cliphar.runtime._base import Runtime
 from cliphar.runtime._cpu import cpu_quota
 from cliphar.runtime._text import TextTower, check_images, does_not_run
 
@@ -34,7 +35,7 @@ def import_openvino() -> Any:
     return openvino
 
 
-class OpenVinoRuntime:
+class OpenVinoRuntime(Runtime):
     """An OpenVINO IR that export made of a bundle's image graph.
 
     Args:
@@ -46,8 +47,6 @@ class OpenVinoRuntime:
         UsageError: OpenVINO is not installed.
         BundleError: the model does not compile here.
     """
-
-    lanes = 1
 
     def __init__(self, bundle: Bundle, *, file: str, threads: int | None = None) -> None:
         openvino = import_openvino()
@@ -86,8 +85,6 @@ class OpenVinoRuntime:
         except Exception as error:  # of memory, or of other sizes than bundle.json's
             raise does_not_run(self.bundle, self._file, error) from error
         return result
-
-    encode_lane = encode_images
 
     def encode_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """See :class:`Runtime`."""

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from cliphar.bundle import Bundle
 from cliphar.errors import BundleError, UsageError
+from cliphar.runtime._base import Runtime
 from cliphar.runtime._cpu import cpu_quota
 from cliphar.runtime._text import TextTower, check_images
 
@@ -30,7 +31,7 @@ def import_tensorrt() -> tuple[Any, Any]:
     return tensorrt, runtime
 
 
-class TensorRtRuntime:
+class TensorRtRuntime(Runtime):
     """A bundle's .plan. An engine runs on the kind of GPU and the TensorRT version that built it, and no other.
 
     Raises:
@@ -38,7 +39,6 @@ class TensorRtRuntime:
         BundleError: the engine is another GPU's or version's, or the GPU's memory is full.
     """
 
-    lanes = 1
     max_batch = 64  # of the optimisation profile that export builds
 
     def __init__(self, bundle: Bundle, *, file: str, threads: int | None = None) -> None:
@@ -94,8 +94,6 @@ class TensorRtRuntime:
                 self._call(cuda.cudaMemcpyAsync(answer.ctypes.data, self._output, answer.nbytes, to_host, self._stream))
                 self._call(cuda.cudaStreamSynchronize(self._stream))
         return out
-
-    encode_lane = encode_images
 
     def encode_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """See :class:`Runtime`."""

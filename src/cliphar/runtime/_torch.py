@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 
 from cliphar.bundle import Bundle
 from cliphar.errors import BundleError, UsageError
+from cliphar.runtime._base import Runtime
 from cliphar.runtime._cpu import cpu_quota
 from cliphar.runtime._text import TextTower, check_images, does_not_run
 
 __all__ = ["TorchRuntime"]
 
 
-class TorchRuntime:
+class TorchRuntime(Runtime):
     """A bundle's .pt2 (torch.export) or .pt (TorchScript). Both are programs: run none of someone you don't trust.
 
     Args:
@@ -28,8 +29,6 @@ class TorchRuntime:
         UsageError: torch is not installed.
         BundleError: this torch cannot read the file.
     """
-
-    lanes = 1
 
     def __init__(self, bundle: Bundle, *, file: str, threads: int | None = None) -> None:
         try:
@@ -71,8 +70,6 @@ class TorchRuntime:
         except Exception as error:  # of memory, or of other sizes than bundle.json's
             raise does_not_run(self.bundle, self._file, error) from error
         return result
-
-    encode_lane = encode_images
 
     def encode_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """See :class:`Runtime`."""

@@ -76,7 +76,7 @@ class Engine:
     Args:
         prepare: encoded bytes -> uint8 [S,S,3]; raises MediaError. Called on threads.
         encode: uint8 [N,S,S,3] -> float32 [N,D]. Called on ``lanes`` threads.
-        encode_lane: the same on the calling thread alone, for when there are photos for all lanes; None if one lane.
+        encode_lane: the same on the calling thread alone, for when there are photos for all lanes.
         queue_size: photos that may be waiting or worked on; more are refused.
         max_batch: photos the model is given at once, at most.
         decoders: photos decoded at the same time.
@@ -200,7 +200,7 @@ class Engine:
             self.pending -= 1
             self._observe("pending", -1)
 
-    def _take(self, turns: _Turns, filled: threading.Condition, most: int, takers: int) -> list[tuple[int, _Work]]:
+    def _take(self, turns: _Turns, filled: threading.Condition, most: int, takers: int = 1) -> list[tuple[int, _Work]]:
         """Up to so many pieces of work as soon as there is one, and a part for each taker; none when it is closed."""
         with filled:
             while not self._closed:
@@ -212,7 +212,7 @@ class Engine:
         return []
 
     def _decode_all(self) -> None:
-        while taken := self._take(self._to_decode, self._undecoded, 1, 1):
+        while taken := self._take(self._to_decode, self._undecoded, 1):
             caller, work = taken[0]
             started = time.perf_counter()
             self._observe("queue", started - work.since)
