@@ -106,6 +106,13 @@ def test_wrong_settings_are_refused_by_name(override: str, said: str) -> None:
     assert said in str(caught.value)
 
 
+def test_a_section_that_is_written_twice_is_refused(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text((RECIPES / "full.yaml").read_text() + "data: {source: others}\n")
+    with pytest.raises(UsageError, match="data is written twice"):
+        load_recipe(recipe)
+
+
 def test_distilling_changes_only_what_is_not_frozen(data: DistillData, tmp_path: Path) -> None:
     torch.manual_seed(0)
     tower = ImageTower("lite0", 32)

@@ -231,6 +231,18 @@ def _schema(tree: dict[str, Any], path: Path) -> type[Recipe]:
     raise UsageError(f"recipe {path}: {what}; {hint}")
 
 
+class _Loader(yaml.SafeLoader):
+    """SafeLoader keeps the last of a key's values, and so drops a section that is written twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set[str]()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.YAMLError(f"{key.value} is written twice, again in line {key.start_mark.line + 1}")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     """Read a recipe; apply ``key=value`` overrides: dots reach into sections, brackets and quotes are YAML.
 
@@ -238,7 +250,7 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
         UsageError: unreadable, an unknown key, or a value out of its range; the message names the key.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"cannot read recipe {path}: {reason}") from error
