@@ -82,7 +82,7 @@ def test_labels_may_be_given_one_by_one(cli: Run, photos: list[Path]) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such names")
 def test_each_answer_is_one_line_whatever_a_files_name_holds(cli: Run, photos: list[Path], tmp_path: Path) -> None:
-    name, spelled = "a  b\tc\nd\x1b[31m.jpg", r"a  b\tc\nd\x1b[31m.jpg"
+    name, spelled = "a  b\tc\nd\x1b[31m\u202e.jpg", r"a  b\tc\nd\x1b[31m\u202e.jpg"
     shutil.copy(photos[0], tmp_path / name)
     assert [line.split("\t")[0] for line in cli("predict", name).stdout.splitlines()] == [spelled]
     assert json.loads(cli("predict", name, "--json").stdout)["path"] == name

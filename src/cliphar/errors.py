@@ -10,7 +10,7 @@ from pathlib import Path
 
 __all__ = ["BundleError", "ClipharError", "DataError", "MediaError", "UsageError", "naming", "one_line", "printable"]
 
-_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 class ClipharError(Exception):
@@ -39,7 +39,10 @@ def printable(path: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """The text with control characters spelled out: a file's name may hold tabs, line breaks, a terminal's commands."""
+    """The text with control characters spelled out: a file's name may hold tabs, line breaks, a terminal's commands.
+
+    Also those that turn the direction of what follows: they would show a name, and what stands behind it, as another.
+    """
     return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), printable(text))
 
 
