@@ -188,7 +188,9 @@ def test_other_refusals(api: str) -> None:
     as_form = {"content-type": "application/x-www-form-urlencoded"}  # as curl -d says
     assert "application/json" in problem(httpx.put(f"{api}/v1/labels/x", content=b'["a"]', headers=as_form), 415)
     assert problem(httpx.get(f"{api}/nowhere"), 404)
-    assert problem(httpx.get(f"{api}/v1/predict"), 405)
+    assert "use POST; see" in problem(httpx.get(f"{api}/v1/predict"), 405)
+    assert (wrong := httpx.post(f"{api}/v1/labels/x")).headers["allow"] == "GET, PUT, DELETE"
+    assert "does not take POST; use GET, PUT, DELETE" in problem(wrong, 405)
     assert problem(httpx.get(f"{api}/v1/labels/none such"), 404)
     image = {"content-type": "image/png"}
     assert "64 MB" in problem(httpx.post(f"{api}/v1/predict", content=bytes(65 * 2**20), headers=image), 413)

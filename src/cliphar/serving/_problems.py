@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError, ValidationException, WebS
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from cliphar.errors import ClipharError, MediaError, UsageError
 from cliphar.serving._document import PROBLEM, docs
@@ -62,6 +63,13 @@ def said(error: ValidationException | ValidationError, see: str) -> str:
     return f"{where}: {first['msg']}; see {see}"
 
 
+def _methods(request: Request) -> str:
+    """What the path takes; Starlette's own refusal names the methods of one route only."""
+    ways = [{**request.scope, "method": method} for method in ("GET", "POST", "PUT", "DELETE")]
+    found = [way for way in ways if any(route.matches(way)[0] is Match.FULL for route in request.app.routes)]
+    return ", ".join(way["method"] for way in found)
+
+
 def add_problem_handlers(app: FastAPI) -> None:
     """Turn what is raised in a route into a problem document; what nobody foresaw is :class:`Around`'s."""
 
@@ -69,6 +77,9 @@ def add_problem_handlers(app: FastAPI) -> None:
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
         if error.status_code == 404 and not isinstance(error, ProblemError):
             return problem_response(404, f"there is no path {request.url.path[:200]}; see {docs(request)}")
+        if error.status_code == 405 and (allowed := _methods(request)):
+            detail = f"{request.url.path[:200]} does not take {request.method}; use {allowed}; see {docs(request)}"
+            return problem_response(405, detail, {"Allow": allowed})
         return refusal(error)
 
     @app.exception_handler(ClipharError)
