@@ -266,6 +266,15 @@ def test_workers_that_write_in_the_same_tick_of_the_clock_agree(mini: Recognizer
     one.put_vocabulary("c", ("waving",))
     other.refresh()
     assert {"a", "b", "c"} <= set(other.vocabularies)
+    (tmp_path / "vocabularies.json").unlink()
+    os.mkfifo(tmp_path / "vocabularies.json")
+    with ThreadPoolExecutor() as pool:
+        reading = pool.submit(other.refresh)
+        with (tmp_path / "vocabularies.json").open("w") as written:  # open on both sides
+            assert other.is_stale()
+            written.write('{"d": ["waving"]}')
+        reading.result(60)
+    assert "d" in other.vocabularies
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"a": 5}', '{"a": null}', '{"a": []}', '{"a": ["unknown"]}'])

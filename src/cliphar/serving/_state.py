@@ -46,30 +46,34 @@ class State:
         """Whether another worker wrote something; quick, and waits for no lock."""
         return any(stamp(path) not in (None, self._seen.get(path)) for path in (self._vocabularies, self._taught))
 
-    def refresh(self) -> None:
-        """Take in what another worker wrote.
+    def refresh(self, *, again: bool = False) -> None:
+        """Take in what another worker wrote; ``again``, what was taken in too.
 
         Raises:
             ClipharError: a file is damaged.
         """
         with self._lock:
-            if self._changed(self._vocabularies):
-                try:
-                    content = json.loads(self._vocabularies.read_text(encoding="utf-8"))
-                    self._named = {name: clean_labels(labels) for name, labels in content.items()}
-                except (OSError, ValueError, AttributeError, TypeError, UsageError) as error:
-                    raise ClipharError(
-                        f"vocabularies.json in the state directory cannot be used: {error}; mend it or remove it"
-                    ) from error
-            if self._changed(self._taught):
-                self._recognizer.load_taught(self._taught, replace=True)
+            if again:
+                self._seen.clear()
+            for path, read in ((self._vocabularies, self._read_vocabularies), (self._taught, self._read_taught)):
+                found = stamp(path)
+                if found is not None and found != self._seen.get(path):
+                    try:
+                        read()
+                    finally:
+                        self._seen[path] = found  # not before, or a request meanwhile would go on with the old
 
-    def _changed(self, path: Path) -> bool:
-        found = stamp(path)
-        if found is None or found == self._seen.get(path):
-            return False
-        self._seen[path] = found
-        return True
+    def _read_vocabularies(self) -> None:
+        try:
+            content = json.loads(self._vocabularies.read_text(encoding="utf-8"))
+            self._named = {name: clean_labels(labels) for name, labels in content.items()}
+        except (OSError, ValueError, AttributeError, TypeError, UsageError) as error:
+            raise ClipharError(
+                f"vocabularies.json in the state directory cannot be used: {error}; mend it or remove it"
+            ) from error
+
+    def _read_taught(self) -> None:
+        self._recognizer.load_taught(self._taught, replace=True)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -83,8 +87,7 @@ class State:
             directory.mkdir(parents=True, exist_ok=True)
             with (directory / ".lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                self._seen.clear()  # a damaged file is read again, and refused: it can be mended, if not written over
-                self.refresh()
+                self.refresh(again=True)  # a damaged file is refused again: it can be mended, if not written over
                 yield
         except OSError as error:
             raise ClipharError(
