@@ -679,6 +679,17 @@ def test_workers_that_stop_take_no_new_connections(env: dict[str, str]) -> None:
             assert process.poll() is None  # for it has a request to answer
 
 
+def test_no_worker_outlives_a_supervisor_that_is_killed(env: dict[str, str]) -> None:
+    with serving(env, "--workers", "2") as (url, process):
+        process.kill()
+        process.wait(60)
+        end = time.monotonic() + 60
+        with pytest.raises(ConnectionRefusedError):
+            while time.monotonic() < end:
+                dial(url).close()
+                time.sleep(0.1)
+
+
 def test_a_log_line_is_one_write(env: dict[str, str]) -> None:
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)  # keeps writes apart
     ours.settimeout(60)

@@ -9,8 +9,10 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from functools import partial
+from multiprocessing import parent_process
 from typing import cast
 
 import structlog
@@ -63,11 +65,19 @@ def run(settings: Settings, host: str, port: int, drain_s: int, workers: int = 1
 
 def _worker(settings: Settings, listener: socket.socket, drain_s: int) -> None:
     _set_up_logs()
+    threading.Thread(target=_stop_without_supervisor, daemon=True).start()
     try:
         _serve(settings, listener, drain_s, lambda: False)  # the supervisor tells
     except ClipharError as error:
         print(f"cliphar: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def _stop_without_supervisor() -> None:
+    """One that is killed tells nobody: its workers would go on and keep the port, and be replaced no more."""
+    if supervisor := parent_process():
+        supervisor.join()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _serve(settings: Settings, listener: socket.socket, drain_s: int, closed: Callable[[], bool]) -> None:
