@@ -78,6 +78,8 @@ def main() -> None:
         leave_out(packages(sys.argv[2]), wanted["omit"]["train"])
         return
     python, target, variant = sys.argv[1:]
+    if variant not in wanted["variants"]:
+        raise SystemExit(f"no VARIANT={variant}: it is one of {', '.join(wanted['variants'])}")
     pip = [str(Path(sys.executable).with_name("pip")), "--python", python]
     options = ["--quiet", "--no-compile", "--only-binary", ":all:", "--constraint", "constraints.txt"]
     options += [f"--no-binary={name}" for name in wanted["variants"][variant].get("source", ())]

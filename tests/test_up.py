@@ -101,6 +101,12 @@ def test_it_prints_addresses_and_a_command_that_works(
     assert not any(alive(pid) for pid in both)
 
 
+def test_an_image_of_no_known_variant_is_refused_in_one_line() -> None:
+    command = [sys.executable, "docker/environment.py", sys.executable, "api", "typo"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "no VARIANT=typo: it is one of cpu, openvino, cuda, tensorrt\n")
+
+
 @pytest.mark.parametrize("which", [0, 1], ids=["API", "page"])
 def test_if_one_ends_all_ends(running: tuple[subprocess.Popen[str], list[str], str], which: int) -> None:
     process, _, _ = running
