@@ -144,11 +144,17 @@ class Stopped(subprocess.Popen):
         print(self.pid, flush=True)
         os.kill(os.getpid(), {stop:d})
 
+    def wait(self, timeout=None):
+        print(timeout)
+        return super().wait(timeout)
+
 subprocess.Popen = Stopped
-up(None, "127.0.0.1", {free_port()}, {free_port()})
+up(None, "127.0.0.1", {free_port()}, {free_port()}, drain=90)
 """
     done = subprocess.run(
         [sys.executable, "-c", program], env=clean_env, cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr.count("Traceback")) == (0, 0)
-    assert not alive(int(done.stdout))
+    pid, waited_s = done.stdout.split()
+    assert not alive(int(pid))
+    assert float(waited_s) > 90

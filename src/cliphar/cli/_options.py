@@ -16,6 +16,7 @@ from cliphar.errors import UsageError
 __all__ = [
     "BasePath",
     "Coverage",
+    "Drain",
     "Host",
     "Labels",
     "LabelsFile",
@@ -70,6 +71,10 @@ Runtime = Annotated[
 Threads = Annotated[
     int | None,
     typer.Option(envvar="CLIPHAR_THREADS", min=1, help="CPU threads.", show_default="as many as allowed"),
+]
+Drain = Annotated[
+    int,
+    typer.Option(envvar="CLIPHAR_DRAIN_S", min=1, help="Seconds to finish the requests that came in before a stop."),
 ]
 PagePort = Annotated[int, typer.Option(envvar="CLIPHAR_APP_PORT", min=1, max=65535, help="The port of the web page.")]
 RootPath = Annotated[

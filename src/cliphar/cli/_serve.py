@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from cliphar.cli._options import Host, Model, Provider, RootPath, Runtime, Threads
+from cliphar.cli._options import Drain, Host, Model, Provider, RootPath, Runtime, Threads
 from cliphar.errors import UsageError
 
 __all__ = ["serve"]
@@ -57,12 +57,7 @@ def serve(
     deadline: Annotated[
         float, typer.Option(envvar="CLIPHAR_DEADLINE_S", min=0.001, help="Seconds a request may take.")
     ] = 30.0,
-    drain: Annotated[
-        int,
-        typer.Option(
-            envvar="CLIPHAR_DRAIN_S", min=1, help="Seconds to finish the requests that came in before a stop."
-        ),
-    ] = 30,
+    drain: Drain = 30,
     max_body: Annotated[
         int, typer.Option(envvar="CLIPHAR_MAX_BODY_MB", min=1, help="Largest request body, in MB.")
     ] = 64,

@@ -15,12 +15,10 @@ from typing import Annotated
 
 import typer
 
-from cliphar.cli._options import BasePath, Host, Model, PagePort, RootPath
+from cliphar.cli._options import BasePath, Drain, Host, Model, PagePort, RootPath
 from cliphar.errors import ClipharError
 
 __all__ = ["up"]
-
-_GRACE_S = 30.0
 
 
 def up(
@@ -30,6 +28,7 @@ def up(
     page_port: PagePort = 8501,
     root_path: RootPath = "",
     base_path: BasePath = "",
+    drain: Drain = 30,
 ) -> None:
     """Start the API and the web page. If one of them stops, so does the other."""
     near = "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104 - nothing is bound
@@ -60,7 +59,7 @@ def up(
 
     try:
         chosen = ["--model", model] if model else []
-        start("the API", f"{api}/readyz", "serve", port, "--root-path", root_path, *chosen)
+        start("the API", f"{api}/readyz", "serve", port, "--root-path", root_path, "--drain", str(drain), *chosen)
         start("the web page", f"{page}/_stcore/health", "app", page_port, "--base-path", base_path)
         if not stopping:
             print(f"API       {api}  (its documentation: {api}/docs)")
@@ -70,7 +69,7 @@ def up(
             _ended(children)
             time.sleep(0.2)
     finally:
-        _stop(children)
+        _stop(children, drain + 5)
 
 
 def _example(api: str) -> list[str]:
@@ -92,10 +91,10 @@ def _answers(url: str) -> bool:
     return False
 
 
-def _stop(children: dict[str, subprocess.Popen[bytes]]) -> None:
+def _stop(children: dict[str, subprocess.Popen[bytes]], grace_s: int) -> None:
     for child in children.values():
         child.terminate()
-    end = time.monotonic() + _GRACE_S
+    end = time.monotonic() + grace_s
     for child in children.values():
         try:
             child.wait(max(0, end - time.monotonic()))
