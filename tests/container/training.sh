@@ -52,7 +52,7 @@ if [[ -f $photos ]]; then
   train train export runs/shots --to openvino >"$work/out" 2>&1 || { cat "$work/out"; fail "export to OpenVINO"; }
   run -v "$work/runs:/models:ro" "$image" doctor >"$work/doctor" || fail "doctor: $(cat "$work/doctor")"
   grep -A1 'nothing here runs its openvino' "$work/doctor" | grep 'VARIANT=openvino' >/dev/null || fail "doctor says nothing of OpenVINO: $(cat "$work/doctor")"
-  grep -A1 'models are stored in /models: not writable by uid 12345' "$work/doctor" | grep 'docker run -v' >/dev/null || fail "doctor says nothing of /models: $(cat "$work/doctor")"
+  grep -A1 'models are stored in /models: not writable by uid 12345' "$work/doctor" | grep 'docker run -v cliphar_models' >/dev/null || fail "doctor says nothing of /models: $(cat "$work/doctor")"
   docker build -q -f docker/Dockerfile.inference --build-arg VARIANT=openvino --target api -t "$id:openvino" . >/dev/null 2>"$work/err" || { tail "$work/err"; fail "the OpenVINO image"; }
   run -v "$work/runs:/models:ro" -e MODEL_PATH=shots -e CLIPHAR_RUNTIME=openvino "$id:openvino" predict portrait.jpg --json >"$work/out" || fail "OpenVINO"
   grep '"label"' "$work/out" >/dev/null || fail "OpenVINO answers $(cat "$work/out")"

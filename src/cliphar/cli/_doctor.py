@@ -208,12 +208,12 @@ def _folders() -> Iterator[Finding]:
 
     state = os.environ.get("CLIPHAR_STATE")
     yield _folder("temporary files are written to", Path(os.environ.get("TMPDIR") or "/tmp"), "TMPDIR", "--tmpfs /tmp")  # noqa: S108
-    yield _folder("models are stored in", store(), "CLIPHAR_HOME", "-v cliphar-models:/models")
+    yield _folder("models are stored in", store(), "CLIPHAR_HOME", "-v cliphar_models:/models")
     yield _folder(
         "what a service is taught is kept in",
         Path(state) if state else store().parent / "state",
         "CLIPHAR_STATE",
-        "-v cliphar-models:/models",
+        "-v cliphar_models:/models",
     )
     runs = Path("runs")
     if runs.exists():
