@@ -157,7 +157,12 @@ def test_a_stopped_training_goes_on_in_its_run(recipe: Path, clean_env: dict[str
     status, said = go_on(3, "description=as it went on", f"data.cache={tmp_path / 'moved'}")
     assert (status, "no longer has" in said) == (128 + signal.SIGTERM, False)
     assert runs() == [("KILLED", [1, 2, 3])]
-    client.delete_run(client.search_runs(["1"])[0].info.run_id)
+    before = client.search_runs(["1"])[0].info
+    tracker = open_tracker(["mlflow"], "told", tmp_path / "runs", print, tmp_path / "runs" / "told.checkpoint.runs")
+    tracker.close()  # as where --resume is refused: nothing has run
+    after = client.search_runs(["1"])[0].info
+    assert (after.status, after.end_time) == (before.status, before.end_time)
+    client.delete_run(before.run_id)
     status, said = go_on(4)
     (line,) = (line for line in said.splitlines() if "no longer has" in line)
     assert line.startswith("MLflow no longer has the run")

@@ -125,6 +125,7 @@ class MlflowSink:
             log(_FORGOTTEN.format(self.name, run_id))
         self._run = known or self._client.create_run(number, tags=source, run_name=run_name)
         self.run_id = self._run.info.run_id
+        self._was = known.info if known and known.info.status != "RUNNING" else None  # until something is trained
 
     def _known(self, run_id: str) -> Run | None:
         """A run that was stopped, running again."""
@@ -156,6 +157,8 @@ class MlflowSink:
         from mlflow.entities import Metric
 
         metrics = [Metric(name, value, int(when * 1000), step) for name, value, step, when in points]
+        if any(metric.step for metric in metrics):
+            self._was = None
         for at in range(0, len(metrics), 1000):
             self._client.log_batch(self.run_id, metrics=metrics[at : at + 1000])
 
@@ -174,8 +177,11 @@ class MlflowSink:
         self._client.create_model_version(self._model, f"{self._run.info.artifact_uri}/bundle", run_id=self.run_id)
 
     def end(self, how: str) -> None:
-        """See :class:`Sink`; the words are MLflow's."""
-        self._client.set_terminated(self.run_id, how)
+        """See :class:`Sink`; the words are MLflow's. One that was to go on, and did not, stays as it was."""
+        if self._was and how != "FINISHED":
+            self._client.set_terminated(self.run_id, self._was.status, self._was.end_time)
+        else:
+            self._client.set_terminated(self.run_id, how)
 
 
 class WandbSink:
