@@ -16,14 +16,17 @@ torch = pytest.importorskip("torch", reason="training needs the [train] extra")
 
 from safetensors.torch import load_file  # noqa: E402
 
+from cliphar.errors import ClipharError  # noqa: E402
+from cliphar.training import first_speaks  # noqa: E402
+
 WORKER = Path(__file__).with_name("distributed_worker.py")
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
 def work(folder: Path, kind: str, name: str, stop_after: int = 0) -> dict[str, Any]:
     """Run the toy alone, or as two processes of torchrun; what the first one wrote."""
     alone = [sys.executable]
-    launched = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*(alone if kind == "one" else launched), str(WORKER), kind, str(folder), name, str(stop_after)]
+    command = [*(alone if kind == "one" else LAUNCH), str(WORKER), kind, str(folder), name, str(stop_after)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -62,3 +65,22 @@ def test_a_checkpoint_is_taken_up_by_the_other_kind(
     ended = work(tmp_path, second, "again")
     assert begun["curve"] + ended["curve"] == pytest.approx(alone["curve"], rel=1e-4)
     same_weights(ended["weights"], alone["weights"])
+
+
+@pytest.mark.parametrize(
+    ("override", "said"), [("train.epoch=1", "did you mean epochs?"), ("data.source=nowhere", "no data at nowhere")]
+)
+def test_what_is_wrong_is_said_once(clean_env: dict[str, str], tmp_path: Path, override: str, said: str) -> None:
+    (tmp_path / "recipe.yaml").write_text("{method: full, name: it, output: it, data: {source: photos}}")
+    command = [*LAUNCH, "-m", "cliphar", "train", "recipe.yaml", override]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=clean_env, cwd=tmp_path, timeout=180, check=False
+    )
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("cliphar: "))
+    assert said in line
+    assert "[rank1]" not in done.stderr  # the trace of one that waited for the first
+
+
+def test_a_process_that_is_gone_is_told_in_a_line() -> None:
+    with pytest.raises(ClipharError, match=r"is gone \(Connection closed by peer \[::1\]:4\); see"), first_speaks():
+        raise RuntimeError("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:4. This is typically")

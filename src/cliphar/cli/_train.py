@@ -38,23 +38,21 @@ def train(
         import torch  # noqa: F401
     except ImportError as error:
         raise UsageError("training needs torch; run: pip install 'cliphar[train]'") from error
-    from cliphar.training import Stopped, Surroundings, leave_ranks, load_recipe
+    from cliphar.training import Stopped, Surroundings, first_speaks, leave_ranks, load_recipe, train_on_ray
     from cliphar.training import train as run
 
-    loaded = load_recipe(recipe, tuple(overrides or ()))
+    with first_speaks():
+        loaded = load_recipe(recipe, tuple(overrides or ()))
     if show:
         print(loaded.model_dump_json(indent=1))
         return
-    if ray is not None:
-        from cliphar.training import train_on_ray
-
-        bundle = train_on_ray(loaded, ray, resume=resume)
-        print(f"{bundle.info.name} is ready at {bundle.path}")
-        return
     speaks = os.environ.get("RANK", "0") == "0"  # the first that torchrun started
     try:
-        with _following() as (log, on_step):
-            bundle = run(loaded, Surroundings(resume=resume, log=log, on_step=on_step))
+        if ray is not None:
+            bundle = train_on_ray(loaded, ray, resume=resume)
+        else:
+            with first_speaks(), _following() as (log, on_step):
+                bundle = run(loaded, Surroundings(resume=resume, log=log, on_step=on_step))
     except Stopped as stopped:
         if speaks:
             print(f"cliphar: {stopped}", file=sys.stderr)

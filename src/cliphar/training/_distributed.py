@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import os
+import signal
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,11 +21,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cliphar.errors import ClipharError
+from cliphar.training._loop import Stopped
 from cliphar.training._ranks import OneProcess, Ranks
 
-__all__ = ["ManyProcesses", "leave_ranks", "open_ranks"]
+__all__ = ["ManyProcesses", "first_speaks", "leave_ranks", "open_ranks"]
 
 _CPU = torch.device("cpu")
+_FIRST_S = 60.0
 
 
 class _Gather(torch.autograd.Function):
@@ -139,3 +144,30 @@ def leave_ranks(status: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+@contextmanager
+def first_speaks() -> Iterator[None]:
+    """Where all processes fail alike, the first alone says why.
+
+    Raises:
+        ClipharError: the first lost another; what it was in says nothing of why.
+    """
+    try:
+        yield
+    except Stopped:
+        raise
+    except (ClipharError, OSError, RuntimeError) as error:
+        lost = isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+        if isinstance(error, RuntimeError) and not lost:
+            raise
+        if os.environ.get("RANK", "0") != "0" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            # torchrun ends all as soon as one has ended, and the first may have a tracked run to close before that
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(_FIRST_S)
+        if lost:
+            why = str(error).split(". ")[0].rpartition("] ")[2] or type(error).__name__
+            raise ClipharError(
+                f"another process of this training is gone ({why}); see what it and torchrun say, then give --resume"
+            ) from error
+        raise
