@@ -10,8 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-import httpx
+from typing import Any
 
 __all__ = ["bounded", "free_port", "problem", "read_terminal", "serving"]
 
@@ -46,7 +45,7 @@ def serving(env: dict[str, str], *arguments: str) -> Iterator[tuple[str, subproc
                 process.wait()
 
 
-def problem(response: httpx.Response, status: int) -> str:
+def problem(response: Any, status: int) -> str:
     """The detail of a refusal, once it is as every refusal should be."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/problem+json"

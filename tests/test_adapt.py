@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,9 +87,9 @@ class Vision(nn.Module):
         self.encoder = Encoder()
 
     def forward(self, pixels: Tensor) -> Tensor:
-        own = self.embeddings
+        own: Any = self.embeddings
         patches = own.patch_embedding(pixels).flatten(2).transpose(1, 2)
-        x = torch.cat([own.class_embedding.expand(pixels.shape[0], 1, -1), patches], 1)  # type: ignore[operator]
+        x = torch.cat([own.class_embedding.expand(pixels.shape[0], 1, -1), patches], 1)
         x = self.encoder(self.pre_layrnorm(x + own.position_embedding(torch.arange(x.shape[1])[None])))
         return self.post_layernorm(x[:, 0])  # type: ignore[no-any-return]
 

@@ -65,10 +65,10 @@ def make_info(**changes: Any) -> BundleInfo:
 
 def vectors(rows: int = len(LABELS), columns: int = DIM) -> np.ndarray:
     values = np.random.default_rng(0).normal(size=(rows, columns)).astype(np.float32)
-    return values / np.linalg.norm(values, axis=1, keepdims=True)
+    return np.asarray(values / np.linalg.norm(values, axis=1, keepdims=True))
 
 
-def make_files(**more: bytes) -> dict[str, Path | bytes]:
+def make_files(**more: Path | bytes) -> dict[str, Path | bytes]:
     return {HEAD: save({"class_vectors": vectors()}), "image.onnx": b"image graph" * 50, "sub/plan.bin": b"plan"} | more
 
 
@@ -294,7 +294,7 @@ def test_repeated_labels_and_a_bad_template_are_named() -> None:
 
 def test_info_is_frozen() -> None:
     with pytest.raises(ValidationError):
-        make_info().name = "other"  # type: ignore[misc]
+        make_info().name = "other"
 
 
 @pytest.mark.parametrize(

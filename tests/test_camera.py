@@ -17,6 +17,7 @@ from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,7 +89,7 @@ def test_names() -> None:
 
 
 def test_a_camera_that_was_lost_is_found_again() -> None:
-    port, told = free_port(), []
+    port, told = free_port(), list[str]()
     with http_camera(port, jpeg(RED)):
         camera = Camera(f"HTTP://me:secret@127.0.0.1:{port}/", told.append)
         assert colour_of(camera, 0)
@@ -220,7 +221,7 @@ def test_a_ctrl_c_at_any_moment_leaves_it_closable() -> None:
     port = free_port()
 
     def read(camera: Camera, step: int, steps: list[int]) -> None:
-        def trace(frame: FrameType, _event: str, _value: object) -> object:
+        def trace(frame: FrameType, _event: str, _value: object) -> Any:
             steps[0] += 1
             if steps[0] == step:
                 raise KeyboardInterrupt

@@ -596,7 +596,10 @@ def test_a_service_ends_when_its_terminal_is_closed(clean_env: dict[str, str], w
     ours, its = os.openpty()
     terminal = os.ttyname(its)  # the first that a session opens is its own
     serve = f"exec {sys.executable} -m cliphar serve --port 0 --workers {workers} <{terminal} >{terminal} 2>&1"
-    with subprocess.Popen(["sh", "-c", serve], env=clean_env, start_new_session=True) as process, bounded(process):
+    with (
+        subprocess.Popen(["sh", "-c", serve], env=clean_env, start_new_session=True, text=True) as process,
+        bounded(process),
+    ):
         shown = b""
         while shown.count(b'"ready"') < int(workers):
             shown += os.read(ours, 65536)

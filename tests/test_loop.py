@@ -78,7 +78,8 @@ def run(tmp_path: Path, **changes: object) -> Run:
 
 
 def flat(module: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in module.parameters()])
+    whole: Tensor = torch.cat([p.detach().flatten() for p in module.parameters()])
+    return whole
 
 
 def trained(items: TrainItems, tmp_path: Path, contrastive: float = 0.0, **settings: object) -> Tensor:
@@ -130,7 +131,7 @@ def test_accumulated_parts_are_one_batch(items: TrainItems, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "settings", [{"ema": 0.9}, {"mixup": 0.4}, {"precision": "bf16"}, {"balanced": True}, {"randaugment": 2}]
 )
-def test_each_setting_changes_what_is_learned(items: TrainItems, tmp_path: Path, settings: dict[str, object]) -> None:
+def test_each_setting_changes_what_is_learned(items: TrainItems, tmp_path: Path, settings: dict[str, Any]) -> None:
     plain, changed = trained(items, tmp_path / "a"), trained(items, tmp_path / "b", **settings)
     assert torch.isfinite(changed).all()
     assert not torch.equal(plain, changed)
@@ -233,7 +234,8 @@ def test_low_rank_changes_merge_into_the_weights() -> None:
     assert torch.equal(tower["attn"].in_proj_weight, before["attn.in_proj_weight"])  # it starts as it was
     with torch.no_grad():
         dict(tower.named_parameters())[next(name for name in trainable if name.endswith("up"))].normal_()
-    changed = tower["attn"].in_proj_weight.detach().clone()
+    attention: Any = tower["attn"]
+    changed = attention.in_proj_weight.detach().clone()
     merge(tower)
     assert set(dict(tower.named_parameters())) == set(before)
     assert torch.equal(tower["attn"].in_proj_weight, changed)

@@ -308,7 +308,7 @@ def test_cmyk_becomes_rgb(kind: str) -> None:
 @pytest.mark.parametrize(("kind", "mode"), [("PNG", "I;16"), ("TIFF", "I;16"), ("TIFF", "I")])
 def test_wide_greys_keep_their_greys(kind: str, mode: str, full: int) -> None:
     values = np.arange(256).reshape(16, 16)
-    wide = -(-values * full // 255).astype(np.int32 if mode == "I" else np.uint16)
+    wide = np.negative(values * -full // 255).astype(np.int32 if mode == "I" else np.uint16)
     content = encode(Image.fromarray(wide), kind)
     assert Image.open(io.BytesIO(content)).mode == mode
     np.testing.assert_array_equal(np.asarray(decode_image(content))[:, :, 1], values)
@@ -374,13 +374,13 @@ def test_rgba_is_laid_over_white(kind: str, alpha: int, expected: tuple[int, int
     else:
         decoded = decode_image(encode(image, kind, **({"lossless": True} if kind == "WEBP" else {})))
     assert decoded.mode == "RGB"
-    np.testing.assert_allclose(decoded.getpixel((1, 1)), expected, atol=1)
+    np.testing.assert_allclose(np.asarray(decoded)[1, 1], expected, atol=1)
 
 
 @pytest.mark.parametrize(("alpha", "expected"), [(0, 255), (255, 100), (128, 177)])
 def test_grey_with_alpha_is_laid_over_white(alpha: int, expected: int) -> None:
     decoded = decode_image(encode(Image.new("LA", (4, 4), (100, alpha)), "PNG"))
-    np.testing.assert_allclose(decoded.getpixel((1, 1)), [expected] * 3, atol=1)
+    np.testing.assert_allclose(np.asarray(decoded)[1, 1], [expected] * 3, atol=1)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,9 +39,10 @@ def test_both_towers_give_unit_vectors_of_one_size(encoder: OpenClipEncoder) -> 
 
 def test_pixels_are_normalised_as_open_clip_does(encoder: OpenClipEncoder) -> None:
     pixels = torch.randint(0, 256, (1, 3, 224, 224)).float()
-    mean, deviation = (torch.tensor(encoder.model.visual.preprocess_cfg[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
+    model: Any = encoder.model
+    mean, deviation = (torch.tensor(model.visual.preprocess_cfg[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
     with torch.no_grad():
-        expected = encoder.model.encode_image((pixels / 255 - mean) / deviation, normalize=True)
+        expected = model.encode_image((pixels / 255 - mean) / deviation, normalize=True)
         torch.testing.assert_close(encoder.image(pixels), expected, atol=1e-5, rtol=0)
 
 
@@ -48,9 +50,10 @@ def test_the_seed_decides_and_leaves_the_callers_generator_alone(encoder: OpenCl
     torch.manual_seed(11)
     expected = torch.rand(1)
     torch.manual_seed(11)
-    again = open_clip_encoder("ViT-B-32", seed=3)
+    again: Any = open_clip_encoder("ViT-B-32", seed=3)
     assert torch.equal(torch.rand(1), expected)
-    assert torch.equal(again.model.visual.conv1.weight, encoder.model.visual.conv1.weight)
+    first: Any = encoder
+    assert torch.equal(again.model.visual.conv1.weight, first.model.visual.conv1.weight)
 
 
 def test_a_name_that_open_clip_lacks() -> None:

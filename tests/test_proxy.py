@@ -44,8 +44,8 @@ def host(place: Path, ports: tuple[int, int, int]) -> Iterator[str]:
     """https://127.0.0.1:PORT, when the API answers there and the page does."""
     api, page, front = ports
     request = "-x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=host -addext subjectAltName=IP:127.0.0.1"
-    files = ["-keyout", place / "host.key", "-out", place / "host.crt"]
-    subprocess.run(["openssl", "req", *request.split(), *files], check=True, capture_output=True)
+    request += f" -keyout {place}/host.key -out {place}/host.crt"
+    subprocess.run(["openssl", "req", *request.split()], check=True, capture_output=True)
     text = (ROOT / "docs" / "serving.md").read_text()
     found = re.search(r"^    map \$http_upgrade.*?^    }$", text, re.DOTALL | re.MULTILINE)
     assert found
@@ -113,7 +113,7 @@ def test_the_api_and_all_that_it_names_is_below_its_path(
         assert httpx.get(f"{direct}/readyz").status_code == 200
         assert 'route="/v1/predict"' in httpx.get(f"{direct}/metrics").text
     stream = trusted.replace("https", "wss") + "/v1/stream"
-    with connect(stream, origin=host) as camera:  # type: ignore[arg-type]
+    with connect(stream, origin=host) as camera:  # type: ignore[call-overload]
         camera.send(photos[0].read_bytes())
         assert "label" in json.loads(camera.recv(60))
     with closing(RemoteBackend(trusted)) as backend, closing(backend.watch(["smiling", "cooking"])) as watch:

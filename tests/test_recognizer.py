@@ -58,6 +58,7 @@ def test_one_photo_alone_is_a_list_of_one(fake: Recognizer, tmp_path: Path) -> N
     path = tmp_path / "red.png"
     for alone in (path, str(path), path.read_bytes(), Image.fromarray(RED), RED):
         assert [answer.label for answer in fake.stream(alone)] == ["red"]  # type: ignore[arg-type,union-attr]
+    many: Any
     for many in (np.stack([RED, BLUE]), np.array([str(path)] * 2), {path: 1, str(path): 2}):
         assert len(list(fake.stream(many))) == 2
 
@@ -220,9 +221,10 @@ def test_predict_raises_the_error(fake: Recognizer, tmp_path: Path) -> None:
 
 def test_what_is_no_photo_at_all(fake: Recognizer) -> None:
     file = io.BytesIO(b"a\nb"), "BytesIO"  # nor a list of lines
+    nothing: Any
     for nothing, kind in (([1], "int"), (None, "NoneType"), file, (bytearray(b"x"), "bytearray")):
         with pytest.raises(MediaError, match=f"cannot take {kind} as an image"):
-            fake.predict(nothing)  # type: ignore[call-overload]
+            fake.predict(nothing)
 
 
 # --- answers

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from contextlib import ExitStack, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -528,6 +528,7 @@ def test_what_is_no_answer_of_ours_is_one_line() -> None:
             with pytest.raises(ClipharError, match="no answer"):
                 client.forget("waving")
             assert _Foreign.asked == 1  # it may have been done, and would not be known the second time
+            ask: Callable[[], object]
             wrong = (b'{"models": [], "predictions": [7]}', b'{"models": 7, "predictions": [{"label": "a"}]}')
             for said in (b"null", b"[1]", b"{}", b'{"models": {}, "predictions": 7}', *wrong, b"gzip"):
                 _Foreign.said = said
@@ -607,7 +608,8 @@ def test_workers_agree_and_one_that_dies_is_replaced(env: dict[str, str], photos
             return found
 
         def ask() -> list[str]:
-            return httpx.get(f"{url}/v1/labels", timeout=30).json().get("mine", [])  # a new connection each time
+            of: dict[str, list[str]] = httpx.get(f"{url}/v1/labels", timeout=30).json()  # a new connection each time
+            return of.get("mine", [])
 
         def counted() -> float:
             lines = httpx.get(f"{url}/metrics").text.splitlines()
@@ -694,7 +696,7 @@ def test_a_log_line_is_one_write(env: dict[str, str]) -> None:
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)  # keeps writes apart
     ours.settimeout(60)
     command = [sys.executable, "-m", "cliphar", "serve", "--port", "0"]
-    with ours, subprocess.Popen(command, env=env | {"PYTHONUNBUFFERED": "1"}, stderr=its) as process:
+    with ours, subprocess.Popen(command, env=env | {"PYTHONUNBUFFERED": "1"}, stderr=its.fileno()) as process:
         its.close()
         try:
             written = ours.recv(65536)

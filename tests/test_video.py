@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -57,14 +58,14 @@ def film(
     """A video that shows each colour for some seconds, or at the times given; the last for ``held_s``; so many seconds
     of sound."""
     with av.open(str(path), "w") as out:
-        stream = out.add_stream(codec, rate=fps)
+        stream: Any = out.add_stream(codec, rate=fps)
         stream.width, stream.height = size
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         if turn:
             stream.set_display_rotation(turn)
         stream.codec_context.time_base = Fraction(1, 1000)
         stream.codec_context.sample_aspect_ratio = Fraction(1)
-        each, packets = round(seconds * fps), list[av.Packet]()
+        each, packets = round(seconds * fps), list[Any]()
         if sound:
             silence = av.AudioFrame("s16", "mono", round(8000 * sound))
             silence.sample_rate = 8000
@@ -362,9 +363,10 @@ def test_live_answers_are_steady_and_close_their_segments(fake: Recognizer) -> N
 
 def test_bad_requests_are_refused_at_the_call(tmp_path: Path, fake: Recognizer) -> None:
     path = film(tmp_path / "clip.mp4", [RED])
+    wrong: dict[str, Any]
     for wrong in ({"fps": 0}, {"fps": 61}, {"coverage": 1.0}, {"labels": []}):
         with pytest.raises(UsageError):
-            stream_video(fake, path, **wrong)  # type: ignore[arg-type]
+            stream_video(fake, path, **wrong)
     live = Live(fake)
     for time_s in (math.nan, math.inf):
         with pytest.raises(UsageError):
