@@ -717,6 +717,16 @@ def test_a_model_that_no_longer_runs_is_told_in_the_log(tmp_path: Path, photos: 
     assert [log["log_level"] for log in logs if log["event"] == "failed"] == ["error"] * 2
 
 
+def test_a_large_photo_needs_no_place_for_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.TemporaryFile", None)  # as in a read-only container
+    photo = io.BytesIO()
+    Image.effect_noise((1500, 1500), 100).save(photo, "PNG")
+    with TestClient(create_app(Service.start(Settings(state=tmp_path)))) as client:
+        response = client.post("/v1/predict", files={"images": photo.getvalue()})
+    assert len(photo.getvalue()) > 2**20
+    assert response.json()["predictions"][0]["label"]
+
+
 # --- video
 
 

@@ -176,7 +176,11 @@ async def photos_of(form: FormData, *others: str) -> list[bytes]:
     them is text: it would have no answer, and the others another's."""
     refuse_unknown(form, "images", *others)
     parts = form.getlist("images")
-    contents = [await part.read() for part in parts if isinstance(part, UploadFile)]
+    contents = []
+    for part in parts:
+        if isinstance(part, UploadFile):
+            contents.append(await part.read())
+            await part.close()  # the form's own copy
     if not contents or len(contents) < len(parts):
         raise ProblemError(422, "the form has no image, or one that is no file; send each so: -F images=@photo.jpg")
     return contents

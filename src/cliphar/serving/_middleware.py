@@ -11,6 +11,7 @@ from collections.abc import Callable
 import structlog
 from fastapi import FastAPI
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.formparsers import MultiPartParser
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -33,6 +34,7 @@ _COMPRESSED = {"gzip", "deflate", "br", "zstd"}
 _ID = re.compile(r"[\w.:/+=-]{1,64}", re.ASCII)
 # bodies are held in memory: in all, no more than so many of the largest allowed, and as much of streams
 BODIES_AT_ONCE = 4
+MultiPartParser.spool_max_size = 0  # a form's files too: a read-only container may have no other place
 _log = structlog.get_logger()
 
 
