@@ -548,19 +548,27 @@ def test_doctor_finds_what_is_wrong(cli: Run, tmp_path: Path) -> None:
     assert "BAD  model altered" in done.stdout
 
 
-def test_no_thread_may_be_started(run_python: Callable[[str], str]) -> None:
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        ('RuntimeError("can\'t start new thread")', "no more threads may be started; raise 'ulimit -u'"),
+        ("PermissionError(13, 'denied', 'x')", "[Errno 13] denied: 'x'; let this user read it, or write there\n"),
+    ],
+)
+def test_what_this_user_may_not_is_told_in_a_line(run_python: Callable[[str], str], error: str, told: str) -> None:
     photo = packaged("samples") / "cat.jpg"
     code = f"""
-import contextlib, io, sys, threading
-def start(thread): raise RuntimeError("can't start new thread")
+import contextlib, io, os, sys, threading
+def start(thread): raise {error}
 threading.Thread.start = start
 sys.argv = ["cliphar", "predict", {str(photo)!r}]
 sys.stderr = told = io.StringIO()
+out = os.dup(1)
 from cliphar.cli import main
 try: main()
-except SystemExit as end: print(end.code, told.getvalue().count("\\n"), told.getvalue())
+except SystemExit as end: print(end.code, told.getvalue().count("\\n"), told.getvalue(), file=open(out, "w"))
 """
-    assert run_python(code).startswith("1 1 cliphar: no more threads may be started; raise 'ulimit -u'")
+    assert run_python(code).startswith(f"1 1 cliphar: {told}")
 
 
 def test_version(cli: Run) -> None:

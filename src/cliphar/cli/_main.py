@@ -113,4 +113,6 @@ def main() -> None:
     except OSError as error:
         with suppress(OSError):
             sys.stdout.close()  # else tried again at the very end
-        _end(f"{error}; see that there is room and permission to write", 1)
+        denied = isinstance(error, PermissionError)  # perhaps to read
+        way = "let this user read it, or write there" if denied else "see that there is room and permission to write"
+        _end(f"{error}; {way}", 1)
