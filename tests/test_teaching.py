@@ -124,11 +124,21 @@ def test_a_taught_action_joins_trained_ones_and_any_words(pupil: Recognizer) -> 
 
 def test_a_trained_action_can_be_taught_again_and_forgotten(pupil: Recognizer) -> None:
     trained = pupil.embed_labels(["blue"])
-    pupil.teach("blue", tints((10, 220, 240)))
+    pupil.teach("blue", tints((10, 220, 240), 1))
     assert pupil.labels == ("red", "green", "blue")
+    assert pupil.embed_labels(["blue"]) @ trained.T > 0.98  # one photo moves what was trained a little
     assert not np.allclose(pupil.embed_labels(["blue"]), trained)
     pupil.forget("blue")
     assert np.array_equal(pupil.embed_labels(["blue"]), trained)
+    lesson = pupil.teach("red", [RED, *tints((10, 10, 240), 2)])
+    assert (lesson.recall, lesson.confused_with) == (1 / 3, (("blue", 2 / 3),))
+
+
+def test_where_nothing_was_trained_what_is_taught_is_compared_as_words_are(pupil: Recognizer) -> None:
+    pupil._known = {}
+    assert pupil.teach("yellow", tints((240, 230, 10))).recall is None
+    assert pupil.choose(None)[2] == pupil.bundle.info.open
+    assert np.array_equal(pupil.embed_labels(["yellow"]), pupil.embed_labels(["yellow", "a word"])[:1])
 
 
 def test_an_action_taught_in_other_capitals_is_the_one_there_is(pupil: Recognizer) -> None:
@@ -146,6 +156,7 @@ def test_bad_photos_are_named_and_the_others_teach(pupil: Recognizer, tmp_path: 
     assert lesson.photos == 3
     assert "absent.jpg" in str(lesson.refused[1])
     assert len(lesson.to_dict()["refused"]) == 2
+    assert pupil.teach("teal", tints((0, 120, 120), 2)).recall is not None
     assert pupil.teach("teal", tints((0, 120, 120), 1)).recall is None
     with pytest.raises(MediaError, match="no photo can be read"):
         pupil.teach("nothing", [b"no image"])
@@ -162,11 +173,16 @@ def test_bad_photos_are_named_and_the_others_teach(pupil: Recognizer, tmp_path: 
 def test_taught_actions_are_kept_in_one_file_bound_to_the_bundle(
     pupil: Recognizer, tmp_path: Path, make_info: Callable[..., BundleInfo], fake_runtime: FakeRuntime
 ) -> None:
+    kept = tmp_path / "deep" / "mine.safetensors"
     pupil.teach("yellow", tints((240, 230, 10)))
-    pupil.save_taught(tmp_path / "deep" / "mine.safetensors")
-    assert [f.name for f in (tmp_path / "deep").iterdir()] == ["mine.safetensors"]
+    pupil.save_taught(kept)
+    assert list(kept.parent.iterdir()) == [kept]
     again = Recognizer(pupil.bundle, fake_runtime)
-    again.load_taught(tmp_path / "deep" / "mine.safetensors")
+    again.teach("yellow", [RED])
+    again.teach("teal", tints((0, 120, 120), 2))
+    again.load_taught(kept)
+    assert again.taught == {"yellow": 8, "teal": 2}
+    again.load_taught(kept, replace=True)
     assert again.taught == pupil.taught
     assert np.array_equal(again.embed_labels(["yellow", "red"]), pupil.embed_labels(["yellow", "red"]))
     other = write_bundle(
@@ -174,7 +190,7 @@ def test_taught_actions_are_kept_in_one_file_bound_to_the_bundle(
     )
     stranger = Recognizer(other, fake_runtime)
     with pytest.raises(BundleError, match="another model"):
-        stranger.load_taught(tmp_path / "deep" / "mine.safetensors")
+        stranger.load_taught(kept)
     with pytest.raises(BundleError, match=r"no background\.safetensors"):
         stranger.teach("yellow", [RED])
     for content in (b"", b"\x10" * 40, save({"known": np.eye(3, dtype=np.float32)})):
@@ -258,19 +274,20 @@ def test_a_fork_shares_what_was_taught_and_learns_on_its_own(pupil: Recognizer) 
 
 def test_workers_that_write_in_the_same_tick_of_the_clock_agree(mini: Recognizer, tmp_path: Path) -> None:
     one, other = State(tmp_path, mini.fork()), State(tmp_path, mini.fork())
+    file = tmp_path / "vocabularies.json"
     one.put_vocabulary("a", ("waving",))
-    tick = (tmp_path / "vocabularies.json").stat().st_mtime_ns
+    tick = file.stat().st_mtime_ns
     other.put_vocabulary("b", ("waving",))
-    os.utime(tmp_path / "vocabularies.json", ns=(tick, tick))
+    os.utime(file, ns=(tick, tick))
     assert one.is_stale()
     one.put_vocabulary("c", ("waving",))
     other.refresh()
     assert {"a", "b", "c"} <= set(other.vocabularies)
-    (tmp_path / "vocabularies.json").unlink()
-    os.mkfifo(tmp_path / "vocabularies.json")
+    file.unlink()
+    os.mkfifo(file)
     with ThreadPoolExecutor() as pool:
         reading = pool.submit(other.refresh)
-        with (tmp_path / "vocabularies.json").open("w") as written:  # open on both sides
+        with file.open("w") as written:  # open on both sides
             assert other.is_stale()
             written.write('{"d": ["waving"]}')
         reading.result(60)
@@ -285,14 +302,15 @@ def test_vocabularies_that_a_hand_made_wrong_are_one_line(mini: Recognizer, tmp_
 
 
 def test_vocabularies_made_wrong_while_they_are_used_are_not_written_over(tmp_path: Path) -> None:
+    file = tmp_path / "vocabularies.json"
     service = Service.start(Settings(state=tmp_path))
     service.state.put_vocabulary("mine", ("waving",))
-    (tmp_path / "vocabularies.json").write_text('{"mine": ["sulking",]}')
+    file.write_text('{"mine": ["sulking",]}')
     asyncio.run(service.refresh())
     assert service.labels("mine\n") == ("waving",)
     with pytest.raises(ClipharError, match="mend it"):
         service.state.put_vocabulary("yours", ("bowing",))
-    (tmp_path / "vocabularies.json").write_text('{"mine": ["sulking"]}')
+    file.write_text('{"mine": ["sulking"]}')
     service.state.put_vocabulary("yours", ("bowing",))
     assert (service.labels("mine"), service.labels("yours")) == (("sulking",), ("bowing",))
     service.engine.close()
