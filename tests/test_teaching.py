@@ -178,6 +178,11 @@ def test_taught_actions_are_kept_in_one_file_bound_to_the_bundle(
     pupil.save_taught(kept)
     assert list(kept.parent.iterdir()) == [kept]
     again = Recognizer(pupil.bundle, fake_runtime)
+    again.load_taught(kept)
+    count = len(fake_runtime.sentences)
+    for words in (["yellow", "a word"], ["a word", "more"]):
+        again.embed_labels(words)
+    assert len(fake_runtime.sentences) == count + 4
     again.teach("yellow", [RED])
     again.teach("teal", tints((0, 120, 120), 2))
     again.load_taught(kept)

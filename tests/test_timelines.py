@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from cliphar.evaluation import Span, segment_f1, temporal_map
 from cliphar.recognizer import Recognizer
 from cliphar.timeline import Segment
+from cliphar.timeline._changes import Changes
 from cliphar.timeline._tracker import Tracker, choose
 from cliphar.timeline._viterbi import Viterbi
 
@@ -93,3 +95,30 @@ def test_of_several_actions_one_that_flickers_is_none_at_its_first_time_either(f
     segments = [segment for k in range(40) for segment in tracker.push(k / 4, green if k == 20 else red, False)]
     segments += tracker.push(10, green, False) + tracker.flush(10.25)
     assert {segment.label for segment in segments} == {"red"}
+
+
+def test_a_frame_is_computed_if_it_shows_something_else_and_checked_more_and_more_seldom() -> None:
+    def grey(level: int, spot: int = 0) -> NDArray[np.uint8]:
+        luma = np.full((32, 32), level, np.uint8)
+        luma[3, 5] += spot
+        return luma
+
+    keep, compute, check, cut = (False, False, False), (True, False, False), (True, True, False), (True, False, True)
+    changes, same = Changes(), np.eye(2, dtype=np.float32)
+    assert changes.look(grey(100), 0) == compute
+    assert [changes.look(grey(level), 1) for level in (108, 109, 103, 100)] == [keep, compute, keep, compute]
+    assert changes.look(grey(100, 9), 1) == compute  # one cell is enough
+    assert [changes.look(grey(level), 1) for level in (200, 250, 250, 220)] == [cut, cut, keep, cut]
+    asked = []
+    for k in range(2, 60):
+        if changes.look(grey(220), k) == check:
+            changes.checked(same[0], same[0])
+            asked.append(k)
+    assert asked == [3, 7, 15, 31, 47]  # 2, 4, 8, 16 and 16 s after the last
+    assert changes.worst == 0
+    changes.checked(same[0], same[1])
+    assert changes.look(grey(220), 48) == keep
+    assert changes.look(grey(220), 49) == check
+    assert [changes.look(grey(level), 50) for level in (224, 225)] == [keep, compute]  # half as much is allowed
+    changes.checked(same[0], same[0])
+    assert changes.worst == 1
