@@ -54,6 +54,8 @@ def tell(line: str) -> None:
 def named_error(path: str, error: MediaError) -> str:
     """One line that names the photo once."""
     path, text = one_line(path), one_line(str(error))
+    if text.startswith("the image "):  # of bytes, as from a shard
+        return path + text.removeprefix("the image")
     return text if path in text else f"{path}: {text}"
 
 
