@@ -24,17 +24,20 @@ from serving_process import free_port
 pytest.importorskip("ray", reason="needs the [ray] extra")
 parquet = pytest.importorskip("pyarrow.parquet")
 
-Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+Done = subprocess.CompletedProcess[str]
+Cli = Callable[..., Done]
+
+
+def finished(command: list[str], env: dict[str, str], cwd: Path | None = None) -> Done:
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd, timeout=900, check=False)
 
 
 @pytest.fixture
 def cli(clean_env: dict[str, str], tmp_path: Path) -> Cli:
-    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: object) -> Done:
         command = [sys.executable, "-m", "cliphar", *map(str, arguments)]
         quiet = {"RAY_DEDUP_LOGS": "0", "OMP_NUM_THREADS": "1", "RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": 2})}
-        return subprocess.run(
-            command, capture_output=True, text=True, env=clean_env | quiet, cwd=tmp_path, timeout=900, check=False
-        )
+        return finished(command, clean_env | quiet, tmp_path)
 
     return run
 
@@ -47,6 +50,7 @@ def test_photos_and_shards_are_answered_in_parts_that_are_kept(cli: Cli, photos:
     with tarfile.open(tmp_path / "shard.tar", "w") as shard:
         shard.add(photos[0], "inside.jpg")
         shard.add(__file__, "notes.txt")
+        shard.add(__file__, "no.jpg")
         shard.add(__file__, "._inside.jpg")
     whole = (tmp_path / "shard.tar").read_bytes()
     second = whole.index(b"notes.txt")
@@ -56,11 +60,13 @@ def test_photos_and_shards_are_answered_in_parts_that_are_kept(cli: Cli, photos:
     assert first.returncode == 1, first.stderr
     # among Ray's own, and in the order in which the parts are done
     said = sorted(line for line in first.stderr.splitlines() if line.startswith("cliphar: "))
-    assert len(said) == 2, first.stderr
+    assert len(said) == 3, first.stderr
     assert "bad.jpg" in said[1]
     assert "bad.tar is damaged or cut short" in said[0]
+    assert said[2].startswith("cliphar: shard.tar/no.jpg is not an image")
     assert first.stdout.startswith("4 photos answered in 3 parts")
-    tables = [parquet.read_table(part).to_pylist() for part in sorted((tmp_path / "out").iterdir())]
+    out = tmp_path / "out"
+    tables = [parquet.read_table(part).to_pylist() for part in sorted(out.iterdir())]
     rows = {row["path"]: row for table in tables for row in table}
     assert len(rows) == 4
     assert "shard.tar/inside.jpg" in rows
@@ -69,13 +75,13 @@ def test_photos_and_shards_are_answered_in_parts_that_are_kept(cli: Cli, photos:
         answer = json.loads(line)
         assert rows[answer["path"]]["label"] == answer["label"]
         assert rows[answer["path"]]["score"] == pytest.approx(answer["score"], abs=1e-4)
-    kept = {part.name: part.stat().st_mtime_ns for part in (tmp_path / "out").iterdir()}
+    kept = {part.name: part.stat().st_mtime_ns for part in out.iterdir()}
     lost = sorted(kept)[0]
-    (tmp_path / "out" / lost).unlink()
+    (out / lost).unlink()
     again = cli(*ask)
     assert "in 2 parts in out, 1 parts were there" in again.stdout
-    assert {part.name for part in (tmp_path / "out").iterdir()} == set(kept)
-    assert all((tmp_path / "out" / name).stat().st_mtime_ns == kept[name] for name in kept if name != lost)
+    assert {part.name for part in out.iterdir()} == set(kept)
+    assert all((out / name).stat().st_mtime_ns == kept[name] for name in kept if name != lost)
 
 
 def test_the_job_of_the_cluster_file(clean_env: dict[str, str], photos: list[Path], tmp_path: Path) -> None:
@@ -89,11 +95,11 @@ def test_the_job_of_the_cluster_file(clean_env: dict[str, str], photos: list[Pat
     port, token = free_port(), {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
     place = tempfile.mkdtemp(prefix="ray")  # sockets' paths must be short; nor may other tests find this cluster
     own = {"RAY_TMPDIR": place, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0", "OMP_NUM_THREADS": "1"}
-    environment = clean_env | token | own | {"RAY_ADDRESS": f"127.0.0.1:{port}"}
+    env = clean_env | token | own | {"RAY_ADDRESS": f"127.0.0.1:{port}"}
     start = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}"]
     start += ["--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats", "--node-ip-address=127.0.0.1"]
     with (tmp_path / "log").open("wb") as log:
-        head = subprocess.Popen(start, env=environment, stdout=log, stderr=log)
+        head = subprocess.Popen(start, env=env, stdout=log, stderr=log)
     try:
         command = spec["entrypoint"].replace("/data", str(tmp_path)).split()
         assert command[0] == "cliphar"
@@ -102,11 +108,8 @@ def test_the_job_of_the_cluster_file(clean_env: dict[str, str], photos: list[Pat
                 break
             time.sleep(1)
 
-        def submit(**other: str) -> subprocess.CompletedProcess[str]:
-            job = [sys.executable, "-m", *command]
-            return subprocess.run(
-                job, capture_output=True, text=True, env=environment | other, timeout=900, check=False
-            )
+        def submit(**other: str) -> Done:
+            return finished([sys.executable, "-m", *command], env | other)
 
         stranger = submit(RAY_AUTH_TOKEN=secrets.token_hex(16), RAY_py_gcs_connect_timeout_s="1")
         assert stranger.returncode == 1
@@ -124,8 +127,7 @@ def test_the_job_of_the_cluster_file(clean_env: dict[str, str], photos: list[Pat
 
 
 def test_wrong_calls(cli: Cli, photos: list[Path], tmp_path: Path) -> None:
-    tree = {"method": "gda", "name": "few", "output": "runs/few", "data": {"source": "data"}}
-    (tmp_path / "few.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    (tmp_path / "few.yaml").write_text("{method: gda, name: few, output: runs/few, data: {source: data}}")
     alone = cli("train", "few.yaml", "--ray", "2")
     assert (alone.returncode, alone.stderr) == (2, "cliphar: 'gda' runs in one process; leave --ray out\n")
     for arguments in (("--ray",), ("--ray", "--out", "answers.parquet"), ("--ray", "--out", "out", "--json")):
@@ -140,21 +142,19 @@ def test_a_training_in_two_processes(cli: Cli, clean_env: dict[str, str], tmp_pa
         for i in range(10):
             pixels = np.clip(random.normal(colour, 40, (64, 64, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(tmp_path / "data" / label / f"{i}.png")
-    tree = {
-        "method": "full",
-        "name": "both",
-        "output": "runs/both",
-        "data": {"source": "data", "val": 0.2, "test": 0.2},
-        "train": {"epochs": 1, "batch_size": 4, "size": 64, "device": "cpu", "distributed": "fsdp"},
-        "contrastive": 0,
-        "wise": {"shares": [1.0]},
-    }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    (tmp_path / "recipe.yaml").write_text(
+        "{method: full, name: both, output: runs/both, data: {source: data, val: 0.2, test: 0.2},"
+        " train: {epochs: 1, batch_size: 4, size: 64, device: cpu, distributed: fsdp},"
+        " contrastive: 0, wise: {shares: [1.0]}}"
+    )
     command = [sys.executable, "-m", "cliphar", "train", "recipe.yaml", "--ray", "2"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=clean_env, cwd=tmp_path) as stopped:
         assert any("TrainController" in line for line in stopped.stderr or ())
         stopped.terminate()
         assert stopped.wait(120) == 143
+    wrong = cli("train", "recipe.yaml", "--ray", "2", "train.batch_size=3")
+    assert wrong.returncode == 2
+    assert wrong.stderr.splitlines()[-1].startswith("cliphar: train.batch_size 3 is not")
     done = cli("train", "recipe.yaml", "--ray", "2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "both is ready at runs/both"

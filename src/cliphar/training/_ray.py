@@ -43,7 +43,7 @@ def train_on_ray(recipe: Recipe, workers: int, *, resume: bool = False) -> Bundl
 
     Raises:
         UsageError: ray is not installed, or the method takes one process.
-        ClipharError: the training failed; Ray has said why.
+        ClipharError: the training failed; what ``train`` raised, else what Ray says.
     """
     refuse_several(recipe, workers, "--ray")
     try:
@@ -78,6 +78,9 @@ def train_on_ray(recipe: Recipe, workers: int, *, resume: bool = False) -> Bundl
     except Exception as error:
         if isinstance(error, ClipharError):
             raise
+        for failure in getattr(error, "worker_failures", {}).values():
+            if isinstance(failure, ClipharError):
+                raise failure from error
         cause = str(error).strip().splitlines()
         raise ClipharError(f"the training on Ray failed: {cause[-1] if cause else type(error).__name__}") from error
     finally:
