@@ -278,15 +278,23 @@ def test_what_was_taught_outlives_the_service(clean_env: dict[str, str], samples
 # --- operations
 
 
-def test_operations(api: str) -> None:
+def test_operations(api: str, samples: Path) -> None:
     assert httpx.get(f"{api}/livez").json() == {"status": "alive"}
     assert httpx.get(f"{api}/readyz").json() == {"status": "ready"}
     for path in ("/livez", "/v1/models"):
         asked = httpx.head(f"{api}{path}")
         assert (asked.status_code, asked.content, int(asked.headers["content-length"]) > 0) == (200, b"", True)
+    with Client(api) as client:
+        client.predict([samples / "cat.jpg"])
+        client.predict([samples / "cat.jpg"])
     text = httpx.get(f"{api}/metrics").text
     for name in ("cliphar_requests_total", "cliphar_batch_images_count", "cliphar_queue_images", "cliphar_model_info"):
         assert f"\n{name}" in text
+    for stage in ("queue", "decode", "model"):
+        assert f'\ncliphar_stage_seconds_count{{stage="{stage}"}} ' in text
+    assert "\ncliphar_queue_size 256.0\n" in text
+    assert "\ncliphar_kept_images_total 0.0\n" not in text
+    assert "\ncliphar_batch_images_count 0.0\n" not in text
     headers = httpx.get(f"{api}/v1/models", headers={"x-request-id": "abc"}).headers
     assert (headers["x-request-id"], headers["x-content-type-options"]) == ("abc", "nosniff")
 

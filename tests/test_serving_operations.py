@@ -7,6 +7,7 @@ import gc
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -115,7 +116,8 @@ def test_a_new_model_without_downtime(env: dict[str, str], tmp_path: Path, photo
         time.sleep(0.5)
         assert isinstance(client.predict(photos[:1])[0], Prediction)  # a damaged one changes nothing
         for name in ("Another", "The third"):  # though the first still has a request to finish
-            (model / "bundle.json").write_text(manifest.replace('"A small', f'"{name} small'))
+            new = manifest.replace('"A small', f'"{name} small').replace('"name": "mini"', f'"name": "{name[:3]}"')
+            (model / "bundle.json").write_text(new)
             process.send_signal(signal.SIGHUP)
             end = time.monotonic() + 60
             while not client.model()["description"].startswith(name):
@@ -124,6 +126,8 @@ def test_a_new_model_without_downtime(env: dict[str, str], tmp_path: Path, photo
                 time.sleep(0.05)
         assert isinstance(client.predict(photos[:1])[0], Prediction)
         assert client.predict(photos[:1], ["waving", "sleeping"])
+        shown = re.findall(r'\ncliphar_model_info{name="(.*?)",.*} (.*)', httpx.get(f"{url}/metrics").text)
+        assert dict(shown) == {"mini": "0.0", "Ano": "0.0", "The": "1.0"}
         slow.sendall(content[100:])  # what the old model began it finishes
         assert slow.recv(100).startswith(b"HTTP/1.1 200")
         slow.close()
@@ -620,11 +624,14 @@ def test_workers_agree_and_one_that_dies_is_replaced(env: dict[str, str], photos
         assert len(pids()) == 2
         assert httpx.put(f"{url}/v1/labels/mine", json=["mowing"], timeout=30).status_code == 200
         assert all(ask() == ["mowing"] for _ in range(10))
-        assert "cliphar_model_info" in httpx.get(f"{url}/metrics").text
         end = time.monotonic() + 60
         while counted() != 10:  # a worker counts a request just after its answer
             assert time.monotonic() < end
             time.sleep(0.1)
+        while "\ncliphar_queue_size 256.0\n" not in (text := httpx.get(f"{url}/metrics").text):  # that of both
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        assert re.search(r"\ncliphar_model_info{.*} 1\.0\n", text)
         time.sleep(3)  # for one that ends sooner was not able to start
         dead = pids().pop()
         os.kill(dead, signal.SIGKILL)
