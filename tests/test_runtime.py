@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 
 from cliphar.bundle import Bundle, BundleInfo, TextSpec, packaged, write_bundle
 from cliphar.errors import BundleError, UsageError
+from cliphar.media import decode_image, to_square
 from cliphar.recognizer import Recognizer
 from cliphar.runtime import OnnxRuntime, _onnx, available_providers, cpu_quota, load_runtime
+from conftest import FakeRuntime
 
 TEXTS = ["riding a bike", "cooking", "a person who is reading a very old newspaper on a bench in the park", "x"]
 # int8 activations are scaled by what is in the batch, so a neighbour may move an embedding a little
@@ -128,9 +130,18 @@ def test_the_number_of_threads_does_not_change_the_embeddings(
 
 
 def test_different_photos_have_different_embeddings(mini: Recognizer, photos: list[Path]) -> None:
-    embeddings = mini.runtime.encode_images(np.stack([mini.prepare(photo) for photo in photos]))
+    squares, spec = [mini.prepare(photo) for photo in photos], mini.bundle.info.image
+    for photo, square in zip(photos, squares, strict=True):  # cropped as the model was trained
+        image = decode_image(photo, min_side=spec.size)
+        np.testing.assert_array_equal(square, to_square(image, spec.size, spec.max_aspect))
+    embeddings = mini.runtime.encode_images(np.stack(squares))
     cosines = embeddings @ embeddings.T
     assert cosines[~np.eye(len(photos), dtype=bool)].max() < 0.999
+
+
+def test_batches_are_full_to_the_last(fake: Recognizer, fake_runtime: FakeRuntime) -> None:
+    assert len(list(fake.stream([np.zeros((9, 9, 3), np.uint8)] * 18))) == 18
+    assert fake_runtime.batches == [4, 4, 4, 4, 2]
 
 
 def test_wrong_images_are_refused(runtime: OnnxRuntime, noise: NDArray[np.uint8]) -> None:
