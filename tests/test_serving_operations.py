@@ -688,8 +688,8 @@ def test_workers_that_stop_take_no_new_connections(env: dict[str, str]) -> None:
             assert process.poll() is None  # for it has a request to answer
 
 
-def test_no_worker_outlives_a_supervisor_that_is_killed(env: dict[str, str]) -> None:
-    with serving(env, "--workers", "2") as (url, process):
+def test_no_worker_outlives_a_supervisor_that_is_killed(env: dict[str, str], tmp_path: Path) -> None:
+    with serving(env | {"TMPDIR": str(tmp_path)}, "--workers", "2") as (url, process):
         process.kill()
         process.wait(60)
         end = time.monotonic() + 60
