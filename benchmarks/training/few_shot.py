@@ -130,7 +130,7 @@ def write(found: dict[str, dict[int, float]], beside: dict[str, float], out: Pat
     axes.set_xlabel("photos of each action")
     axes.set_ylabel("top-1")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside upper center", ncols=5, frameon=False)
     figure.savefig(out / "few-shot.svg", metadata={"Date": None})
 
 
