@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -38,7 +37,7 @@ def train(
         import torch  # noqa: F401
     except ImportError as error:
         raise UsageError("training needs torch; run: pip install 'cliphar[train]'") from error
-    from cliphar.training import Stopped, Surroundings, first_speaks, leave_ranks, load_recipe, train_on_ray
+    from cliphar.training import Stopped, Surroundings, first_speaks, is_first, leave_ranks, load_recipe, train_on_ray
     from cliphar.training import train as run
 
     with first_speaks():
@@ -46,7 +45,6 @@ def train(
     if show:
         print(loaded.model_dump_json(indent=1))
         return
-    speaks = os.environ.get("RANK", "0") == "0"  # the first that torchrun started
     try:
         if ray is not None:
             bundle = train_on_ray(loaded, ray, resume=resume)
@@ -54,11 +52,11 @@ def train(
             with first_speaks(), _following() as (log, on_step):
                 bundle = run(loaded, Surroundings(resume=resume, log=log, on_step=on_step))
     except Stopped as stopped:
-        if speaks:
+        if is_first():
             print(f"cliphar: {stopped}", file=sys.stderr)
         leave_ranks(stopped.status)
         raise typer.Exit(stopped.status) from stopped
-    if speaks:
+    if is_first():
         print(f"{bundle.info.name} is ready at {bundle.path}")
     leave_ranks(0)
 

@@ -1,6 +1,6 @@
 """Recipes in, bundles out."""
 
-from cliphar.training._distributed import first_speaks, leave_ranks
+from cliphar.training._distributed import first_speaks, is_first, leave_ranks
 from cliphar.training._loop import StepReport, Stopped, Surroundings
 from cliphar.training._method_recipe import MethodRecipe
 from cliphar.training._ray import train_on_ray
@@ -19,6 +19,7 @@ __all__ = [
     "Surroundings",
     "Tracker",
     "first_speaks",
+    "is_first",
     "leave_ranks",
     "load_recipe",
     "train",

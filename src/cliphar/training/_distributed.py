@@ -25,7 +25,7 @@ from cliphar.errors import ClipharError
 from cliphar.training._loop import Stopped
 from cliphar.training._ranks import OneProcess, Ranks
 
-__all__ = ["ManyProcesses", "first_speaks", "leave_ranks", "open_ranks"]
+__all__ = ["ManyProcesses", "first_speaks", "is_first", "leave_ranks", "open_ranks"]
 
 _CPU = torch.device("cpu")
 _FIRST_S = 60.0
@@ -119,9 +119,18 @@ class ManyProcesses(OneProcess):
         dist.barrier(self.waiting)
 
 
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this process is the first of those that torchrun (or Ray) started, or alone."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def open_ranks(kind: str = "ddp", device: torch.device = _CPU) -> Ranks:
     """This process, which trains on ``device``, among those that torchrun (or Ray) started with it: by NCCL or gloo."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if _processes() == 1:
         return OneProcess()
     if not dist.is_initialized():
         if device.type == "cuda":
@@ -161,7 +170,7 @@ def first_speaks() -> Iterator[None]:
         lost = isinstance(error, RuntimeError) and "gloo" in str(error).lower()
         if isinstance(error, RuntimeError) and not lost:
             raise
-        if os.environ.get("RANK", "0") != "0" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if not is_first() and _processes() > 1:
             # torchrun ends all as soon as one has ended, and the first may have a tracked run to close before that
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(_FIRST_S)
