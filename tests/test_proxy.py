@@ -44,8 +44,8 @@ def host(place: Path, ports: tuple[int, int, int]) -> Iterator[str]:
     """https://127.0.0.1:PORT, when the API answers there and the page does."""
     api, page, front = ports
     request = "-x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=host -addext subjectAltName=IP:127.0.0.1"
-    request += f" -keyout {place}/host.key -out {place}/host.crt"
-    subprocess.run(["openssl", "req", *request.split()], check=True, capture_output=True)
+    request += " -keyout host.key -out host.crt"
+    subprocess.run(["openssl", "req", *request.split()], cwd=place, check=True, capture_output=True)
     text = (ROOT / "docs" / "serving.md").read_text()
     found = re.search(r"^    map \$http_upgrade.*?^    }$", text, re.DOTALL | re.MULTILINE)
     assert found
