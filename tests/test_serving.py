@@ -273,6 +273,11 @@ def test_what_was_taught_outlives_the_service(clean_env: dict[str, str], samples
         client.teach("being a cat", [samples / "cat.jpg"])
     with serving(env) as (url, _), Client(url) as client:
         assert client.model()["taught"] == {"being a cat": 1}
+        (taught,) = (tmp_path / "state").glob("taught-*")
+        taught.write_bytes(b"cut short")
+        refused = problem(httpx.delete(f"{url}/v1/actions/being%20a%20cat"), 500)
+    assert refused.startswith(f"cannot read taught actions from {taught.name}: ")
+    assert str(tmp_path) not in refused
 
 
 # --- operations

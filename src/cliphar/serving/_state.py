@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -60,6 +61,8 @@ class State:
                 if found is not None and found != self._seen.get(path):
                     try:
                         read()
+                    except ClipharError as error:  # an answer tells it, which must show no path
+                        raise ClipharError(str(error).replace(f"{path.parent}{os.sep}", "")) from error
                     finally:
                         self._seen[path] = found  # not before, or a request meanwhile would go on with the old
 
