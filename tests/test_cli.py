@@ -349,7 +349,7 @@ def test_a_terminal_cuts_no_figure_of_the_card(clean_env: dict[str, str], column
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no head")
-def test_a_reader_that_goes_away(clean_env: dict[str, str], photos: list[Path]) -> None:
+def test_a_reader_that_goes_away(clean_env: dict[str, str], photos: list[Path], tmp_path: Path) -> None:
     many = " ".join(f"'{photo}'" for photo in photos * 30)
     for options in ("--json", ""):
         command = f"'{sys.executable}' -m cliphar predict {many} {options} | head -1"
@@ -358,6 +358,9 @@ def test_a_reader_that_goes_away(clean_env: dict[str, str], photos: list[Path]) 
         )
         assert len(done.stdout.splitlines()) == 1
         assert done.stderr == ""
+    command = f"'{sys.executable}' -m cliphar predict {many} gone -o '{tmp_path}/a.jsonl' 2>&1 | head -1"
+    subprocess.run(["sh", "-c", command], env=clean_env, timeout=120, check=False)
+    assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 30 * len(photos)
     for command in ("--version", "--help", "data --help"):  # nobody reads at all
         with subprocess.Popen(
             [sys.executable, "-m", "cliphar", *command.split()], stdout=subprocess.PIPE, env=clean_env
@@ -380,6 +383,31 @@ def test_stopped_in_the_middle_it_keeps_what_was_answered(
         _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (128 + stop, "")
     assert 0 < len((tmp_path / "a.jsonl").read_text().splitlines()) < 1000 * len(photos)
+
+
+@pytest.mark.parametrize(
+    ("moment", "status"),
+    [
+        ("module, error = 'cliphar.cli._main', KeyboardInterrupt()", 130),
+        # as libraries in C do
+        ("module, error = 'onnxruntime', ImportError(); error.__cause__ = KeyboardInterrupt()", 130),
+        ("module = ''; typer.main.get_command = lambda *_: signal.raise_signal(signal.SIGTERM)", 143),
+    ],
+)
+def test_stopped_while_it_starts(clean_env: dict[str, str], photos: list[Path], moment: str, status: int) -> None:
+    code = f"""
+import signal, sys, typer.main
+{moment}
+class Finder:
+    def find_spec(name, *_):
+        if name == module: raise error
+sys.meta_path.insert(0, Finder)
+from cliphar.cli import main
+main()
+"""
+    command = [sys.executable, "-c", code, "predict", str(photos[0])]
+    done = subprocess.run(command, capture_output=True, text=True, env=clean_env, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
 
 
 @pytest.mark.parametrize("shut", [1, 2])

@@ -75,6 +75,28 @@ def _end(line: object, status: int) -> NoReturn:
     sys.exit(status)
 
 
+def _run() -> Any:
+    """The status that typer gives, and its status of Ctrl-C where that comes before typer looks for it."""
+    try:
+        return app(standalone_mode=False)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except Exception as error:
+        if _breaks_off_loading(error):
+            return 128 + signal.SIGINT
+        raise
+
+
+def _breaks_off_loading(error: BaseException | None) -> bool:
+    """Whether Ctrl-C met a library that was being loaded: one in C makes an ImportError of it."""
+    while error is not None:
+        cause = error.__cause__ or error.__context__
+        if isinstance(error, ImportError) and isinstance(cause, KeyboardInterrupt):
+            return True
+        error = cause
+    return False
+
+
 def main() -> None:
     """Run the command line; exit status 0 done, 1 failed on some input, 2 wrong usage, 128 + a signal."""
     stopped: list[int] = []
@@ -94,7 +116,7 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors=escaping())
     try:
-        status = app(standalone_mode=False)
+        status = _run()
         with suppress(typer.Exit), while_read():  # what Python would write only while it ends
             sys.stdout.flush()
         sys.exit(128 + stopped[0] if stopped and status == 128 + signal.SIGINT else status)
