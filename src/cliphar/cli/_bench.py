@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cliphar.cli._output import check_target
+from cliphar.cli._output import check_target, while_read
 from cliphar.errors import UsageError
 
 if TYPE_CHECKING:
@@ -73,10 +73,11 @@ def bench(
         ) from error
     for reason in result.skipped.values():
         print(f"cliphar: {reason}", file=sys.stderr)
-    if as_json:
-        print(json.dumps(result.to_dict()))
-    else:
-        _show(result)
+    with while_read(go_on=plot is not None):
+        if as_json:
+            print(json.dumps(result.to_dict()))
+        else:
+            _show(result)
     if plot is not None:
         plot_bench(result, plot)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cliphar.cli._options import Coverage, Labels, LabelsFile, Model, Provider, Runtime, Threads, chosen_labels
-from cliphar.cli._output import check_target, progress, tell
+from cliphar.cli._output import check_target, progress, tell, while_read
 from cliphar.errors import DataError, MediaError, UsageError
 
 if TYPE_CHECKING:
@@ -88,10 +88,11 @@ def evaluate(
         comparison=comparison,
         novel=novel_report,
     )
-    if as_json:
-        print(json.dumps(done.figures()))
-    else:
-        _show(done)
+    with while_read(go_on=bool(report)):
+        if as_json:
+            print(json.dumps(done.figures()))
+        else:
+            _show(done)
     for path in report or ():  # last: a full disk does not take the figures
         write_report(path, done)
     if failed:

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
@@ -37,18 +37,23 @@ def escaping() -> str:
 
 
 @contextmanager
-def while_read() -> Iterator[None]:
-    """Ends the command well when the reader of its output went away, as in "| head"; typer would exit with 1."""
+def while_read(*, go_on: bool = False) -> Iterator[None]:
+    """Ends the command well when the reader of its output went away, as in "| head"; typer would exit with 1.
+
+    With ``go_on``, for a command that also writes a file, only what it prints ends.
+    """
     try:
         yield
     except BrokenPipeError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit from error
+        if not go_on:
+            raise typer.Exit from error
 
 
 def tell(line: str) -> None:
     """A line on standard error, whatever it holds."""
-    print(f"cliphar: {one_line(line)}", file=sys.stderr, flush=True)
+    with suppress(BrokenPipeError):  # as in "2>&1 | head": what else is done goes on
+        print(f"cliphar: {one_line(line)}", file=sys.stderr, flush=True)
 
 
 def named_error(path: str, error: MediaError) -> str:

@@ -44,7 +44,7 @@ def predict(
     threads: Threads = None,
 ) -> None:
     """Recognise what people are doing in photos."""
-    from cliphar.cli._output import Writer, named_error, progress, row_of, show, tell
+    from cliphar.cli._output import Writer, named_error, progress, row_of, show, tell, while_read
     from cliphar.recognizer import load
 
     chosen = chosen_labels(labels, labels_file)
@@ -70,10 +70,11 @@ def predict(
                     tell(named_error(shown, answer))
                     continue
                 writer.add(shown, answer)
-                if as_json:
-                    print(json.dumps(row_of(shown, answer), ensure_ascii=False), flush=True)
-                else:
-                    show(shown, answer)
+                with while_read(go_on=out is not None):
+                    if as_json:
+                        print(json.dumps(row_of(shown, answer), ensure_ascii=False), flush=True)
+                    else:
+                        show(shown, answer)
     if failed:
         raise typer.Exit(1)
 

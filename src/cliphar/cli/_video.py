@@ -22,7 +22,7 @@ from cliphar.cli._options import (
     chosen_labels,
     expand,
 )
-from cliphar.cli._output import check_target, named_error, tell
+from cliphar.cli._output import check_target, named_error, tell, while_read
 from cliphar.errors import MediaError, UsageError, one_line, printable
 
 if TYPE_CHECKING:
@@ -93,10 +93,11 @@ def video(
         if timeline.warning:
             failed = True
             tell(f"{shown}: {timeline.warning}")
-        if as_json:
-            print(json.dumps({"path": shown} | timeline.to_dict(), ensure_ascii=False), flush=True)
-        else:
-            _show(one_line(shown), timeline)
+        with while_read(go_on=bool(targets)):
+            if as_json:
+                print(json.dumps({"path": shown} | timeline.to_dict(), ensure_ascii=False), flush=True)
+            else:
+                _show(one_line(shown), timeline)
         for target in targets:
             _write(target, path, timeline)
     if failed:
