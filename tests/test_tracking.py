@@ -75,6 +75,19 @@ def test_a_run_lies_in_the_store_with_its_bundle_and_report(
     assert "<svg" in (tmp_path / "runs" / "told.html").read_text(encoding="utf-8")
 
 
+def test_two_that_make_the_store_at_once_are_both_kept(clean_env: dict[str, str], tmp_path: Path) -> None:
+    code = (
+        "from pathlib import Path; from cliphar.training._tracking import open_tracker as o; import sys; "
+        "name = sys.argv[1]; o(['mlflow'], name, Path(), print, Path(name)).close()"
+    )
+    env = {k: v for k, v in clean_env.items() if not k.startswith("MLFLOW")}
+    both = [
+        subprocess.Popen([sys.executable, "-c", code, name], cwd=tmp_path, env=env, stdout=subprocess.PIPE)
+        for name in ("one", "two")
+    ]
+    assert [process.communicate(timeout=180)[0] for process in both] == [b"", b""]
+
+
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     with socket.socket() as free:

@@ -9,13 +9,13 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from uuid import uuid4
 
-from cliphar.bundle import write_whole
+from cliphar.bundle import alone, write_whole
 from cliphar.errors import UsageError
 
 if TYPE_CHECKING:
@@ -113,11 +113,12 @@ class MlflowSink:
             home.mkdir(parents=True, exist_ok=True)
             uri = f"sqlite:///{(home / 'mlflow.db').resolve()}"
             place = (home / "mlflow").resolve().as_uri()
-        self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "cliphar"
-        experiment = self._client.get_experiment_by_name(name)
         kind = {"mlflow.experimentKind": "custom_model_development"}  # else its pages are those for language models
-        number = experiment.experiment_id if experiment else self._client.create_experiment(name, place, tags=kind)
+        with alone(home) if place else nullcontext():  # of two that make the same database at once, MLflow fails one
+            self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+            experiment = self._client.get_experiment_by_name(name)
+            number = experiment.experiment_id if experiment else self._client.create_experiment(name, place, tags=kind)
         self._model = run_name
         source = {"mlflow.source.name": "cliphar train"}
         known = None if run_id is None else self._known(run_id)
