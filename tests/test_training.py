@@ -23,7 +23,7 @@ from cliphar.media import to_square  # noqa: E402
 from cliphar.models import ImageTower, SentenceEncoder, TextProjection, load_towers  # noqa: E402
 from cliphar.recognizer import Recognizer  # noqa: E402
 from cliphar.runtime import OnnxRuntime  # noqa: E402
-from cliphar.training import MiniRecipe, SpaceRecipe, StepReport, load_recipe  # noqa: E402
+from cliphar.training import MiniRecipe, SpaceRecipe, StepReport, load_recipe, train  # noqa: E402
 from cliphar.training._augment import Crop  # noqa: E402
 from cliphar.training._checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from cliphar.training._corpus import TRAIN, VAL, Corpus  # noqa: E402
@@ -105,6 +105,13 @@ def test_wrong_settings_are_refused_by_name(override: str, said: str) -> None:
     with pytest.raises(UsageError) as caught:
         load_recipe(RECIPES / "mini.yaml", (override,))
     assert said in str(caught.value)
+
+
+def test_a_folder_is_not_replaced_from_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(RECIPES / "full.yaml", ("output=.",))
+    with pytest.raises(UsageError, match=r"^cannot write \.: a folder is replaced from outside"):
+        train(recipe)
 
 
 def test_a_section_that_is_written_twice_is_refused(tmp_path: Path) -> None:

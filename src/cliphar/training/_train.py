@@ -78,6 +78,8 @@ def refuse_several(recipe: Recipe, processes: int, launcher: str) -> None:
 
 def _check_place(output: Path) -> None:
     """What cannot be written is said before the hours that it takes, not after."""
+    if output.name in ("", ".."):
+        raise UsageError(f"cannot write {output}: a folder is replaced from outside; name it, as output=runs/mine")
     there = next(place for place in output.absolute().parents if place.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
         raise UsageError(f"cannot write {output}: {there} is not a folder that can be written to")
