@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
-from typer.core import TyperGroup
 
 from cliphar._version import __version__
 from cliphar.cli import _app, _bench, _data, _doctor, _eval, _export, _model, _predict, _serve, _train, _up, _video
-from cliphar.cli._output import escaping, tell, while_read
+from cliphar.cli._output import Commands, escaping, tell, while_read
 from cliphar.errors import ClipharError, UsageError
 
 __all__ = ["main"]
@@ -24,19 +23,9 @@ __all__ = ["main"]
 _WrongUsage: type[Any] = typer.BadParameter.__mro__[1]
 
 
-class _Commands(TyperGroup):
-    def make_context(self, *args: Any, **more: Any) -> Any:  # --version prints
-        with while_read():
-            return super().make_context(*args, **more)
-
-    def invoke(self, ctx: Any) -> Any:
-        with while_read():
-            return super().invoke(ctx)
-
-
 app = typer.Typer(
     name="cliphar",
-    cls=_Commands,
+    cls=Commands,
     help="Recognise what people do in photos, videos and camera feeds. Name any actions in plain English.",
     no_args_is_help=True,
     add_completion=False,

@@ -14,13 +14,25 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
 import typer
+from typer.core import TyperGroup
 
 from cliphar.errors import MediaError, UsageError, one_line
 
 if TYPE_CHECKING:
     from cliphar.recognizer import Prediction
 
-__all__ = ["Writer", "check_target", "escaping", "named_error", "progress", "row_of", "show", "tell", "while_read"]
+__all__ = [
+    "Commands",
+    "Writer",
+    "check_target",
+    "escaping",
+    "named_error",
+    "progress",
+    "row_of",
+    "show",
+    "tell",
+    "while_read",
+]
 
 _BAR = 24
 
@@ -186,3 +198,15 @@ def _pyarrow() -> tuple[Any, Any]:
     except ImportError as error:
         raise UsageError("Parquet needs pyarrow; run: pip install 'cliphar[parquet]'") from error
     return pyarrow, parquet
+
+
+class Commands(TyperGroup):
+    """Commands that end well though nobody reads what they print."""
+
+    def make_context(self, *args: Any, **more: Any) -> Any:  # --version prints
+        with while_read():
+            return super().make_context(*args, **more)
+
+    def invoke(self, ctx: Any) -> Any:
+        with while_read():
+            return super().invoke(ctx)
