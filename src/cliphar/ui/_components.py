@@ -1,5 +1,6 @@
-"""What Streamlit lacks: photos from the clipboard, drawings that take the theme's colours, and focus that stays when a
-button goes away. A few lines of script in the page itself, nothing fetched."""
+"""What Streamlit lacks: photos from the clipboard, drawings that take the theme's colours, clips that play from a place
+each time one asks, and focus that stays when a button goes away. A few lines of script in the page itself, nothing
+fetched."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import re
 
 import streamlit as st
 
-__all__ = ["drawing", "keep_focus", "pasted_photos", "plain"]
+__all__ = ["drawing", "keep_focus", "pasted_photos", "plain", "play_from"]
 
 _PASTE_HTML = "<p hidden>or paste one: <kbd>Ctrl</kbd> + <kbd>V</kbd></p>"
 _PASTE_CSS = """
@@ -57,6 +58,24 @@ export default function ({ data, parentElement }) {
   place.innerHTML = data.svg;
 }
 """
+_PLAY_HTML = "<p hidden>This browser cannot play such a clip: take the annotated video below.</p>"
+_PLAY_CSS = "p { margin: .5rem 0; font: inherit; font-size: .875rem; }"
+_PLAY_JS = """
+export default function ({ data, parentElement }) {
+  const video = document.querySelector("video");
+  const before = parentElement.asked;
+  parentElement.asked = data.asked;
+  if (video && before !== undefined && before !== data.asked) {
+    video.currentTime = data.start_s;
+    video.play().catch(() => { video.muted = true; return video.play(); }).catch(() => {});
+  }
+  const look = () => { parentElement.querySelector("p").hidden = !document.querySelector("video")?.error; };
+  const when = ["error", "loadedmetadata"];
+  when.forEach((event) => document.addEventListener(event, look, true));
+  look();
+  return () => when.forEach((event) => document.removeEventListener(event, look, true));
+}
+"""
 _FOCUS_JS = """
 export default function () {
   let places = [];
@@ -94,6 +113,12 @@ def drawing(key: str, svg: str, *, wide: bool = False) -> None:
         "cliphar_drawing", html="<div class='drawing'></div>", css=_DRAWING_CSS, js=_DRAWING_JS
     )
     component(key=key, data={"svg": svg, "wide": wide})
+
+
+def play_from(start_s: float, asked: int) -> None:
+    """Play the clip on the page from there whenever ``asked``, how often it was, has changed; say if it cannot be."""
+    component = st.components.v2.component("cliphar_play", html=_PLAY_HTML, css=_PLAY_CSS, js=_PLAY_JS)
+    component(key="play", data={"start_s": start_s, "asked": asked})
 
 
 def keep_focus() -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 from cliphar.errors import MediaError, UsageError
 from cliphar.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, decode_image
 from cliphar.timeline import Progress, Segment, Timeline, annotate, colours, contact_sheet, to_csv, to_webvtt
-from cliphar.ui._components import plain
+from cliphar.ui._components import plain, play_from
 from cliphar.ui._session import backend, choose, sample_photos, use_first_list
 from cliphar.ui._show import spreadsheet
 
@@ -62,7 +62,7 @@ def _field() -> str:
 def _take_upload() -> None:
     state = st.session_state
     if upload := state.get(_field()):
-        state.clip_file, state.clip_start = (upload.name, upload.getvalue()), 0.0
+        state.clip_file = upload.name, upload.getvalue()
     elif _field() in state:  # else another page is shown
         state.pop("clip_file", None)
 
@@ -73,7 +73,7 @@ def _clear() -> None:
 
 
 def _take_sample() -> None:
-    st.session_state.clip_file, st.session_state.clip_start = ("sample.mp4", _sample_clip()), 0.0
+    st.session_state.clip_file = "sample.mp4", _sample_clip()
     use_first_list()
 
 
@@ -100,8 +100,9 @@ def _read(content: bytes, labels: tuple[str, ...], coverage: float) -> Timeline:
 
 
 def _show(name: str, content: bytes, found: Timeline) -> None:
-    start = st.session_state.get("clip_start", 0.0)
-    st.video(content, start_time=start, autoplay=start > 0, muted=start > 0)
+    with st.container(gap=None):
+        st.video(content)
+        play_from(*st.session_state.get("clip_jump", (0, 0)))
     if found.warning:
         st.warning(f"{found.warning}.", icon=":material/info:")
     st.html(_bar(found))
@@ -136,7 +137,8 @@ def _show(name: str, content: bytes, found: Timeline) -> None:
 
 
 def _jump(start_s: float) -> None:
-    st.session_state.clip_start = start_s
+    state = st.session_state
+    state.clip_jump = start_s, state.get("clip_jump", (0, 0))[1] + 1
 
 
 def _clock(seconds: float) -> str:
