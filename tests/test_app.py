@@ -663,6 +663,25 @@ def test_a_clip_is_answered_anew_once_an_action_is_taught() -> None:
     assert script.session_state["seen"] == [1, 1, 2]
 
 
+def test_what_was_forgotten_meanwhile_is_not_kept() -> None:
+    def page() -> None:
+        from types import SimpleNamespace
+
+        import streamlit as st
+
+        from cliphar.recognizer import Lesson
+        from cliphar.ui._teach import _keep
+
+        st.session_state.backend = SimpleNamespace(keep=lambda: None, taught={}, labels=())
+        st.session_state.lesson = Lesson("saluting", 3, (), None, ())
+        _keep(st.session_state.lesson)
+
+    script = AppTest.from_function(page, default_timeout=120).run()
+    assert not script.exception
+    assert script.session_state["refused"] == "'saluting' is not known any more; teach it again"
+    assert script.session_state["lesson"]  # its photos and name too
+
+
 def test_what_was_refused_moves_nothing_when_it_goes(script: AppTest) -> None:
     places = len(script.main.children)  # the browser makes anew what moves, without what was being typed into it
     script.session_state["refused"] = "no answer"

@@ -121,8 +121,8 @@ class RemoteBackend:
         )
 
     def keep(self) -> None:
-        """It is known already."""
-        self._trial = None
+        """It is known already, unless another had it forgotten."""
+        self._trial, self._told_at = None, -_FRESH_S
 
     def discard(self) -> None:
         """The service forgets it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from cliphar.errors import ClipharError
+from cliphar.errors import ClipharError, UsageError
 from cliphar.recognizer import Lesson
 from cliphar.ui._components import plain
 from cliphar.ui._intake import clear_photos, take_in
@@ -88,6 +88,8 @@ def _report(lesson: Lesson) -> None:
 def _keep(lesson: Lesson) -> None:
     with refusing():
         backend().keep()
+        if lesson.name not in backend().taught:  # another had a service forget it, or changed its model
+            raise UsageError(f"'{lesson.name}' is not known any more; teach it again")
         know_action(lesson.name)
         _end()
         st.toast(f"{plain(lesson.name)} is now in the list of what the model knows.", icon=":material/check:")
