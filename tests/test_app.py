@@ -642,7 +642,7 @@ def test_a_taught_name_may_have_a_comma(script: AppTest) -> None:
     assert script.multiselect(key="photo_actions").value[-3:] == ["opening a door, slowly", "waving", "nodding"]
 
 
-def test_a_clip_is_answered_anew_once_an_action_is_taught() -> None:
+def test_a_clip_is_answered_anew_once_an_action_is_taught_or_another_model_answers() -> None:
     def page() -> None:
         from types import SimpleNamespace
 
@@ -656,11 +656,14 @@ def test_a_clip_is_answered_anew_once_an_action_is_taught() -> None:
         st.session_state.backend = SimpleNamespace(where="here", labels=("saluting",), video=lambda *_: [next(answers)])
         seen = [_read(b"clip", ("saluting",), 0.9).duration_s for _ in range(2)]
         know_action("saluting")
+        seen.append(_read(b"clip", ("saluting",), 0.9).duration_s)
+        other = SimpleNamespace(where="here", labels=("saluting",), video=lambda *_: [Timeline(3, (), 1, 1)])
+        st.session_state.before, st.session_state.backend = st.session_state.backend, other  # a model of the same name
         st.session_state.seen = [*seen, _read(b"clip", ("saluting",), 0.9).duration_s]
 
     script = AppTest.from_function(page, default_timeout=120).run()
     assert not script.exception
-    assert script.session_state["seen"] == [1, 1, 2]
+    assert script.session_state["seen"] == [1, 1, 2, 3]
 
 
 def test_what_was_forgotten_meanwhile_is_not_kept() -> None:

@@ -23,6 +23,7 @@ from cliphar.labels import clean_labels
 from cliphar.media import is_image_name
 from cliphar.recognizer import Prediction
 from cliphar.ui._backend import Backend, Photo
+from cliphar.ui._session import answerer
 
 if TYPE_CHECKING:
     from streamlit.runtime.uploaded_file_manager import UploadedFile
@@ -49,7 +50,7 @@ def evaluate_photos(backend: Backend, model: str, done: Evaluation | None) -> No
     with st.container(horizontal=True):
         if st.button("Measure on these photos", type="primary", disabled=upload is None) and upload is not None:
             try:
-                st.session_state.evaluations[backend.where] = _evaluate(backend, model, upload)
+                st.session_state.evaluations[answerer()] = _evaluate(backend, model, upload)
             except ClipharError as error:
                 st.error(f"{error}.", icon=":material/error:")
             else:

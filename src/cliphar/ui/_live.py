@@ -8,7 +8,7 @@ from cliphar.ui._camera import Camera
 from cliphar.ui._components import plain
 from cliphar.ui._intake import NO_CAMERA, gives_camera
 from cliphar.ui._launch import ice_servers
-from cliphar.ui._session import backend, choose_actions
+from cliphar.ui._session import answerer, backend, choose_actions
 
 __all__ = ["live_page"]
 
@@ -47,7 +47,7 @@ def live_page() -> None:
 
 def _camera(labels: tuple[str, ...]) -> Camera:
     state = st.session_state
-    asked = (backend().where, labels)
+    asked = (answerer(), labels)
     if "camera" not in state:
         state.camera = Camera(backend().watch(labels))
     elif state.camera_asked != asked:

@@ -10,7 +10,7 @@ from cliphar.ui._backend import About, Backend
 from cliphar.ui._components import drawing, plain
 from cliphar.ui._evaluate import evaluate_photos
 from cliphar.ui._local import LocalBackend
-from cliphar.ui._session import backend, refusing, use_model
+from cliphar.ui._session import answerer, backend, refusing, use_model
 from cliphar.ui._show import figures_html, mistakes_html, speeds_html
 from cliphar.ui._speed import known_speeds, measure_round_trips, measure_speeds
 
@@ -22,7 +22,7 @@ def models_page() -> None:
     st.title("Which model answers?", anchor=False)
     answering = backend()
     about = answering.about()
-    own: Evaluation | None = st.session_state.setdefault("evaluations", {}).get(answering.where)
+    own: Evaluation | None = st.session_state.setdefault("evaluations", {}).get(answerer())
     left, right = st.columns([2, 3], gap="large")
     with left:
         if isinstance(answering, LocalBackend):

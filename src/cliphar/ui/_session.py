@@ -21,6 +21,7 @@ from cliphar.ui._show import thumbnail
 __all__ = [
     "MAX_PHOTOS",
     "add_photos",
+    "answerer",
     "backend",
     "choose",
     "choose_actions",
@@ -50,6 +51,12 @@ def backend() -> Backend:
         st.session_state.backend = made
     found: Backend = st.session_state.backend
     return found
+
+
+def answerer() -> tuple[int, str]:
+    """What tells who answers from others, also from models of the same name; good for the session, which keeps them."""
+    found = backend()
+    return id(found), found.where
 
 
 def use_model(model: str) -> None:

@@ -18,7 +18,7 @@ from cliphar.errors import MediaError, UsageError
 from cliphar.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, decode_image
 from cliphar.timeline import Progress, Segment, Timeline, annotate, colours, contact_sheet, to_csv, to_webvtt
 from cliphar.ui._components import plain, play_from
-from cliphar.ui._session import backend, choose, sample_photos, use_first_list
+from cliphar.ui._session import answerer, backend, choose, sample_photos, use_first_list
 from cliphar.ui._show import spreadsheet
 
 __all__ = ["video_page"]
@@ -78,9 +78,9 @@ def _take_sample() -> None:
 
 
 def _read(content: bytes, labels: tuple[str, ...], coverage: float) -> Timeline:
-    """The clip's timeline; kept for the session, so that a click does not read it again."""
+    """The clip's timeline, kept for the session: a click does not read it again."""
     known: dict[object, Timeline] = st.session_state.setdefault("timelines", {})
-    key = (backend().where, hashlib.sha256(content).hexdigest(), labels, coverage)
+    key = (answerer(), hashlib.sha256(content).hexdigest(), labels, coverage)
     bar = st.empty()  # also where there is nothing to read: what follows keeps its place, and so the focus
     if key in known:
         return known[key]
