@@ -232,9 +232,9 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _check_array(array: NDArray[np.generic]) -> None:
     """Refuse what could only be guessed at: 0..255 in a wide type would come out black, or be stretched."""
-    if array.dtype.kind in "iu" and array.dtype not in (np.uint8, np.uint16):
+    if array.dtype.kind in "iu" and array.dtype.str[1:] not in ("u1", "u2"):
         raise MediaError(f"the array has dtype {array.dtype}; give uint8 with values 0..255")
-    if array.dtype == np.uint16 and 0 < int(array.max(initial=0)) < 256:
+    if array.dtype.str[1:] == "u2" and 0 < int(array.max(initial=0)) < 256:
         raise MediaError("the array is uint16 and holds nothing above 255; give uint8, or uint16 with values 0..65535")
     if array.dtype.kind == "f" and 1 < float(array.max(initial=0)) < np.inf:
         raise MediaError("the array holds floats above 1; give floats in 0..1, or uint8 with values 0..255")
