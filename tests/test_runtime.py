@@ -435,3 +435,14 @@ def test_a_moved_bundle_still_runs(tmp_path: Path) -> None:
     shutil.copytree(packaged("mini"), moved)
     side = (recognizer := load(moved)).bundle.info.image.size
     assert recognizer.predict(np.zeros((side, side, 3), np.uint8)).top
+
+
+def test_a_model_that_takes_the_place_of_a_loaded_one_is_not_mixed_with_it(tmp_path: Path, make_info: MakeInfo) -> None:
+    runtime = OnnxRuntime(_broken(tmp_path, make_info(), image=_graph("photos", 16)), threads=2)
+    images = np.random.default_rng(1).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    alone = [runtime.encode_images(image[None])[0] for image in images]
+    shutil.rmtree(runtime.bundle.path)
+    _broken(tmp_path, make_info(), image=b"another", text=_graph("photos", 16))
+    np.testing.assert_allclose(runtime.encode_images(images), alone, atol=1e-6)
+    with pytest.raises(BundleError, match=r"text\.onnx is no longer what was loaded"):
+        runtime.encode_text(["cooking"])

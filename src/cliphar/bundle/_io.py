@@ -48,6 +48,17 @@ class Bundle:
             )
         return self.path / name
 
+    def same_file(self, name: str) -> Path:
+        """As :meth:`file`, for what is opened later: BundleError where another bundle has taken this one's place."""
+        path = self.file(name)
+        try:
+            same = sha256_file(path) == self.info.files[name].sha256
+        except OSError:
+            same = False
+        if not same:
+            raise BundleError(f"{path} is no longer what was loaded; load the model that is there now")
+        return path
+
     @property
     def runtimes(self) -> dict[str, str]:
         """The image graph's file of each runtime: ``onnx``, the reference, and what export added and verified."""

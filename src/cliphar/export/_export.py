@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -160,7 +161,8 @@ class _Bench:
             (self.work / name).parent.mkdir(exist_ok=True)
             (self.work / name).write_bytes(content)
             parity = None if number else {"photos": 0.0}
-            entries[name] = FileInfo(sha256="0" * 64, bytes=len(content), runtime=target, parity=parity)
+            digest = hashlib.sha256(content).hexdigest()
+            entries[name] = FileInfo(sha256=digest, bytes=len(content), runtime=target, parity=parity)
         return load_runtime(Bundle(self.work, self.bundle.info.model_copy(update={"files": entries})), target)
 
     def _judge(self, model: onnx.ModelProto) -> str | None:

@@ -95,7 +95,7 @@ def read_background(bundle: Bundle) -> Background:
             "'cliphar train' writes one into every bundle it makes"
         )
     try:
-        content = load_file(bundle.file(BACKGROUND_FILE))
+        content = load_file(bundle.same_file(BACKGROUND_FILE))
         return Background(
             content["mean"], content["basis"].astype(np.float32), content["variances"], float(content["rest"][0])
         )

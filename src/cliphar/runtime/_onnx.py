@@ -141,8 +141,16 @@ class OnnxRuntime(Runtime):
         with self._making:
             if self._alone is None or self._alone[2] != os.getpid():  # a fork is without its parent's threads
                 pool = ThreadPoolExecutor(self.lanes, thread_name_prefix="lane")
-                self._alone = _session(self.bundle, self.file, self.provider, 1), pool, os.getpid()
+                self._alone = self._another(), pool, os.getpid()
             return self._alone[:2]
+
+    def _another(self) -> onnxruntime.InferenceSession:
+        """A session of one thread; the one there is where another model has taken the bundle's place since."""
+        try:
+            self.bundle.same_file(self.file)
+        except BundleError:
+            return self._image
+        return _session(self.bundle, self.file, self.provider, 1)
 
     def _run(self, session: onnxruntime.InferenceSession, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         # a graph with a batch of one quantises by what is in the batch, so an answer would depend on its neighbours

@@ -56,7 +56,7 @@ class TextTower:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
-        path = str(self._bundle.file("text.onnx"))
+        path = str(self._bundle.same_file("text.onnx"))
         try:
             return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises its own classes for each status
