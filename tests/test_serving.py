@@ -66,6 +66,8 @@ def test_the_client_asks_nothing_of_no_photos_and_has_no_answer_without_labels(a
                 ask(photos[0], [])
         with pytest.raises(UsageError, match="1000 labels are too many; at most 500"):
             client.predict(photos[0], map(str, range(1000)))  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match="too long for one request; give fewer, or a vocabulary's name"):
+            list(client.video(photos[0], [f"waving {number:0150}" for number in range(450)]))
 
 
 def test_three_kinds_of_body(api: str, photos: list[Path]) -> None:

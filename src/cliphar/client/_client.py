@@ -186,6 +186,10 @@ class Client(_Calls[httpx.Client]):
                 outcome = self._http.send(self._http.build_request(method, path, **body), stream=stream)
                 if not outcome.is_success:
                     outcome.read()
+            except httpx.InvalidURL as error:  # a clip's labels; httpx takes 64 KiB
+                raise UsageError(
+                    "the labels are too long for one request; give fewer, or a vocabulary's name"
+                ) from error
             except httpx.RequestError as error:
                 outcome = error
             if (pause := self._pause_s(method, path, outcome, tries, since)) is None:
