@@ -517,6 +517,19 @@ def test_kserves_storage(exported: tuple[Bundle, list[Added]], tmp_path: Path) -
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "service"), [("My_model.v2.", "my-model-v2"), ("24-hours", "model-24-hours"), ("on", "on")]
+)
+def test_a_kserve_service_has_a_name_that_is_taken(name: str, service: str, tmp_path: Path) -> None:
+    import yaml
+
+    mini = find_bundle("mini")
+    write_layout(Bundle(mini.path, mini.info.model_copy(update={"name": name})), "kserve", tmp_path / "storage")
+    written = yaml.safe_load((tmp_path / "storage" / "inference-service.yaml").read_text())
+    assert written["metadata"]["name"] == service
+    assert written["spec"]["predictor"]["model"]["storageUri"] == f"pvc://models/{name}/models"
+
+
 # --- parts
 
 

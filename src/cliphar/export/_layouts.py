@@ -106,11 +106,14 @@ def _one_by_one(bundle: Bundle, file: str) -> bool:
 
 
 def _service(name: str) -> str:
+    label = name.lower().replace("_", "-").replace(".", "-").strip("-")
+    if not label[0].isalpha():  # KServe asks for a letter, and for none of '-' at the end
+        label = f"model-{label}"
     return f"""\
 apiVersion: serving.kserve.io/v1beta1
 kind: InferenceService
 metadata:
-  name: {name.lower().replace("_", "-").replace(".", "-")}
+  name: "{label}"
 spec:
   predictor:
     model:
