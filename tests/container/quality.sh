@@ -82,6 +82,7 @@ for values in default some all; do
 done
 [[ $(grep -c 'path: /cliphar/' "$work/chart-all.yaml") == 6 ]] || fail "paths below the prefixes"
 [[ $(grep -c 'pool: gpu' "$work/chart-all.yaml") == 1 ]] || fail "the page is sent to the API's nodes"
+helm template on "$chart" >"$work/on.yaml" && kubernetes-validate --strict --quiet --no-warn "$work/on.yaml" || fail "a release that YAML takes for true"
 for wrong in 'replicas=many' 'repicas=3' 'env.BATCH=1' 'rootPath=api' 'page.env.TURN=1' 'env.CLIPHAR_PORT=9' 'env.CLIPHAR_DRAIN_S=9' 'page.env.CLIPHAR_APP_PORT=9' 'page.env.CLIPHAR_APP_BASE_PATH=/a' 'model.image=a,model.existingClaim=b' 'model.path=a' 'ingress.enabled=true' 'autoscaling.enabled=true,autoscaling.cpuPercent=0'; do
   if helm template cliphar "$chart" --set "$wrong" >/dev/null 2>&1; then fail "the chart takes $wrong"; fi
 done
