@@ -409,6 +409,12 @@ def test_lines_in_a_log(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
         "step 30/100: loss 1.5000, 32.0 photos/s, 0:01:10 left",
     ]
 
+    def nobody(_line: str) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(sys.stderr, "write", nobody)
+    log("goes on")
+
 
 def test_a_bar_on_a_terminal() -> None:
     ours, theirs = pty.openpty()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cliphar.cli._output import check_target, while_read
+from cliphar.cli._output import check_target, say, tell, while_read
 from cliphar.errors import UsageError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def bench(
             threads=_numbers(threads, "--threads") if threads else (),
             seconds=seconds,
             data=data,
-            say=lambda line: print(line, file=sys.stderr),
+            say=say,
         )
     except ImportError as error:
         raise UsageError(
@@ -72,7 +72,7 @@ def bench(
             "or name runtimes with --runtime onnx"
         ) from error
     for reason in result.skipped.values():
-        print(f"cliphar: {reason}", file=sys.stderr)
+        tell(reason)
     with while_read(go_on=plot is not None):
         if as_json:
             print(json.dumps(result.to_dict()))

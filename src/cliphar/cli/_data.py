@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cliphar.cli._output import say
 from cliphar.errors import DataError, UsageError, one_line
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def _read(source: str, cache: Path) -> tuple[PhotoSource, PhotoSet]:
             side=spec.size,
             max_aspect=spec.max_aspect,
             frames=1,
-            log=lambda line: print(one_line(line), file=sys.stderr),
+            log=lambda line: say(one_line(line)),
         )
     except OSError as error:
         place, kept = Path(error.filename or cache).absolute(), cache.absolute()

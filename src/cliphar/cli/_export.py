@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from cliphar.cli._output import say, tell
 from cliphar.errors import UsageError, printable
 
 __all__ = ["export"]
@@ -59,11 +59,11 @@ def export(
         out=out,
         photos=calibration,
         max_loss=max_loss,
-        say=lambda line: print(line, file=sys.stderr),
+        say=say,
     )
     for outcome in outcomes:
         if outcome.failed:
-            print(f"cliphar: {outcome.failed}", file=sys.stderr)
+            tell(outcome.failed)
         if as_json:
             print(json.dumps({"target": outcome.target, "added": not outcome.failed} | outcome.parity))
         elif not outcome.failed:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cliphar.cli._options import Model, expand
-from cliphar.cli._output import tell
+from cliphar.cli._output import say, tell
 from cliphar.errors import BundleError, UsageError, one_line
 
 if TYPE_CHECKING:
@@ -96,9 +96,6 @@ def pull(
     """
     from cliphar.bundle import PULLS
     from cliphar.bundle import pull as fetch
-
-    def say(line: str) -> None:
-        print(line, file=sys.stderr)
 
     names = ", ".join(PULLS)
     if model in PULLS:

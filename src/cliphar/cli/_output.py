@@ -29,6 +29,7 @@ __all__ = [
     "named_error",
     "progress",
     "row_of",
+    "say",
     "show",
     "tell",
     "while_read",
@@ -62,10 +63,15 @@ def while_read(*, go_on: bool = False) -> Iterator[None]:
             raise typer.Exit from error
 
 
+def say(line: str) -> None:
+    """A line on standard error; where nobody reads it any more, as in "2>&1 | head", the work goes on."""
+    with suppress(BrokenPipeError):
+        print(line, file=sys.stderr, flush=True)
+
+
 def tell(line: str) -> None:
-    """A line on standard error, whatever it holds."""
-    with suppress(BrokenPipeError):  # as in "2>&1 | head": what else is done goes on
-        print(f"cliphar: {one_line(line)}", file=sys.stderr, flush=True)
+    """What is wrong, on standard error, whatever it holds."""
+    say(f"cliphar: {one_line(line)}")
 
 
 def named_error(path: str, error: MediaError) -> str:

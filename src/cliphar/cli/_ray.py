@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import typer
 
-from cliphar.cli._output import Writer, named_error
+from cliphar.cli._output import Writer, named_error, tell
 from cliphar.errors import ClipharError, DataError, MediaError, UsageError, printable
 
 __all__ = ["predict_on_ray"]
@@ -125,7 +124,7 @@ def predict_on_ray(
     missing = [part for part in parts if not (out / part["name"]).exists()]
     done, errors = _run(missing, task) if missing else (0, [])
     for line in errors:
-        print(f"cliphar: {line}", file=sys.stderr)
+        tell(line)
     kept = f", {len(parts) - len(missing)} parts were there" if len(missing) < len(parts) else ""
     print(f"{done} photos answered in {len(missing)} parts in {out}{kept}")
     if errors:

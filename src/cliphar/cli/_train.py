@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cliphar.cli._output import say, tell
 from cliphar.errors import UsageError
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def train(
                 bundle = run(loaded, Surroundings(resume=resume, log=log, on_step=on_step))
     except Stopped as stopped:
         if is_first():
-            print(f"cliphar: {stopped}", file=sys.stderr)
+            tell(str(stopped))
         leave_ranks(stopped.status)
         raise typer.Exit(stopped.status) from stopped
     if is_first():
@@ -71,7 +72,7 @@ def _following() -> Iterator[_Following]:
     told = time.monotonic()
 
     def log(line: str) -> None:
-        print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
+        say(f"{time.strftime('%H:%M:%S')} {line}")
 
     def on_step(report: StepReport) -> None:
         nonlocal told
