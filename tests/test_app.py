@@ -498,6 +498,8 @@ def test_a_service_answers_where_there_is_one(
         script = AppTest.from_file(str(SCRIPT), default_timeout=120).run()
         assert not script.exception
         assert f"at `http://127.0.0.1:{port}" in script.caption[-1].value
+        proxied = RemoteBackend(f"http://user:secret@127.0.0.1:{port}")
+        assert proxied.where == f"mini at `http://127.0.0.1:{port}`"
         backend = RemoteBackend(f"http://127.0.0.1:{port}")
         shown = [Photo(photo.name, photo.read_bytes(), photo.name, b"") for photo in photos]
         labels = ["taking a photo", "smiling for a portrait"]
@@ -532,7 +534,10 @@ def test_a_service_answers_where_there_is_one(
         service.wait(60)
         with pytest.raises(ClipharError, match="can be reached: the page goes on trying"):
             watch(frame)
+        with pytest.raises(ClipharError, match=rf"no answer from ws://127.0.0.1:{port}/v1/stream"):  # and no password
+            proxied.watch(labels)(frame)
         backend.close()
+        proxied.close()
         script.session_state["backend"].close()
     finally:
         service.terminate()
@@ -559,6 +564,7 @@ def test_a_service_that_wants_a_key_says_where_the_page_takes_it_from(
         monkeypatch.setenv("CLIPHAR_API_KEY", "right")
         script.run()
         assert not script.error
+        RemoteBackend(f"http://user:secret@127.0.0.1:{port}").close()  # the password leaves the key its place
         script.session_state["backend"].close()
     finally:
         service.terminate()

@@ -58,11 +58,12 @@ class _Calls(Generic[H]):
             address = httpx.URL()
         if not address.host:
             raise UsageError(f"{url!r} is not a service's address; one is like http://127.0.0.1:8000")
-        self._url, self._retry_s = url, retry_s
+        self.url, self._retry_s = str(address.copy_with(userinfo=b"")), retry_s  # others see it: without a password
         if api_key and not api_key.strip().isprintable():
             raise UsageError("the API key has a line break or another sign that no header takes")
-        # as bytes: it may have letters beyond ASCII
-        headers = {"Authorization": f"Bearer {api_key.strip()}".encode()} if api_key else {}
+        # as bytes: it may have letters beyond ASCII; an address with a password takes Authorization for that
+        name, kind = ("X-API-Key", "") if address.userinfo else ("Authorization", "Bearer ")
+        headers = {name: f"{kind}{api_key.strip()}".encode()} if api_key else {}
         try:
             timeout = httpx.Timeout(timeout_s, pool=None)  # to wait for a connection is no failure
             self._http = self._open(base_url=address, timeout=timeout, headers=headers)
@@ -105,20 +106,20 @@ class _Calls(Generic[H]):
 
     def _checked(self, outcome: _Outcome) -> httpx.Response:
         if isinstance(outcome, httpx.RequestError):
-            reason = f"no answer from {self._url}: {str(outcome) or type(outcome).__name__}"
+            reason = f"no answer from {self.url}: {str(outcome) or type(outcome).__name__}"
             raise ClipharError(f"{reason}; is 'cliphar serve' running?") from outcome
         if outcome.is_success:
             return outcome
         if outcome.has_redirect_location:
-            raise UsageError(f"{self._url} sends on to {outcome.headers['Location']}; give that address")
+            raise UsageError(f"{self.url} sends on to {outcome.headers['Location']}; give that address")
         if outcome.status_code == 413 and "json" not in outcome.headers.get("Content-Type", ""):
-            raise _TooLargeError(f"larger than a proxy before {self._url} takes")
+            raise _TooLargeError(f"larger than a proxy before {self.url} takes")
         told = self._content(outcome)
         if any(rows in told for rows, _ in _ROWS.values()):  # no photo could be read; why, of each
             return outcome
         known = dict.fromkeys((401, 403, 404, 422), UsageError) | {413: _TooLargeError}
         kind: type[ClipharError] = known.get(outcome.status_code, ClipharError)
-        raise kind(str(told.get("detail") or f"{self._url} answered {outcome.status_code}"))
+        raise kind(str(told.get("detail") or f"{self.url} answered {outcome.status_code}"))
 
     def _content(self, response: httpx.Response) -> dict[str, Any]:
         if response.status_code == 204:
@@ -139,7 +140,7 @@ class _Calls(Generic[H]):
         return model
 
     def _foreign(self, status: int = 200) -> ClipharError:
-        return ClipharError(f"{self._url} answered {status}, but not as cliphar does; is the address right?")
+        return ClipharError(f"{self.url} answered {status}, but not as cliphar does; is the address right?")
 
     def _answers(self, path: str, part: _Part, content: dict[str, Any]) -> Iterator[Any]:
         rows, read = _ROWS[path]
@@ -155,7 +156,7 @@ class Client(_Calls[httpx.Client]):
     """Plain calls; safe to share between threads.
 
     Args:
-        url: the service's address, such as ``http://127.0.0.1:8000``.
+        url: the service's address, such as ``http://127.0.0.1:8000``; ``USER:PASSWORD@`` before its host is a proxy's.
         api_key: for a service that asks for one.
         timeout_s: for each try.
         retry_s: how long to try a request anew when the service is busy (429, 503: after as long as it says), cannot
@@ -250,7 +251,7 @@ class Client(_Calls[httpx.Client]):
                 if not told:
                     raise self._foreign() from error
             if "timeline" not in told:  # some proxies end well an answer that the service broke off
-                raise ClipharError(f"the answer of {self._url} ends before the timeline; send the clip again")
+                raise ClipharError(f"the answer of {self.url} ends before the timeline; send the clip again")
 
     def model(self) -> dict[str, Any]:
         """The model that answers: name, labels, what was taught, metrics."""

@@ -50,8 +50,8 @@ class RemoteBackend:
             if not isinstance(error, UsageError):
                 raise
             raise UsageError(  # the key is missing or wrong
-                f"{self._url} refuses this page: {error}; who starts the page gives it a key in CLIPHAR_API_KEY, or in "
-                "the file that CLIPHAR_API_KEY_FILE names"
+                f"{self._client.url} refuses this page: {error}; who starts the page gives it a key in "
+                "CLIPHAR_API_KEY, or in the file that CLIPHAR_API_KEY_FILE names"
             ) from error
 
     def close(self) -> None:
@@ -66,7 +66,7 @@ class RemoteBackend:
     @property
     def where(self) -> str:
         """The model and the address."""
-        return f"{self._model()['name']} at `{self._url}`"
+        return f"{self._model()['name']} at `{self._client.url}`"
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -101,7 +101,7 @@ class RemoteBackend:
 
     def watch(self, labels: Sequence[str]) -> Watch:
         """Over a WebSocket, whose answers the service smooths."""
-        return _Watch(self._url, self._key, labels)
+        return _Watch(self._url, self._client.url, self._key, labels)
 
     def teach(self, name: str, photos: Sequence[Photo]) -> Lesson:
         """The service knows it at once; to discard it is to have the service forget it."""
@@ -139,10 +139,12 @@ class RemoteBackend:
 class _Watch:
     """One camera's connection: a frame out, its answer in, in turns."""
 
-    def __init__(self, url: str, key: str | None, labels: Sequence[str]) -> None:
+    def __init__(self, url: str, shown: str, key: str | None, labels: Sequence[str]) -> None:
+        self._where = f"ws{shown.removeprefix('http')}/v1/stream"
         # the empty one makes a single label a list, not a vocabulary's name
         self._url = f"ws{url.removeprefix('http')}/v1/stream?{urlencode({'labels': [*labels, '']}, doseq=True)}"
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        name, kind = ("X-API-Key", "") if "@" in url else ("Authorization", "Bearer ")  # as the client does
+        self._headers = {name: f"{kind}{key}"} if key else {}
         self._open = ExitStack()
         self._socket: ClientConnection | None = None
 
@@ -164,10 +166,9 @@ class _Watch:
             told = json.loads(self._socket.recv(_ANSWER_S))
         except (OSError, WebSocketException) as error:  # a TimeoutError is an OSError
             self.close()
-            where = self._url.partition("?")[0]
             raise ClipharError(
-                f"no answer from {where} ({error or type(error).__name__}); look whether 'cliphar serve' is running "
-                "there and can be reached: the page goes on trying"
+                f"no answer from {self._where} ({error or type(error).__name__}); look whether 'cliphar serve' is "
+                "running there and can be reached: the page goes on trying"
             ) from error
         if "frame" not in told:
             self.close()
