@@ -19,21 +19,26 @@ from PIL import ExifTags, Image
 
 import cliphar
 from cliphar.bundle import packaged
+from cliphar.cli._output import Writer
 from cliphar.media import decode_image
 from serving_process import bounded, read_terminal
 
 WORDS = "taking a photo, riding_a_bike, smiling"
 Done = subprocess.CompletedProcess[str]
 Run = Callable[..., Done]
+Env = dict[str, str]
+WINDOWS = sys.platform == "win32"
+COMMAND = [sys.executable, "-m", "cliphar"]
+terminals = pytest.mark.skipif(WINDOWS, reason="no pseudo-terminals")
 
 
 @pytest.fixture
-def cli(clean_env: dict[str, str], tmp_path: Path) -> Run:
+def cli(clean_env: Env, tmp_path: Path) -> Run:
     """Run the program; whatever happens, it never shows a traceback."""
 
     def run(*arguments: object, **env: str) -> Done:
         done = subprocess.run(
-            [sys.executable, "-m", "cliphar", *map(str, arguments)],
+            [*COMMAND, *map(str, arguments)],
             capture_output=True,
             text=True,
             encoding="utf-8",
@@ -80,7 +85,7 @@ def test_labels_may_be_given_one_by_one(cli: Run, photos: list[Path]) -> None:
     }
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no such names")
+@pytest.mark.skipif(WINDOWS, reason="no such names")
 def test_each_answer_is_one_line_whatever_a_files_name_holds(cli: Run, photos: list[Path], tmp_path: Path) -> None:
     name, spelled = "a  b\tc\nd\x1b[31m\u202e.jpg", r"a  b\tc\nd\x1b[31m\u202e.jpg"
     shutil.copy(photos[0], tmp_path / name)
@@ -313,13 +318,13 @@ def _umask() -> int:
     return old
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+@terminals
 @pytest.mark.parametrize(("columns", "bar"), [(80, 24), (50, 16), (30, 0)])
-def test_on_a_terminal_there_are_bars(clean_env: dict[str, str], photos: list[Path], columns: int, bar: int) -> None:
+def test_on_a_terminal_there_are_bars(clean_env: Env, photos: list[Path], columns: int, bar: int) -> None:
     import pty
 
     outside, inside = pty.openpty()
-    command = [sys.executable, "-m", "cliphar", "predict", str(photos[0]), "--labels", WORDS]
+    command = [*COMMAND, "predict", str(photos[0]), "--labels", WORDS]
     env = clean_env | {"TERM": "xterm-256color", "PYTHONUTF8": "1", "COLUMNS": str(columns)}
     with subprocess.Popen(command, stdout=inside, stderr=subprocess.PIPE, env=env) as process:
         os.close(inside)
@@ -335,47 +340,45 @@ def test_on_a_terminal_there_are_bars(clean_env: dict[str, str], photos: list[Pa
     assert "in set" in text
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+@terminals
 @pytest.mark.parametrize("columns", [60, 80])
-def test_a_terminal_cuts_no_figure_of_the_card(clean_env: dict[str, str], columns: int) -> None:
+def test_a_terminal_cuts_no_figure_of_the_card(clean_env: Env, columns: int) -> None:
     import pty
 
     outside, inside = pty.openpty()
-    command = [sys.executable, "-m", "cliphar", "model", "show", "mini"]
+    command = [*COMMAND, "model", "show", "mini"]
     with subprocess.Popen(command, stdout=inside, env=clean_env | {"COLUMNS": str(columns)}):
         os.close(inside)
         shown = read_terminal(outside)
     assert all(figure in shown for figure in ("0.837", "0.836", "8.331"))
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no head")
-def test_a_reader_that_goes_away(clean_env: dict[str, str], photos: list[Path], tmp_path: Path) -> None:
-    many = " ".join(f"'{photo}'" for photo in photos * 30)
+@pytest.mark.skipif(WINDOWS, reason="no head")
+def test_a_reader_that_goes_away(clean_env: Env, photos: list[Path], tmp_path: Path) -> None:
+    predict = " ".join([f"'{sys.executable}' -m cliphar predict", *(f"'{photo}'" for photo in photos * 30)])
     for options in ("--json", ""):
-        command = f"'{sys.executable}' -m cliphar predict {many} {options} | head -1"
+        command = f"{predict} {options} | head -1"
         done = subprocess.run(
             ["sh", "-c", command], capture_output=True, text=True, env=clean_env, timeout=120, check=False
         )
         assert len(done.stdout.splitlines()) == 1
         assert done.stderr == ""
-    command = f"'{sys.executable}' -m cliphar predict {many} gone -o '{tmp_path}/a.jsonl' 2>&1 | head -1"
+    command = f"{predict} gone -o '{tmp_path}/a.jsonl' 2>&1 | head -1"
     subprocess.run(["sh", "-c", command], env=clean_env, timeout=120, check=False)
     assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 30 * len(photos)
     for command in ("--version", "--help", "data --help"):  # nobody reads at all
-        with subprocess.Popen(
-            [sys.executable, "-m", "cliphar", *command.split()], stdout=subprocess.PIPE, env=clean_env
-        ) as process:
+        with subprocess.Popen([*COMMAND, *command.split()], stdout=subprocess.PIPE, env=clean_env) as process:
             assert process.stdout is not None
             process.stdout.close()
         assert process.returncode == 0, command
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no signals")
+@pytest.mark.skipif(WINDOWS, reason="no signals")
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_in_the_middle_it_keeps_what_was_answered(
-    clean_env: dict[str, str], photos: list[Path], tmp_path: Path, stop: signal.Signals
+    clean_env: Env, photos: list[Path], tmp_path: Path, stop: signal.Signals
 ) -> None:
-    command = [sys.executable, "-m", "cliphar", "predict", *map(str, photos * 1000), "-o", str(tmp_path / "a.jsonl")]
+    command = [*COMMAND, "predict", *map(str, photos * 1000), "-o", str(tmp_path / "a.jsonl")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_env) as process:
         assert process.stdout is not None
         process.stdout.readline()
@@ -394,7 +397,7 @@ def test_stopped_in_the_middle_it_keeps_what_was_answered(
         ("module = ''; typer.main.get_command = lambda *_: signal.raise_signal(signal.SIGTERM)", 143),
     ],
 )
-def test_stopped_while_it_starts(clean_env: dict[str, str], photos: list[Path], moment: str, status: int) -> None:
+def test_stopped_while_it_starts(clean_env: Env, photos: list[Path], moment: str, status: int) -> None:
     code = f"""
 import signal, sys, typer.main
 {moment}
@@ -410,8 +413,19 @@ main()
     assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
 
 
+def test_a_second_ctrl_c_takes_no_answer(tmp_path: Path) -> None:
+    class Stopped(Writer):
+        def write(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+            super().write()
+
+    with pytest.raises(KeyboardInterrupt), Stopped(tmp_path / "a.csv"):
+        pass
+    assert (tmp_path / "a.csv").exists()
+
+
 @pytest.mark.parametrize("shut", [1, 2])
-def test_a_closed_output(clean_env: dict[str, str], photos: list[Path], tmp_path: Path, shut: int) -> None:
+def test_a_closed_output(clean_env: Env, photos: list[Path], tmp_path: Path, shut: int) -> None:
     command = f"'{sys.executable}' -m cliphar predict '{photos[0]}' gone -o '{tmp_path}/a.jsonl' {shut}>&-"
     done = subprocess.run(["sh", "-c", command], capture_output=True, env=clean_env, timeout=120, check=False)
     assert (done.returncode, (done.stdout + done.stderr).count(b"\n")) == (1, 1)
@@ -419,8 +433,8 @@ def test_a_closed_output(clean_env: dict[str, str], photos: list[Path], tmp_path
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-def test_a_full_disk(clean_env: dict[str, str], photos: list[Path]) -> None:
-    command = [sys.executable, "-m", "cliphar", "predict", str(photos[0])]
+def test_a_full_disk(clean_env: Env, photos: list[Path]) -> None:
+    command = [*COMMAND, "predict", str(photos[0])]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
             command, stdout=full, stderr=subprocess.PIPE, text=True, env=clean_env, timeout=120, check=False
@@ -494,14 +508,14 @@ def test_eval_with_a_damaged_photo(cli: Run, labelled: Path) -> None:
     assert "none of the 4 photos" in error_lines(done)[-1]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
-def test_eval_shows_on_a_terminal_how_far_it_is(labelled: Path, clean_env: dict[str, str]) -> None:
+@terminals
+def test_eval_shows_on_a_terminal_how_far_it_is(labelled: Path, clean_env: Env) -> None:
     import pty
 
     for i in range(50):
         (labelled / "smiling" / f"{i}.jpg").symlink_to(next(labelled.glob("smiling/*.jpg")))
     outside, inside = pty.openpty()
-    command = [sys.executable, "-m", "cliphar", "eval", "--data", str(labelled)]
+    command = [*COMMAND, "eval", "--data", str(labelled)]
     env = clean_env | {"TERM": "xterm-256color", "PYTHONUTF8": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=inside, env=env) as process:
         os.close(inside)
@@ -628,7 +642,7 @@ def test_help_is_quick(run_python: Callable[[str], str], arguments: list[str]) -
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_service_ends_when_its_terminal_is_closed(clean_env: dict[str, str], workers: str) -> None:
+def test_a_service_ends_when_its_terminal_is_closed(clean_env: Env, workers: str) -> None:
     ours, its = os.openpty()
     terminal = os.ttyname(its)  # the first that a session opens is its own
     serve = f"exec {sys.executable} -m cliphar serve --port 0 --workers {workers} <{terminal} >{terminal} 2>&1"

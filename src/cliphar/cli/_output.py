@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
 import typer
@@ -163,11 +162,12 @@ class Writer:
         if self._path is not None:
             self._rows.append(row_of(path, prediction))
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
         if kind is None or self._rows:
-            self.write()
+            with ThreadPoolExecutor(1) as pool:  # no second Ctrl-C reaches a thread
+                pool.submit(self.write).result()
 
     def write(self) -> None:
         """Write the file."""
