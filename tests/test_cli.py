@@ -19,7 +19,6 @@ from PIL import ExifTags, Image
 
 import cliphar
 from cliphar.bundle import packaged
-from cliphar.cli._output import Writer
 from cliphar.media import decode_image
 from serving_process import bounded, read_terminal
 
@@ -29,7 +28,7 @@ Run = Callable[..., Done]
 Env = dict[str, str]
 WINDOWS = sys.platform == "win32"
 COMMAND = [sys.executable, "-m", "cliphar"]
-terminals = pytest.mark.skipif(WINDOWS, reason="no pseudo-terminals")
+tty = pytest.mark.skipif(WINDOWS, reason="no pseudo-terminals")
 
 
 @pytest.fixture
@@ -318,7 +317,7 @@ def _umask() -> int:
     return old
 
 
-@terminals
+@tty
 @pytest.mark.parametrize(("columns", "bar"), [(80, 24), (50, 16), (30, 0)])
 def test_on_a_terminal_there_are_bars(clean_env: Env, photos: list[Path], columns: int, bar: int) -> None:
     import pty
@@ -340,7 +339,7 @@ def test_on_a_terminal_there_are_bars(clean_env: Env, photos: list[Path], column
     assert "in set" in text
 
 
-@terminals
+@tty
 @pytest.mark.parametrize("columns", [60, 80])
 def test_a_terminal_cuts_no_figure_of_the_card(clean_env: Env, columns: int) -> None:
     import pty
@@ -401,10 +400,10 @@ def test_stopped_while_it_starts(clean_env: Env, photos: list[Path], moment: str
     code = f"""
 import signal, sys, typer.main
 {moment}
-class Finder:
+class Stop:
     def find_spec(name, *_):
         if name == module: raise error
-sys.meta_path.insert(0, Finder)
+sys.meta_path.insert(0, Stop)
 from cliphar.cli import main
 main()
 """
@@ -413,14 +412,14 @@ main()
     assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
 
 
-def test_a_second_ctrl_c_takes_no_answer(tmp_path: Path) -> None:
-    class Stopped(Writer):
-        def write(self) -> None:
-            signal.raise_signal(signal.SIGINT)
-            super().write()
-
-    with pytest.raises(KeyboardInterrupt), Stopped(tmp_path / "a.csv"):
-        pass
+def test_a_second_ctrl_c(run_python: Callable[[str], str], tmp_path: Path) -> None:
+    run_python(f"""
+import contextlib, pathlib, signal
+from cliphar.cli._output import Writer
+write = Writer.write
+Writer.write = lambda self: signal.raise_signal(signal.SIGINT) or write(self)
+with contextlib.suppress(KeyboardInterrupt), Writer(pathlib.Path("{tmp_path}/a.csv")): pass
+""")
     assert (tmp_path / "a.csv").exists()
 
 
@@ -508,7 +507,7 @@ def test_eval_with_a_damaged_photo(cli: Run, labelled: Path) -> None:
     assert "none of the 4 photos" in error_lines(done)[-1]
 
 
-@terminals
+@tty
 def test_eval_shows_on_a_terminal_how_far_it_is(labelled: Path, clean_env: Env) -> None:
     import pty
 
