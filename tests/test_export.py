@@ -23,6 +23,8 @@ pytest.importorskip("torch")
 from cliphar.bundle import Bundle, find_bundle, list_models, packaged, read_bundle, write_bundle  # noqa: E402
 from cliphar.errors import BundleError, DataError, UsageError  # noqa: E402
 from cliphar.export import TARGETS, Added, export_bundle, float_graph, read_proof, write_layout  # noqa: E402
+from cliphar.export._quantize import quantize, tapped_session  # noqa: E402
+from cliphar.export._smooth import smooth_inputs  # noqa: E402
 from cliphar.recognizer import load  # noqa: E402
 from cliphar.runtime import OnnxRuntime, choose_runtime, load_runtime  # noqa: E402
 
@@ -574,6 +576,41 @@ def test_sensitive_layers_are_ranked_and_kept_in_float(images: NDArray[np.uint8]
     _, kept = quantize_within(model, images[:1], judge)
     assert kept == ranked[:2]
     assert tries[0] > tries[2]
+
+
+def test_a_large_channel_does_not_round_the_others_away() -> None:
+    random = np.random.default_rng(0)
+    size = np.ones(12, np.float32)
+    size[5] = 300
+    weights = random.normal(size=(12, 8)) / size[:, None]
+    parts = {"shape": np.array([-1, 12]), "size": size / 255, "weights": weights, "turned": -weights.T}
+    nodes = [
+        onnx.helper.make_node("Cast", ["images"], ["pixels"], "cast", to=onnx.TensorProto.FLOAT),
+        onnx.helper.make_node("Reshape", ["pixels", "shape"], ["flat"], "flat"),
+        onnx.helper.make_node("Mul", ["flat", "size"], ["x"], "scaled"),
+        onnx.helper.make_node("MatMul", ["x", "weights"], ["product"], "product"),
+        onnx.helper.make_node("Gemm", ["x", "turned"], ["other"], "other", transB=1),
+        onnx.helper.make_node("Concat", ["product", "other"], ["both"], "both", axis=1),
+        onnx.helper.make_node("Softmax", ["both"], ["embeddings"], "attention"),
+    ]
+    graph = onnx.helper.make_graph(
+        nodes,
+        "two products",
+        [onnx.helper.make_tensor_value_info("images", onnx.TensorProto.UINT8, ["n", 2, 2, 3])],
+        [onnx.helper.make_tensor_value_info("embeddings", onnx.TensorProto.FLOAT, ["n", 16])],
+        [onnx.numpy_helper.from_array(v.astype(v.dtype if n == "shape" else "f"), n) for n, v in parts.items()],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9)
+    images = random.integers(0, 256, (64, 2, 2, 3), np.uint8)
+    smooth = smooth_inputs(model, images)
+
+    def answer(model: Any) -> Any:
+        return tapped_session(model, []).run(None, {"images": images})[0]
+
+    exact = answer(model)
+    np.testing.assert_allclose(answer(smooth), exact, atol=1e-5)
+    lost, less = (np.abs(answer(quantize(one, images)) - exact).mean() for one in (model, smooth))
+    assert less < 0.2 * lost
 
 
 # --- the command

@@ -16,6 +16,7 @@ from cliphar.bundle import store
 from cliphar.errors import ClipharError
 from cliphar.export._image import borrow_weights, compress_weights
 from cliphar.export._quantize import quantize_within
+from cliphar.export._smooth import smooth_inputs
 from cliphar.export._tensorrt import build_engine
 from cliphar.export._torch_program import torch_program, torchscript
 from cliphar.runtime import import_openvino
@@ -90,7 +91,8 @@ def _onnx_w8(material: Material) -> Files:
 def _quantized(material: Material, *, symmetric: bool = False) -> onnx.ModelProto:
     """The 8-bit graph, made once for all targets that are made from it."""
     if symmetric not in material.quantized:
-        model, kept = quantize_within(material.model, material.calibration, material.judge, symmetric=symmetric)
+        smooth = smooth_inputs(material.model, material.calibration)
+        model, kept = quantize_within(smooth, material.calibration, material.judge, symmetric=symmetric)
         if kept:
             material.say(f"{len(kept)} sensitive layers stay in float: {', '.join(kept[:8])}")
         material.quantized[symmetric] = model
