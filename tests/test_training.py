@@ -410,7 +410,7 @@ def test_lines_in_a_log(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     ]
 
     def nobody(_line: str) -> None:
-        raise BrokenPipeError
+        raise OSError("full")  # or BrokenPipeError
 
     monkeypatch.setattr(sys.stderr, "write", nobody)
     log("goes on")

@@ -63,8 +63,8 @@ def while_read(*, go_on: bool = False) -> Iterator[None]:
 
 
 def say(line: str) -> None:
-    """A line on standard error; where nobody reads it any more, as in "2>&1 | head", the work goes on."""
-    with suppress(BrokenPipeError):
+    """A line on standard error; where it can go nowhere, as in "2>&1 | head" or on a full disk, the work goes on."""
+    with suppress(OSError):
         print(line, file=sys.stderr, flush=True)
 
 
