@@ -35,14 +35,15 @@ from cliphar.evaluation import Evaluation, analyse
 from cliphar.labels import clean_labels, vocabularies
 from cliphar.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from cliphar.recognizer import Prediction, Recognizer, Score, load
+from cliphar.timeline import Segment, Timeline
 from cliphar.ui._backend import Photo
 from cliphar.ui._camera import Camera
 from cliphar.ui._evaluate import _check_sizes
 from cliphar.ui._launch import ice_servers, launch
 from cliphar.ui._remote import RemoteBackend
-from cliphar.ui._show import spreadsheet
+from cliphar.ui._show import STYLE, spreadsheet
 from cliphar.ui._speed import measure_round_trips
-from cliphar.ui._video import _TYPES, _clock
+from cliphar.ui._video import _TYPES, _bar, _clock
 from serving_process import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -171,6 +172,15 @@ def test_on_a_phone_the_answers_stand_above_the_list(page: Page, photos: list[Pa
     assert answer and words
     assert answer["y"] + answer["height"] < words["y"]
     assert answer["x"] >= 0 and answer["x"] + answer["width"] <= 390
+
+
+def test_a_long_action_makes_the_page_no_wider_on_a_phone(browser: Browser) -> None:
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    words = "carrying a box " * 12
+    page.set_content(STYLE + _bar(Timeline(9, (Segment(0, 9, words, 0.9, (words,)),), 9, 1)))
+    assert page.get_by_text(words).is_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    page.close()
 
 
 def test_a_damaged_photo_is_refused_in_words_and_the_others_are_answered(

@@ -55,6 +55,8 @@ STYLE = """<style>
 .cl-in .cl-fill { background: #12948c; }
 .cl-in bdi { font-weight: 600; }
 .cl-unknown h2 { font-style: italic; }
+.cl-keys { font-size: .9rem; margin-top: .4rem; }
+.cl-keys > span { display: inline-block; margin-right: 1rem; overflow-wrap: anywhere; }
 .cl-figures p { margin: 0 0 .5rem; opacity: .8; font-size: .92rem; }
 .cl-figures ul { list-style: none; display: flex; flex-wrap: wrap; gap: .7rem 1.6rem; margin: 0 0 1rem; padding: 0; }
 .cl-figures li { margin: 0; padding: 0; font-size: .85rem; }

@@ -156,14 +156,13 @@ def _bar(found: Timeline) -> str:
         for segment in found.segments
     )
     keys = "".join(
-        f"<span style='margin-right:1rem;white-space:nowrap'><span style='color:{shade}'>&#9632;</span> "
-        f"<bdi>{escape(label)}</bdi></span>"
+        f"<span><span style='color:{shade}'>&#9632;</span> <bdi>{escape(label)}</bdi></span>"
         for label, shade in colour.items()
     )
     return (
         "<div class='cl-timeline' aria-hidden='true'><div style='position:relative;height:1.1rem;border-radius:.4rem;"
         "overflow:hidden;background:color-mix(in srgb, currentColor 12%, transparent)'>"
-        f"{parts}</div><div style='font-size:.9rem;margin-top:.4rem'>{keys}</div></div>"
+        f"{parts}</div><div class='cl-keys'>{keys}</div></div>"
     )
 
 
