@@ -388,6 +388,15 @@ def test_a_file_named_twice_goes_under_both_labels(folder: Path, tmp_path: Path)
     assert len(list((tmp_path / "out/train/resting").iterdir())) == 3
 
 
+def test_a_photo_that_goes_while_others_are_read_is_named(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.jsonl").write_text(f'{{"file": "set/{LABELS[0]}/0.jpg", "label": "riding"}}')
+    sources = [open_source(str(place)) for place in (folder, tmp_path / "list.jsonl")]
+    (folder / LABELS[0] / "0.jpg").unlink()
+    for source in sources:
+        with pytest.raises(DataError, match=r"0\.jpg cannot be read: No such file or directory"):
+            list(source.read())
+
+
 def test_labels_may_be_links_and_what_they_lead_to_must_be_there(folder: Path, tmp_path: Path) -> None:
     linked = tmp_path / "linked"
     linked.mkdir()

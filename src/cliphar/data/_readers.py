@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from cliphar.data._sources import Photo, is_file, open_tar, read_captioned, tar_files
+from cliphar.data._sources import Photo, is_file, open_tar, read_captioned, read_file, tar_files
 from cliphar.errors import DataError, UsageError
 from cliphar.labels import clean_label
 from cliphar.media import files_in, is_clip_name, is_hidden, is_image_name
@@ -122,7 +122,7 @@ def _folder(path: Path, source: str) -> PhotoSource:
 
     def read() -> Iterator[Photo]:
         for file in files:
-            photo = _labelled(file.relative_to(path).as_posix(), file.read_bytes())
+            photo = _labelled(file.relative_to(path).as_posix(), read_file(file))
             if photo is not None:
                 yield replace(photo, key=f"{path.name}/{photo.key}")
 
@@ -265,7 +265,7 @@ def _manifest(path: Path, source: str) -> PhotoSource:
 
     def read() -> Iterator[Photo]:
         for number, (row, name, file) in enumerate(zip(rows, names, files, strict=True), 1):
-            yield _from_row(row, str(name), file.read_bytes(), f"row {number} of {path}")
+            yield _from_row(row, str(name), read_file(file), f"row {number} of {path}")
 
     return PhotoSource(source, "manifest", _fingerprint([path, *files]), read)
 
@@ -328,7 +328,7 @@ def _hub(name: str, source: str) -> PhotoSource:
             for number, row in enumerate(plain):
                 cell, label = row[image[part]], row.get("label", row.get("labels"))
                 # a row may lack its photo
-                content = b"" if cell is None else cell["bytes"] or Path(cell["path"]).read_bytes()
+                content = b"" if cell is None else cell["bytes"] or read_file(Path(cell["path"]))
                 about = row | {"label": names[label] if names and label is not None and label >= 0 else label}
                 about["split"] = part if len(parts) > 1 else row.get("split")
                 # a name with a suffix, so that a copy of it is known for a photo

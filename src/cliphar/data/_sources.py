@@ -23,6 +23,7 @@ __all__ = [
     "list_labelled",
     "open_tar",
     "read_captioned",
+    "read_file",
     "read_labelled",
     "stream_labelled",
     "tar_files",
@@ -81,14 +82,19 @@ def tar_files(path: Path, wanted: Callable[[str], bool] = lambda _: True) -> Ite
                 yield name, handle.read()
 
 
+def read_file(file: Path) -> bytes:
+    """Its bytes, or DataError."""
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}; mend it or remove it") from error
+
+
 def _files(path: Path, wanted: Callable[[str], bool] = lambda _: True) -> Iterator[tuple[str, bytes]]:
     if path.is_dir():
         for file in files_in(path):
-            if wanted(name := file.relative_to(path.parent).as_posix()) or file.is_dir():  # one that may not be entered
-                try:
-                    yield name, file.read_bytes()
-                except OSError as error:
-                    raise DataError(f"{file} cannot be read: {error.strerror}; mend it or remove it") from error
+            if wanted(name := file.relative_to(path.parent).as_posix()) or file.is_dir():  # may not be entered
+                yield name, read_file(file)
     elif path.is_file() and tarfile.is_tarfile(path):
         yield from tar_files(path, wanted)
     else:
