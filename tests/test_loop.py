@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 torch = pytest.importorskip("torch", reason="training needs the [train] extra")
 
@@ -19,7 +20,7 @@ from cliphar.bundle import find_bundle  # noqa: E402
 from cliphar.data import PhotoSet  # noqa: E402
 from cliphar.errors import UsageError  # noqa: E402
 from cliphar.models import ImageTower  # noqa: E402
-from cliphar.training import load_recipe  # noqa: E402
+from cliphar.training import load_recipe, train  # noqa: E402
 from cliphar.training._augment import random_frames  # noqa: E402
 from cliphar.training._batches import Batch, Batches, TrainItems  # noqa: E402
 from cliphar.training._contrast import ContrastObjective, Losses  # noqa: E402
@@ -329,3 +330,17 @@ with stop_on_signals(stop):
     print(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN)
 """)
     assert said.split() == ["True"] * 3
+
+
+def test_a_method_without_a_loop_leaves_what_a_stopped_training_left(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for i in range(16):
+        photo = tmp_path / "data" / ("jumping", "running")[i % 2] / f"{i}.png"
+        photo.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 255, (64, 64, 3), np.uint8)).save(photo)
+    left = [tmp_path / f"out.checkpoint{suffix}" for suffix in ("", ".runs")]
+    for file in left:
+        file.write_bytes(b"hours of work")
+    places = (f"output={tmp_path}/out", f"data.source={tmp_path}/data", f"data.cache={tmp_path}/cache")
+    train(load_recipe(RECIPES / "few-shot.yaml", (*places, "data.val=0.3", "data.test=0.3")))
+    assert [file.read_bytes() for file in left] == [b"hours of work"] * 2

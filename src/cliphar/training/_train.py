@@ -41,7 +41,8 @@ def train(recipe: Recipe, around: Surroundings | None = None) -> Bundle:
     if not isinstance(recipe, MethodRecipe):
         return run(recipe, around.log)
     around = replace(around, ranks=ranks)
-    runs = checkpoint.with_name(f"{checkpoint.name}.runs")  # where it is recorded, to go on there
+    begun = checkpoint if gradient else recipe.output  # what a stopped training left is not another method's
+    runs = begun.with_name(f"{begun.name}.runs")  # where it is recorded, to go on there
     if ranks.rank:  # the first process speaks for all
         around = replace(around, log=lambda _: None, on_step=lambda _: None, tracker=NoTracker())
     else:
@@ -64,7 +65,7 @@ def train(recipe: Recipe, around: Surroundings | None = None) -> Bundle:
         raise
     finally:
         around.tracker.close(stopped=stopped)
-        if not ranks.rank and not checkpoint.exists():
+        if not ranks.rank and not (gradient and checkpoint.exists()):
             runs.unlink(missing_ok=True)
     return read_bundle(recipe.output)
 
@@ -98,4 +99,5 @@ def _keep(job: Job, outcome: Outcome) -> None:
     tracker.log_artifact(report)
     tracker.log_artifact(bundle.path)
     job.around.log(f"report: {report}")
-    checkpoint_of(recipe.output).unlink(missing_ok=True)
+    if isinstance(recipe, GradientRecipe):
+        checkpoint_of(recipe.output).unlink(missing_ok=True)
