@@ -40,7 +40,7 @@ from cliphar.ui._backend import Photo
 from cliphar.ui._camera import Camera
 from cliphar.ui._evaluate import _check_sizes
 from cliphar.ui._launch import ice_servers, launch
-from cliphar.ui._remote import RemoteBackend
+from cliphar.ui._remote import RemoteBackend, _Watch
 from cliphar.ui._show import STYLE, spreadsheet
 from cliphar.ui._speed import measure_round_trips
 from cliphar.ui._video import _TYPES, _bar, _clock
@@ -574,6 +574,9 @@ def test_a_service_that_wants_a_key_says_where_the_page_takes_it_from(
         monkeypatch.setenv("CLIPHAR_API_KEY", "right")
         script.run()
         assert not script.error
+        url, frame = f"http://127.0.0.1:{port}", np.zeros((48, 64, 3), np.uint8)
+        with pytest.raises(ClipharError, match="/v1/stream refuses the camera: give a key"):
+            _Watch(url, url, "wrong", ["a"])(frame)
         RemoteBackend(f"http://user:secret@127.0.0.1:{port}").close()  # the password leaves the key its place
         script.session_state["backend"].close()
     finally:

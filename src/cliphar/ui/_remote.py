@@ -15,7 +15,7 @@ from urllib.parse import urlencode
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from websockets.exceptions import ConnectionClosed, WebSocketException
+from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 from websockets.sync.client import ClientConnection, connect
 
 from cliphar.bundle import Metrics
@@ -155,7 +155,7 @@ class _Watch:
             self._open.close()
 
     def __call__(self, frame: NDArray[np.uint8]) -> Prediction:
-        """The answer for a frame."""
+        """A frame's answer."""
         buffer = io.BytesIO()
         Image.fromarray(frame).save(buffer, "JPEG", quality=90)
         try:
@@ -166,6 +166,9 @@ class _Watch:
             told = json.loads(self._socket.recv(_ANSWER_S))
         except (OSError, WebSocketException) as error:  # a TimeoutError is an OSError
             self.close()
+            if isinstance(error, InvalidStatus) and "problem+json" in error.response.headers.get("Content-Type", ""):
+                why = json.loads(error.response.body)["detail"]
+                raise ClipharError(f"{self._where} refuses the camera: {why}; the page goes on trying") from error
             raise ClipharError(
                 f"no answer from {self._where} ({error or type(error).__name__}); look whether 'cliphar serve' is "
                 "running there and can be reached: the page goes on trying"
