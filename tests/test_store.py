@@ -439,6 +439,15 @@ def test_a_python_without_pip(assets: Path, monkeypatch: pytest.MonkeyPatch) -> 
 # --- the teacher alone
 
 
+@pytest.mark.parametrize("command", ["model teach cooking gone.jpg --out", "model promote mini --data gone --over"])
+def test_a_place_that_takes_no_model_is_said_first(tmp_path: Path, command: str) -> None:
+    (tmp_path / "file").touch()
+    full = [sys.executable, "-m", "cliphar", *command.split(), str(tmp_path / "file" / "model")]
+    done = subprocess.run(full, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"{tmp_path / 'file'} is not a folder that can be written to" in done.stderr
+
+
 def test_fetch_teacher(assets: Path, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_pull, "TEACHER_SHA256", sha256_file(large))
     target = tmp_path / "deep" / "teacher.onnx"

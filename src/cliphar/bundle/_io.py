@@ -18,9 +18,19 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from cliphar.bundle._schema import SCHEMA_VERSION, BundleInfo, FileInfo, is_inside
-from cliphar.errors import BundleError, naming, printable
+from cliphar.errors import BundleError, UsageError, naming, printable
 
-__all__ = ["BUNDLE_JSON", "Bundle", "alone", "read_bundle", "sha256_file", "whole_file", "write_bundle", "write_whole"]
+__all__ = [
+    "BUNDLE_JSON",
+    "Bundle",
+    "alone",
+    "check_place",
+    "read_bundle",
+    "sha256_file",
+    "whole_file",
+    "write_bundle",
+    "write_whole",
+]
 
 BUNDLE_JSON = "bundle.json"
 _HEAD = "head.safetensors"
@@ -199,6 +209,13 @@ def _take_place(work: Path, target: Path, *, overwrite: bool) -> None:
             why = "it is mounted, and nothing can take a mount's place; give a folder inside it, or another"
         raise BundleError(f"cannot put a bundle at {target}: {why}") from error
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def check_place(target: Path) -> None:
+    """UsageError if nothing can be put at ``target``; asked before the work, not after."""
+    there = next(place for place in target.absolute().parents if place.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise UsageError(f"cannot write {target}: {there} is not a folder that can be written to")
 
 
 def _may_replace(root: Path) -> bool:

@@ -157,11 +157,12 @@ def forget(
 @contextmanager
 def _to_change(model: str | None, out: Path) -> Iterator[Recognizer]:
     """The model, to be taught in the block, then written to ``out``; it may stand there, and nothing else may."""
-    from cliphar.bundle import alone, find_bundle, write_bundle
+    from cliphar.bundle import alone, check_place, find_bundle, write_bundle
     from cliphar.recognizer import TAUGHT_FILE, Recognizer
     from cliphar.runtime import OnnxRuntime
 
     out = out.resolve() if out.is_symlink() else out  # the link stays one
+    check_place(out)
     with alone(out.parent) if out.exists() else nullcontext():
         bundle = find_bundle(model)
         in_place = out.resolve() == bundle.path.resolve()
@@ -188,16 +189,17 @@ def promote(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Replace a model if another is better. The same photos or clips decide, by McNemar's exact test."""
-    from cliphar.bundle import write_bundle
+    from cliphar.bundle import check_place, write_bundle
     from cliphar.cli._eval import answer_all, compare_with, read_labelled
     from cliphar.recognizer import load
 
+    check_place(over)
     listed, labels = read_labelled(data, None)
     recognizer = load(candidate)
+    current = load(over.resolve()) if over.exists() else None  # a path, whatever its name
     read, answers, _ = answer_all(recognizer, listed, labels, 0.9, data)
     comparison, lost = None, 0
-    if over.exists():
-        current = load(over.resolve())  # a path, whatever its name
+    if current is not None:
         comparison, lost = compare_with(current, read, answers, labels, 0.9, data)
     better = comparison is None or (comparison.difference > 0 and comparison.p_value <= level)
     counted = len(read) - lost

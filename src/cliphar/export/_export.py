@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from cliphar.bundle import Bundle, BundleInfo, FileInfo, alone, packaged, read_bundle, store, write_bundle
+from cliphar.bundle import Bundle, BundleInfo, FileInfo, alone, check_place, packaged, read_bundle, store, write_bundle
 from cliphar.errors import BundleError, ClipharError, UsageError, naming
 from cliphar.export._float import float_graph, without_room
 from cliphar.export._photos import Proof, read_proof
@@ -71,6 +71,7 @@ def export_bundle(
     home = home.resolve() if home.is_symlink() else home  # the link stays, and what it names is extended
     if home.name in ("", ".."):  # said before the work
         raise UsageError(f"{home} cannot be replaced from inside; go out of it and give the folder's name")
+    check_place(home)
     # a copy in the store may be damaged or of another version; a bundle in place is what was read, or has changed since
     replace = out is None and not (home.exists() and home.samefile(bundle.path))
     origin, bundle = bundle, _standing(bundle, home, replace=replace)

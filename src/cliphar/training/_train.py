@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
-from cliphar.bundle import BUNDLE_JSON, Bundle, read_bundle
+from cliphar.bundle import BUNDLE_JSON, Bundle, check_place, read_bundle
 from cliphar.errors import UsageError
 from cliphar.evaluation import write_report
 from cliphar.training._distributed import open_ranks
@@ -81,9 +80,7 @@ def _check_place(output: Path) -> None:
     """What cannot be written is said before the hours that it takes, not after."""
     if output.name in ("", ".."):
         raise UsageError(f"cannot write {output}: a folder is replaced from outside; name it, as output=runs/mine")
-    there = next(place for place in output.absolute().parents if place.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise UsageError(f"cannot write {output}: {there} is not a folder that can be written to")
+    check_place(output)
     if output.is_file() or (output.is_dir() and any(output.iterdir()) and not (output / BUNDLE_JSON).is_file()):
         raise UsageError(f"cannot write {output}: it exists and is not a bundle; choose another output")
 
