@@ -109,6 +109,10 @@ BAD = {
         b'{"inputs":[{"name":"images","shape":[1],"datatype":"BYTES","parameters":{"binary_data_size":9}}]}',
         {},
     ),
+    "more bytes than named": (
+        b'{"inputs":[{"name":"images","shape":[1],"datatype":"BYTES","parameters":{"binary_data_size":5}}]}\1\0\0\0a, and more',
+        {"Inference-Header-Content-Length": "97"},
+    ),
     "inputs of another kind": (b'{"inputs":[3]}', {}),
     "no inputs": (b'{"inputs":null}', {}),
     "inputs in a list": (b'{"inputs":[[1]]}', {}),

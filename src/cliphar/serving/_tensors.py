@@ -104,6 +104,8 @@ def read_infer(body: bytes, header_length: str | None) -> Infer:
             raise ProblemError(400, f"input {tensor.name}: binary_data_size {size!r} is not what the body holds")
         tensor.raw = body[at : at + size]
         at += size
+    if at < len(body):
+        raise ProblemError(400, f"{len(body) - at} bytes of the body are no input's; see binary_data_size")
     return infer
 
 
