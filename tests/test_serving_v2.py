@@ -110,7 +110,8 @@ BAD = {
         {},
     ),
     "more bytes than named": (
-        b'{"inputs":[{"name":"images","shape":[1],"datatype":"BYTES","parameters":{"binary_data_size":5}}]}\1\0\0\0a, and more',
+        b'{"inputs":[{"name":"images","shape":[1],"datatype":"BYTES","parameters":{"binary_data_size":5}}]}'
+        b"\1\0\0\0a, and more",
         {"Inference-Header-Content-Length": "97"},
     ),
     "inputs of another kind": (b'{"inputs":[3]}', {}),
