@@ -378,6 +378,19 @@ def test_an_address_that_does_not_deliver(assets: Path, home: Path, served: str,
     assert not (home / "clip-b16").exists()
 
 
+def test_a_full_disk_is_named_not_the_network(
+    assets: Path, served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    bounds = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, bounds[1]))
+    try:
+        with pytest.raises(OSError, match=f"File too large: '{tmp_path}/"):
+            pull("clip-b16", f"{served}/large.onnx")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, bounds)
+
+
 def test_an_address_where_nobody_is(assets: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

