@@ -485,8 +485,12 @@ def test_another_model_is_chosen_and_keeps_what_it_was_taught(
     backend = script.session_state["backend"]
     backend.teach("saluting", [Photo(photo.name, photo.read_bytes(), photo.name, b"") for photo in photos])
     backend.keep()
+    words = script.session_state["lists"]["What the model knows"]
+    script.session_state["lists"]["What the model knows"] = [*words[1:], "juggling eggs"]
     script.selectbox(key="model").set_value(str(tmp_path / "other")).run()
     assert not script.exception
+    assert script.session_state["lists"]["What the model knows"] == [*mini.labels[1:], "juggling eggs"]
+    assert script.session_state["ready_lists"]["What the model knows"] == [*mini.labels]
     assert script.session_state["backend"].where.startswith("other")
     assert script.session_state["backend"].taught == {}
     assert "saluting" not in script.session_state["lists"]["What the model knows"]

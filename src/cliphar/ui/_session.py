@@ -70,9 +70,12 @@ def use_model(model: str) -> None:
     state.lesson = None
     state.backend = kept.get(model) or LocalBackend(model)
     known = list(backend().labels)
-    for shelf in ("ready_lists", "lists"):
-        others = {name: words for name, words in state[shelf].items() if name != _KNOWN}
-        state[shelf] = ({_KNOWN: known} if known else {}) | others
+    ready, edited = (state[shelf].get(_KNOWN, []) for shelf in ("ready_lists", "lists"))
+    mine = [word for word in known if word in edited or word not in ready]
+    mine += [word for word in edited if word not in ready and word not in known]  # what the visitor added
+    for shelf, words in ("ready_lists", known), ("lists", mine):
+        others = {name: rest for name, rest in state[shelf].items() if name != _KNOWN}
+        state[shelf] = ({_KNOWN: words} if known else {}) | others
     if state.current_list not in state.lists:
         state.current_list = next(iter(state.lists))
 
