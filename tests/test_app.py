@@ -579,9 +579,15 @@ def test_a_service_that_wants_a_key_says_where_the_page_takes_it_from(
         script.run()
         assert not script.error
         url, frame = f"http://127.0.0.1:{port}", np.zeros((48, 64, 3), np.uint8)
-        with pytest.raises(ClipharError, match="/v1/stream refuses the camera: give a key"):
-            _Watch(url, url, "wrong", ["a"])(frame)
+        with monkeypatch.context() as other, pytest.raises(ClipharError, match="/v1/stream refuses the camera: give a"):
+            other.setenv("CLIPHAR_API_KEY", "wrong")
+            _Watch(url, url, ["a"])(frame)
         RemoteBackend(f"http://user:secret@127.0.0.1:{port}").close()  # the password leaves the key its place
+        keys.write_text(f"page {hashlib.sha256(b'newer').hexdigest()}\n")
+        (tmp_path / "key").write_text("newer\n")
+        monkeypatch.setenv("CLIPHAR_API_KEY_FILE", str(tmp_path / "key"))
+        script.session_state["backend"]._told_at = -9.0  # what it was told is old
+        assert not script.run().error  # the session goes on with the key that is there now
         script.session_state["backend"].close()
     finally:
         service.terminate()

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_valid
 from cliphar.bundle import find_bundle
 from cliphar.errors import UsageError
 
-__all__ = ["ice_servers", "launch"]
+__all__ = ["api_key", "ice_servers", "launch"]
 
 MAX_UPLOAD_MB = 500
 # what both browsers and aiortc read
@@ -65,7 +65,6 @@ def launch(host: str, port: int, *, api: str | None = None, model: str | None = 
     # what is wrong is said here, as by serve, and not to every visitor
     if api:
         from cliphar.client import Client
-        from cliphar.ui._remote import api_key
 
         Client(api, api_key=api_key()).close()
     else:
@@ -113,6 +112,21 @@ def ice_servers() -> list[dict[str, Any]]:
             '[{"urls": "turn:HOST:3478", "username": "U", "credential": "C"}]; turn: needs its username and credential'
         ) from None  # the cause has the credential
     return [server.model_dump(exclude_none=True) for server in servers]
+
+
+def api_key() -> str | None:
+    """The key that the page shows the service; None without one.
+
+    Raises:
+        UsageError: the file of CLIPHAR_API_KEY_FILE cannot be read.
+    """
+    file = os.environ.get("CLIPHAR_API_KEY_FILE")
+    if not file:
+        return os.environ.get("CLIPHAR_API_KEY") or None
+    try:
+        return Path(file).read_text(encoding="utf-8").strip() or None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the key in {file}, which CLIPHAR_API_KEY_FILE names: {error}") from error
 
 
 def _check_port(host: str, port: int) -> None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
@@ -25,8 +23,9 @@ from cliphar.labels import clean_labels
 from cliphar.recognizer import Lesson, Prediction, Score
 from cliphar.timeline import Progress, Segment, Timeline
 from cliphar.ui._backend import About, Photo, Watch
+from cliphar.ui._launch import api_key
 
-__all__ = ["RemoteBackend", "api_key"]
+__all__ = ["RemoteBackend"]
 
 _TOP = 1000
 _FRESH_S = 5.0
@@ -60,6 +59,9 @@ class RemoteBackend:
 
     def _model(self) -> dict[str, Any]:
         if time.monotonic() - self._told_at > _FRESH_S:
+            if (key := api_key()) != self._key:  # there is another in its file
+                self.close()
+                self._key, self._client = key, Client(self._url, api_key=key)
             self._told, self._told_at = self._client.model(), time.monotonic()
         return self._told
 
@@ -101,7 +103,7 @@ class RemoteBackend:
 
     def watch(self, labels: Sequence[str]) -> Watch:
         """Over a WebSocket, whose answers the service smooths."""
-        return _Watch(self._url, self._client.url, self._key, labels)
+        return _Watch(self._url, self._client.url, labels)
 
     def teach(self, name: str, photos: Sequence[Photo]) -> Lesson:
         """The service knows it at once; to discard it is to have the service forget it."""
@@ -139,12 +141,11 @@ class RemoteBackend:
 class _Watch:
     """One camera's connection: a frame out, its answer in, in turns."""
 
-    def __init__(self, url: str, shown: str, key: str | None, labels: Sequence[str]) -> None:
+    def __init__(self, url: str, shown: str, labels: Sequence[str]) -> None:
         self._where = f"ws{shown.removeprefix('http')}/v1/stream"
         # the empty one makes a single label a list, not a vocabulary's name
         self._url = f"ws{url.removeprefix('http')}/v1/stream?{urlencode({'labels': [*labels, '']}, doseq=True)}"
-        name, kind = ("X-API-Key", "") if "@" in url else ("Authorization", "Bearer ")  # as the client does
-        self._headers = {name: f"{kind}{key}"} if key else {}
+        self._header = ("X-API-Key", "") if "@" in url else ("Authorization", "Bearer ")  # as the client does
         self._open = ExitStack()
         self._socket: ClientConnection | None = None
 
@@ -160,7 +161,9 @@ class _Watch:
         Image.fromarray(frame).save(buffer, "JPEG", quality=90)
         try:
             if self._socket is None:
-                self._socket = self._open.enter_context(connect(self._url, additional_headers=self._headers))
+                name, kind = self._header
+                headers = {name: f"{kind}{key}"} if (key := api_key()) else {}
+                self._socket = self._open.enter_context(connect(self._url, additional_headers=headers))
             with suppress(ConnectionClosed):  # what was asked is refused: the reason has come already
                 self._socket.send(buffer.getvalue())
             told = json.loads(self._socket.recv(_ANSWER_S))
@@ -178,18 +181,3 @@ class _Watch:
         if "error" in told:
             raise ClipharError(told["error"])
         return Prediction.from_dict(told)
-
-
-def api_key() -> str | None:
-    """The key that the page shows the service; None without one.
-
-    Raises:
-        UsageError: the file of CLIPHAR_API_KEY_FILE cannot be read.
-    """
-    file = os.environ.get("CLIPHAR_API_KEY_FILE")
-    if not file:
-        return os.environ.get("CLIPHAR_API_KEY") or None
-    try:
-        return Path(file).read_text(encoding="utf-8").strip() or None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the key in {file}, which CLIPHAR_API_KEY_FILE names: {error}") from error
