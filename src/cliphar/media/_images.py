@@ -54,7 +54,7 @@ _alone = tuple(threading.Lock() for _ in range(64))
 
 def is_image_name(name: str) -> bool:
     """Whether a file's name has the suffix of an image format that is read here."""
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122 - names inside archives too
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122 - in archives too
 
 
 def is_clip_name(name: str) -> bool:
@@ -65,7 +65,7 @@ def is_clip_name(name: str) -> bool:
 def several(images: Any) -> Iterable[Any]:
     """The images; one alone is a list of one, not the letters of its path, the rows of its array, a file's lines.
 
-    So is what can be neither, as None, what OpenCV makes of a file that is not there: who decodes it says so.
+    So is what can be neither, as None, OpenCV's answer to a missing file: who decodes it says so.
     """
     if isinstance(images, np.ndarray):
         alone = images.ndim in (2, 3)
@@ -76,9 +76,10 @@ def several(images: Any) -> Iterable[Any]:
 
 
 def still(image: Any) -> Any:
-    """The image as it is now: PIL's ImageSequence gives one object again and again, each time at its next frame."""
+    """The image as it is now: cameras and PIL's ImageSequence fill the same one anew each time."""
     try:
-        return image.copy() if getattr(image, "is_animated", False) else image
+        undecoded = getattr(image, "tile", ()) and not getattr(image, "is_animated", False)
+        return image if undecoded else image.copy()
     except Exception:  # damaged: who decodes it says so
         return image
 

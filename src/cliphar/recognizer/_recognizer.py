@@ -325,7 +325,7 @@ class Recognizer:
             except MediaError as error:
                 return error
 
-        source = map(still, several(images))
+        source = iter(given) if isinstance(given := several(images), Collection) else map(still, given)
         pool = ThreadPoolExecutor(cpu_quota(), thread_name_prefix="decode")
         try:
             pending: deque[Future[NDArray[np.uint8] | MediaError]] = deque(
