@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -175,6 +177,21 @@ def test_the_second_reading_decodes_nothing(folder: Path, tmp_path: Path) -> Non
     assert len(photos_of(str(folder), tmp_path / "cache", log=said.append)) == 7
     assert not list((tmp_path / "cache").glob(".*"))
     assert [one.stat().st_mode & 0o777 for one in (tmp_path / "cache").glob("photos-*")] == [0o755] * 2
+
+
+def test_what_a_killed_reading_left_goes_and_what_another_writes_stays(folder: Path, tmp_path: Path) -> None:
+    photos_of(str(folder), tmp_path / "cache")
+    (made,) = (tmp_path / "cache").iterdir()
+    left, used, new = (made.with_name(f".{made.name}.{name}") for name in ("left", "used", "new"))
+    for work in (left, used, new):
+        work.mkdir()
+        os.utime(work, (0, 0) if work != new else None)
+    shutil.rmtree(made)
+    handle = os.open(used, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    photos_of(str(folder), tmp_path / "cache")
+    os.close(handle)
+    assert sorted((tmp_path / "cache").iterdir()) == sorted([made, used, new])
 
 
 def test_troubles_are_found_and_parts_avoid_them(folder: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from cliphar.bundle._io import (
     read_bundle,
     sha256_file,
     whole_file,
+    workplace,
     write_bundle,
     write_whole,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "sha256_file",
     "store",
     "whole_file",
+    "workplace",
     "write_bundle",
     "write_whole",
 ]

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -28,12 +29,14 @@ __all__ = [
     "read_bundle",
     "sha256_file",
     "whole_file",
+    "workplace",
     "write_bundle",
     "write_whole",
 ]
 
 BUNDLE_JSON = "bundle.json"
 _HEAD = "head.safetensors"
+_NEW_S = 5.0  # a directory may not be locked yet
 
 
 def sha256_file(path: Path) -> str:
@@ -295,6 +298,37 @@ def alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+@contextmanager
+def workplace(target: Path) -> Iterator[Path]:
+    """A hidden directory beside ``target`` to build it in; it vanishes, and so do those that killed processes left."""
+    for left in target.parent.glob(f".{target.name}.*"):
+        with suppress(OSError):  # in use, or a file system without locks
+            handle = os.open(left, os.O_RDONLY)
+            try:
+                if _lock(handle) and time.time() - left.stat().st_mtime > _NEW_S:
+                    shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(handle)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    handle = os.open(work, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            _lock(handle)
+        yield work
+    finally:
+        os.close(handle)
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _lock(handle: int) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return False
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return True
 
 
 @contextmanager

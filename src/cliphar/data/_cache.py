@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from cliphar.bundle import workplace
 from cliphar.data._clips import clip_frames
 from cliphar.data._duplicates import difference_hash, group_duplicates
 from cliphar.data._readers import PhotoSource
@@ -149,12 +149,11 @@ def _build(
     source: PhotoSource, folder: Path, side: int, max_aspect: float, frames: int, log: Callable[[str], None]
 ) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     kept: list[Photo] = []
     refused: list[tuple[str, str]] = []
     shapes, seconds, hashes = [], [], []
     digest = hashlib.sha256()
-    try:
+    with workplace(folder) as work:
         with naming(folder), (work / "pixels.bin").open("wb") as pixels:
             for photo, found in _ahead(source.read(), lambda photo: _decode(photo, side, max_aspect, frames)):
                 about = [photo.key, photo.label, photo.captions, photo.split]
@@ -197,5 +196,3 @@ def _build(
         except OSError:
             if not (folder / "index.json").is_file():  # else another run has just made the same
                 raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
