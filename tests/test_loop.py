@@ -18,7 +18,7 @@ from torch import Tensor, nn  # noqa: E402
 
 from cliphar.bundle import find_bundle  # noqa: E402
 from cliphar.data import PhotoSet  # noqa: E402
-from cliphar.errors import UsageError  # noqa: E402
+from cliphar.errors import DataError, UsageError  # noqa: E402
 from cliphar.models import ImageTower  # noqa: E402
 from cliphar.training import load_recipe, train  # noqa: E402
 from cliphar.training._augment import random_frames  # noqa: E402
@@ -344,3 +344,5 @@ def test_a_method_without_a_loop_leaves_what_a_stopped_training_left(tmp_path: P
     places = (f"output={tmp_path}/out", f"data.source={tmp_path}/data", f"data.cache={tmp_path}/cache")
     train(load_recipe(RECIPES / "few-shot.yaml", (*places, "data.val=0.3", "data.test=0.3")))
     assert [file.read_bytes() for file in left] == [b"hours of work"] * 2
+    with pytest.raises(DataError, match=r"^cannot keep decoded photos in .*; choose another folder with data\.cache=$"):
+        train(load_recipe(RECIPES / "few-shot.yaml", (*places, f"data.cache={left[0]}")))

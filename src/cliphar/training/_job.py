@@ -119,14 +119,15 @@ def open_job(recipe: MethodRecipe, around: Surroundings) -> Job:
     """
     bundle = find_base(recipe.base, recipe.data.cache, around.log)
     spec = bundle.info.image
-    photos = load_photos(
-        open_source(recipe.data.source),
-        recipe.data.cache,
-        side=spec.size,
-        max_aspect=spec.max_aspect,
-        frames=recipe.frames if isinstance(recipe, TemporalRecipe) else 1,
-        log=around.log,
-    )
+    source, data = open_source(recipe.data.source), recipe.data
+    frames = recipe.frames if isinstance(recipe, TemporalRecipe) else 1
+    try:
+        photos = load_photos(
+            source, data.cache, side=spec.size, max_aspect=spec.max_aspect, frames=frames, log=around.log
+        )
+    except OSError as error:  # those of the source are DataErrors
+        why = f"cannot keep decoded photos in {data.cache}: {error.strerror}"
+        raise DataError(f"{why}; choose another folder with data.cache=") from error
     labels = tuple(sorted({label for label in photos.labels if label is not None}))
     if len(labels) < 2:
         only = f"'{labels[0]}' as its only label" if labels else "no labels"
@@ -137,7 +138,6 @@ def open_job(recipe: MethodRecipe, around: Surroundings) -> Job:
         around.log(doubt)
     number = {label: i for i, label in enumerate(labels)}
     targets = np.array([-1 if label is None else number[label] for label in photos.labels], np.int64)
-    data = recipe.data
     part = assign_parts(photos, data.val, data.test, data.seed)
     if data.shots is not None:
         random = np.random.default_rng(data.seed)
