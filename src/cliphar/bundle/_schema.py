@@ -92,6 +92,11 @@ class Calibration(_Model):
             raise ValueError("conformal must be ascending in coverage and in threshold")
         return pairs
 
+    @classmethod
+    def unfitted(cls, logit_scale: float) -> Calibration:
+        """Where there are no photos to fit to: a prediction set holds every label, and no answer is ``unknown``."""
+        return cls(logit_scale=logit_scale, conformal=((0.9, 1.0),), unknown_below=-1.0, photos=1)
+
 
 class Metrics(_Model):
     """One evaluation: what was measured, on how many photos. Fractions are in 0..1."""

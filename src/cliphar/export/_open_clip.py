@@ -99,7 +99,7 @@ def open_clip_bundle(
     """
     size, length = encoder.size, encoder.context_length
     words = clip_tokenizer(encoder, tokenizer)  # first, as it is what may be missing
-    unfitted = Calibration(logit_scale=encoder.logit_scale, conformal=((0.9, 1.0),), unknown_below=-1.0, photos=1)
+    unfitted = Calibration.unfitted(encoder.logit_scale)
     info = BundleInfo(
         name=name,
         description=f"open_clip's {encoder.name}, weights {weights}. Not calibrated; any labels in plain words.",

@@ -63,7 +63,7 @@ TEMPLATES = (
     "a person {}",
 )
 _CHANGES = "changes.safetensors"  # of a space's tower: what a student's teacher is made of
-_UNFITTED = Calibration(logit_scale=50.0, conformal=((0.9, 1.0),), unknown_below=-1.0, photos=1)
+_UNFITTED = Calibration.unfitted(50.0)
 Log = Callable[[str], None]
 
 
