@@ -444,17 +444,25 @@ def test_overwriting_is_refused_unless_asked_for(tmp_path: Path) -> None:
     assert snapshot(tmp_path) == before
 
 
-def test_overwriting_replaces_the_whole_bundle(tmp_path: Path) -> None:
+def test_overwriting_replaces_the_whole_bundle_and_nothing_of_others(tmp_path: Path) -> None:
     root = make_bundle(tmp_path / "b")
-    (root / "stray.txt").write_bytes(b"left by someone")
-    bundle = write_bundle(root, make_info(name="other"), {"image.onnx": b"new"}, overwrite=True)
+    (root / "mine").mkdir()
+    (root / "mine" / "notes.txt").write_bytes(b"left by someone")
+    (root / "data").symlink_to(tmp_path)
+    (root / "image.fp16.onnx").mkdir()
+    (root / "image.fp16.onnx" / "in the way").touch()
+    bundle = write_bundle(root, make_info(name="other"), {"image.onnx": b"new", "image.fp16.onnx": b""}, overwrite=True)
     assert bundle == read_bundle(root)
-    assert sorted(snapshot(tmp_path)) == [f"b/{BUNDLE_JSON}", "b/image.onnx"]
+    (root / "data").unlink()
+    kept = {f"b/{name}" for name in (BUNDLE_JSON, "image.fp16.onnx", "image.onnx", "mine/notes.txt")}
+    assert snapshot(tmp_path).keys() == kept
+    assert (root / "mine" / "notes.txt").read_bytes() == b"left by someone"
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
 
 
 def test_overwriting_a_link_replaces_the_link_and_not_what_it_points_to(tmp_path: Path) -> None:
-    before = snapshot(make_bundle(tmp_path / "b"))
+    (make_bundle(tmp_path / "b") / "notes.txt").touch()
+    before = snapshot(tmp_path / "b")
     (tmp_path / "latest").symlink_to(tmp_path / "b", target_is_directory=True)
     write_bundle(tmp_path / "latest", make_info(name="other"), make_files(), overwrite=True)
     assert read_bundle(tmp_path / "latest").info.name == "other"

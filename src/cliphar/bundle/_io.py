@@ -211,7 +211,25 @@ def _take_place(work: Path, target: Path, *, overwrite: bool) -> None:
         if error.errno == errno.EBUSY:
             why = "it is mounted, and nothing can take a mount's place; give a folder inside it, or another"
         raise BundleError(f"cannot put a bundle at {target}: {why}") from error
+    for before in aside.iterdir():
+        if not before.is_symlink():
+            _keep_strays(before, target)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _keep_strays(before: Path, root: Path) -> None:
+    """Move what is not the bundle's own from its directory ``before``; nothing if that does not say what is."""
+    try:
+        own = {BUNDLE_JSON, *json.loads((before / BUNDLE_JSON).read_bytes())["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for file in list(before.rglob("*")):
+        name = file.relative_to(before)
+        if name.as_posix() not in own and (file.is_file() or file.is_symlink()):
+            with suppress(OSError):  # the bundle's own stands there now, or another writer's
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                if not (root / name).exists():
+                    file.rename(root / name)
 
 
 def check_place(target: Path) -> None:
@@ -245,7 +263,7 @@ def write_bundle(
         target: the directory to make.
         info: everything but the digests; an entry in ``info.files`` keeps its runtime and parity.
         files: the bundle's path of each file, and its source file or its content.
-        overwrite: replace a bundle that is already there.
+        overwrite: replace a bundle that is already there; files in its directory that are none of its own stay.
 
     Raises:
         BundleError: ``target`` exists and is not to be replaced, or is no bundle or ``.``; or a file's path leaves it.
