@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from cliphar.bundle import Bundle
-from cliphar.evaluation import evaluate, expected_calibration_error, fit_calibration, macro_f1, model_card
+from cliphar.evaluation import evaluate, fit_calibration, macro_f1, model_card
+from cliphar.evaluation import expected_calibration_error as ece_of
 from cliphar.recognizer import Prediction, Recognizer, Score, probabilities, to_predictions
 
 
@@ -37,15 +38,15 @@ def test_calibration_error_by_hand() -> None:
     confidence = np.array([0.95, 0.95, 0.55, 0.55])
     correct = np.array([True, False, True, True])
     # two bins of half the photos each: |0.95 - 0.5| and |0.55 - 1|
-    assert expected_calibration_error(confidence, correct, bins=10) == pytest.approx(0.5 * 0.45 + 0.5 * 0.45)
-    assert expected_calibration_error(confidence, correct, bins=1) == pytest.approx(0)
-    assert expected_calibration_error(np.array([1.0, 0.0]), np.array([True, False])) == 0
-    assert expected_calibration_error(np.array([1.0]), np.array([False])) == 1
+    assert ece_of(confidence, correct, bins=10) == pytest.approx(0.5 * 0.45 + 0.5 * 0.45)
+    assert ece_of(confidence, correct, bins=1) == pytest.approx(0)
+    assert ece_of(np.array([1.0, 0.0]), np.array([True, False])) == 0
+    assert ece_of(np.array([1.0]), np.array([False])) == 1
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=40))
 def test_calibration_error_is_a_fraction(pairs: list[tuple[float, bool]]) -> None:
-    error = expected_calibration_error(np.array([p for p, _ in pairs]), np.array([c for _, c in pairs]))
+    error = ece_of(np.array([p for p, _ in pairs]), np.array([c for _, c in pairs]))
     assert 0 <= error <= 1
 
 
@@ -53,7 +54,7 @@ def test_honest_scores_have_little_error() -> None:
     random = np.random.default_rng(0)
     confidence = random.uniform(0, 1, 20_000)
     correct = random.uniform(0, 1, 20_000) < confidence
-    assert expected_calibration_error(confidence, correct) < 0.02
+    assert ece_of(confidence, correct) < 0.02
 
 
 def test_evaluate_by_hand() -> None:
@@ -77,7 +78,7 @@ def test_evaluate_by_hand() -> None:
     assert isinstance(plain["n"], int)
 
 
-def test_evaluate_needs_as_many_labels_as_predictions() -> None:
+def test_labels_are_as_many_as_predictions() -> None:
     one = answer("a", ("a", 1.0))
     for predictions, truth in (([], []), ([one], []), ([one], ["a", "b"])):
         with pytest.raises(ValueError, match="predictions for"):
@@ -87,11 +88,14 @@ def test_evaluate_needs_as_many_labels_as_predictions() -> None:
 # --- calibration
 
 
-def synthetic(n: int, scale: float, seed: int, classes: int = 12) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+NAMES = tuple(f"label {i}" for i in range(12))
+
+
+def synthetic(n: int, scale: float, seed: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Cosines, and labels drawn from their softmax at a scale: a model whose right temperature is known."""
     random = np.random.default_rng(seed)
-    cosines = random.uniform(0.1, 0.3, (n, classes)).astype(np.float32)
-    noise = random.gumbel(size=(n, classes))
+    cosines = random.uniform(0.1, 0.3, (n, len(NAMES))).astype(np.float32)
+    noise = random.gumbel(size=(n, len(NAMES)))
     return cosines, (cosines * scale + noise).argmax(1)
 
 
@@ -104,24 +108,22 @@ def test_the_temperature_is_recovered(scale: float) -> None:
 def test_sets_hold_the_truth_as_often_as_asked() -> None:
     fitted = fit_calibration(*synthetic(2000, 40, 2))
     cosines, truth = synthetic(3000, 40, 3)
-    labels = tuple(f"label {i}" for i in range(cosines.shape[1]))
     sizes = []
     for coverage in (0.5, 0.7, 0.8, 0.9, 0.95, 0.99):
-        sets = [p.set for p in to_predictions(cosines, labels, fitted, 5, coverage)]
-        held = np.mean([labels[t] in members for t, members in zip(truth, sets, strict=True)])
+        sets = [p.set for p in to_predictions(cosines, NAMES, fitted, 5, coverage)]
+        held = np.mean([NAMES[t] in members for t, members in zip(truth, sets, strict=True)])
         assert coverage - 0.03 < held
         if coverage >= 0.8:  # below, the best label alone already holds it more often
             assert held < coverage + 0.03
         sizes.append(np.mean([len(members) for members in sets]))
     assert sizes == sorted(sizes)
-    assert sizes[0] < len(labels) / 2
+    assert sizes[0] < len(NAMES) / 2
 
 
 def test_scores_are_honest_after_the_fit() -> None:
     fitted = fit_calibration(*synthetic(3000, 40, 4))
     cosines, truth = synthetic(3000, 40, 5)
-    labels = tuple(f"label {i}" for i in range(cosines.shape[1]))
-    report = evaluate(to_predictions(cosines, labels, fitted, 5, 0.9), [labels[t] for t in truth])
+    report = evaluate(to_predictions(cosines, NAMES, fitted, 5, 0.9), [NAMES[t] for t in truth])
     assert report.ece < 0.04
     assert 0.005 < report.unknown < 0.1
 
@@ -140,7 +142,7 @@ def test_too_few_photos_for_a_coverage_give_the_whole_set() -> None:
 
 
 @pytest.mark.parametrize("refused", [0.02, 0.1])
-def test_unknown_refuses_as_many_right_answers_as_asked(refused: float) -> None:
+def test_unknown_refuses_as_many_right_as_asked(refused: float) -> None:
     cosines, truth = synthetic(5000, 60, 6)
     fitted = fit_calibration(cosines, truth, refused)
     for fresh, labels in ((cosines, truth), synthetic(5000, 60, 7)):
