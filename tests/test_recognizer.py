@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,15 @@ def test_each_frame_of_an_animation_has_its_own_answer(fake: Recognizer) -> None
     animation = Image.open(buffer)
     filled = np.zeros((999, 999, 3), np.uint8)
     refilled = (np.add(colour[0, 0], 0, out=filled) for colour in (RED, GREEN, BLUE))
-    for given in (ImageSequence.Iterator(animation), (frame for frame in ImageSequence.Iterator(animation)), refilled):
+
+    def closed() -> Iterator[Image.Image]:
+        for frame in frames:
+            frame.save(file := io.BytesIO(), "PNG")
+            with Image.open(file) as image:
+                yield image
+
+    iterator = ImageSequence.Iterator
+    for given in (iterator(animation), (frame for frame in iterator(animation)), refilled, closed()):
         assert [answer.label for answer in fake.predict(given)] == ["red", "green", "blue"]
 
 
@@ -174,9 +183,9 @@ def test_giving_up_a_stream_waits_for_nothing(tiny: Bundle, fake_runtime: Any, m
     closing = threading.Thread(target=answers.close, daemon=True)
     closing.start()
     closing.join(30)
-    still_waiting = closing.is_alive()
+    waiting = closing.is_alive()
     go_on.set()
-    assert not still_waiting
+    assert not waiting
     assert wait_for_no_decoders()
 
 
@@ -220,7 +229,7 @@ def test_predict_raises_the_error(fake: Recognizer, tmp_path: Path) -> None:
 
 
 def test_what_is_no_photo_at_all(fake: Recognizer) -> None:
-    file = io.BytesIO(b"a\nb"), "BytesIO"  # nor a list of lines
+    file = io.BytesIO(b"a\nb"), "BytesIO"  # not lines
     nothing: Any
     for nothing, kind in (([1], "int"), (None, "NoneType"), file, (bytearray(b"x"), "bytearray")):
         with pytest.raises(MediaError, match=f"cannot take {kind} as an image"):
@@ -261,8 +270,8 @@ def test_the_set_grows_with_coverage(mini: Recognizer, photos: list[Path]) -> No
             assert before <= set(unsure.set)
             assert unsure.set[0] == unsure.top[0].label
             before = set(unsure.set)
-        beyond_what_was_fitted = mini.predict(photos[0], labels, coverage=0.9999)
-        assert len(beyond_what_was_fitted.set) == len(labels or mini.labels)
+        beyond = mini.predict(photos[0], labels, coverage=0.9999)
+        assert len(beyond.set) == len(labels or mini.labels)
 
 
 def test_coverages_between_two_fitted_ones_take_the_upper(fake: Recognizer) -> None:
@@ -273,7 +282,7 @@ def test_coverages_between_two_fitted_ones_take_the_upper(fake: Recognizer) -> N
 
 
 def test_scores_rest_on_the_calibration(fake: Recognizer) -> None:
-    cosines = np.eye(3)[0] + 0.0
+    cosines = np.eye(3)[0]
     answer = fake.predict(RED, top_k=3)
     expected = np.exp(5 * cosines) / np.exp(5 * cosines).sum()
     np.testing.assert_allclose([score for _, score in answer.top], sorted(expected)[::-1], atol=1e-4)
@@ -286,12 +295,7 @@ def test_unknown_where_the_evidence_is_below_the_bound(fake: Recognizer) -> None
     answer, usual = strict.predict(grey), fake.predict(grey)
     assert answer.label == "unknown"
     assert usual.label == "red"
-    assert (answer.top, answer.score, answer.set, answer.evidence) == (
-        usual.top,
-        usual.score,
-        usual.set,
-        usual.evidence,
-    )
+    assert replace(answer, label="red") == usual
     # words have a calibration of their own
     assert strict.predict(grey, ["some words"]).label == "some words"
 
@@ -329,11 +333,7 @@ def test_the_json_form(mini: Recognizer, photos: list[Path]) -> None:
         {"labels": (f"action {i}" for i in range(1001))},
         {"top_k": 0},
         {"top_k": -1},
-        {"coverage": 0},
-        {"coverage": 1},
-        {"coverage": 2},
-        {"coverage": -0.1},
-        {"coverage": float("nan")},
+        *({"coverage": wrong} for wrong in (0, 1, 2, -0.1, float("nan"))),
     ],
 )
 def test_wrong_options_are_refused_at_the_call(fake: Recognizer, options: dict[str, Any]) -> None:
@@ -380,12 +380,8 @@ def test_capitals_do_not_make_a_known_label_new(fake: Recognizer, fake_runtime: 
 
 def test_one_new_word_puts_the_whole_list_through_the_text_tower(fake: Recognizer, fake_runtime: Any) -> None:
     vectors = fake.embed_labels(["red", "somersaulting oddly"])
-    assert fake_runtime.sentences == [
-        "red",
-        "a photo of red",
-        "somersaulting oddly",
-        "a photo of somersaulting oddly",
-    ]
+    asked = ["red", "a photo of red", "somersaulting oddly", "a photo of somersaulting oddly"]
+    assert fake_runtime.sentences == asked
     mean = fake_runtime.encode_text(["somersaulting oddly", "a photo of somersaulting oddly"]).mean(0)
     np.testing.assert_allclose(vectors[1], mean / np.linalg.norm(mean), atol=1e-6)
     assert not np.array_equal(vectors[0], [1, 0, 0])

@@ -10,7 +10,6 @@ from cliphar.media._images import (
     is_clip_name,
     is_image_name,
     several,
-    still,
     to_square,
 )
 from cliphar.media._video import VIDEO_SUFFIXES, Frame, VideoInfo, VideoLike, VideoReader, is_video_name
@@ -33,6 +32,5 @@ __all__ = [
     "is_image_name",
     "is_video_name",
     "several",
-    "still",
     "to_square",
 ]

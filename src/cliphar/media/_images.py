@@ -26,7 +26,6 @@ __all__ = [
     "is_clip_name",
     "is_image_name",
     "several",
-    "still",
     "to_square",
 ]
 
@@ -73,15 +72,6 @@ def several(images: Any) -> Iterable[Any]:
         alone = isinstance(images, str | bytes | bytearray | memoryview | os.PathLike | Image.Image)
         alone = alone or hasattr(images, "read") or not isinstance(images, Iterable)
     return [images] if alone else images
-
-
-def still(image: Any) -> Any:
-    """The image as it is now: cameras and PIL's ImageSequence fill the same one anew each time."""
-    try:
-        undecoded = getattr(image, "tile", ()) and not getattr(image, "is_animated", False)
-        return image if undecoded else image.copy()
-    except Exception:  # damaged: who decodes it says so
-        return image
 
 
 def decode_image(image: ImageLike, *, min_side: int = 0, max_pixels: int = MAX_PIXELS) -> Image.Image:

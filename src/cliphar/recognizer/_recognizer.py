@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from cliphar.bundle import Bundle, Calibration, find_bundle
 from cliphar.errors import MediaError, UsageError
 from cliphar.labels import clean_label, clean_labels, prompts
-from cliphar.media import ImageLike, decode_image, several, still, to_square
+from cliphar.media import ImageLike, decode_image, several, to_square
 from cliphar.recognizer._scoring import mean_direction, to_predictions
 from cliphar.recognizer._taught import TAUGHT_FILE, Lesson, Taught, read_taught, write_taught
 from cliphar.recognizer._teaching import Background, gda_vectors, read_background
-from cliphar.recognizer._types import Prediction, Score
+from cliphar.recognizer._types import Prediction, Score, still
 from cliphar.runtime import Runtime, cpu_quota, load_runtime
 
 __all__ = ["Recognizer", "load"]

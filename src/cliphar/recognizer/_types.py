@@ -1,13 +1,16 @@
-"""What a recogniser answers."""
+"""What a recogniser takes, and what it answers."""
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-__all__ = ["Prediction", "Score"]
+from PIL import Image
+
+__all__ = ["Prediction", "Score", "still"]
 
 
 class Score(NamedTuple):
@@ -48,3 +51,14 @@ class Prediction:
             "top": [{"label": label, "score": round(score, 6)} for label, score in self.top],
         }
         return told if math.isnan(self.evidence) else told | {"evidence": round(self.evidence, 6)}
+
+
+def still(image: Any) -> Any:
+    """The image as it is now: its giver may fill it anew, as cameras and PIL's ImageSequence do, or close its file."""
+    try:
+        if not getattr(image, "tile", ()) or getattr(image, "is_animated", False):
+            return image.copy()
+        image.fp.seek(0)  # as decoding does, which is left to threads
+        return Image.open(io.BytesIO(image.fp.read()), formats=[image.format])
+    except Exception:  # damaged: who decodes it says so
+        return image
