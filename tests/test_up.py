@@ -17,9 +17,27 @@ from typing import IO
 
 import pytest
 
+from cliphar.client import Client
+from cliphar.errors import ClipharError
+from cliphar.ui import launch
 from serving_process import free_port
 
 PROXY = {"http_proxy": "http://127.0.0.1:9"}  # for others: through it no way leads back to this machine
+
+
+def test_the_page_asks_a_service_of_its_own_machine_past_any_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: dict[str, str] = {}
+    monkeypatch.setattr("os.execve", lambda _path, _arguments, environment: started.update(environment))
+    monkeypatch.setenv("no_proxy", "intranet")
+    for url, host in ("http://127.0.0.1:9", "127.0.0.1"), ("http://[::1]:9", "::1"):
+        launch("127.0.0.1", free_port(), api=url)
+        assert (started["no_proxy"], started["NO_PROXY"]) == (f"intranet,{host}",) * 2
+    monkeypatch.setenv("http_proxy", PROXY["http_proxy"])
+    with pytest.raises(ClipharError, match="the proxy of HTTP_PROXY or ALL_PROXY; NO_PROXY=api goes past it"):
+        Client("http://api:8000", retry_s=0).model()
+    monkeypatch.setenv("no_proxy", "localhost")
+    with pytest.raises(ClipharError, match=r"running\?$"):
+        Client("http://localhost:9", retry_s=0).model()
 
 
 def lines_until(stream: IO[str], start: str) -> list[str]:

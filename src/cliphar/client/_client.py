@@ -12,6 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 from urllib.parse import quote
+from urllib.request import getproxies, proxy_bypass
 
 import httpx
 import numpy as np
@@ -107,7 +108,7 @@ class _Calls(Generic[H]):
     def _checked(self, outcome: _Outcome) -> httpx.Response:
         if isinstance(outcome, httpx.RequestError):
             reason = f"no answer from {self.url}: {str(outcome) or type(outcome).__name__}"
-            raise ClipharError(f"{reason}; is 'cliphar serve' running?") from outcome
+            raise ClipharError(f"{reason}; is 'cliphar serve' running?{self._proxy}") from outcome
         if outcome.is_success:
             return outcome
         if outcome.has_redirect_location:
@@ -140,7 +141,17 @@ class _Calls(Generic[H]):
         return model
 
     def _foreign(self, status: int = 200) -> ClipharError:
-        return ClipharError(f"{self.url} answered {status}, but not as cliphar does; is the address right?")
+        told = f"{self.url} answered {status}, but not as cliphar does; is the address right?"
+        return ClipharError(f"{told}{self._proxy}")
+
+    @property
+    def _proxy(self) -> str:
+        """That the environment puts a proxy before the service, which may be what does not answer."""
+        scheme, found = self.url.partition(":")[0], getproxies()
+        host = httpx.URL(self.url).host
+        if not (found.get(scheme) or found.get("all")) or proxy_bypass(host):
+            return ""
+        return f" The way there is the proxy of {scheme.upper()}_PROXY or ALL_PROXY; NO_PROXY={host} goes past it"
 
     def _answers(self, path: str, part: _Part, content: dict[str, Any]) -> Iterator[Any]:
         rows, read = _ROWS[path]

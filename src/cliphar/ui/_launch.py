@@ -8,6 +8,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
@@ -72,6 +73,10 @@ def launch(host: str, port: int, *, api: str | None = None, model: str | None = 
     settings = {"CLIPHAR_API_URL": api, "MODEL_PATH": model}
     environment = {k: v for k, v in os.environ.items() if k not in settings and not k.startswith("STREAMLIT_")}
     environment |= {name: value for name, value in settings.items() if value}
+    near = urlsplit(api or "").hostname or ""
+    if near in ("localhost", "::1") or near.startswith("127."):  # whatever proxy is there for others
+        direct = ",".join(filter(None, [environment.get("no_proxy") or environment.get("NO_PROXY"), near]))
+        environment |= {"no_proxy": direct, "NO_PROXY": direct}
     flags = _OPTIONS | {"server.address": host, "server.port": str(port), "server.baseUrlPath": base_path}
     command = [sys.executable, "-m", "cliphar.ui._serve", "run", str(Path(__file__).with_name("_app.py"))]
     command += [f"--{name}={value}" for name, value in flags.items()]
