@@ -40,6 +40,7 @@ from cliphar.ui._backend import Photo
 from cliphar.ui._camera import Camera
 from cliphar.ui._evaluate import _check_sizes
 from cliphar.ui._launch import ice_servers, launch
+from cliphar.ui._photo import _csv
 from cliphar.ui._remote import RemoteBackend, _Watch
 from cliphar.ui._show import STYLE, spreadsheet
 from cliphar.ui._speed import measure_round_trips
@@ -48,6 +49,7 @@ from serving_process import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "src/cliphar/ui/_app.py"
+APP = [sys.executable, "-m", "cliphar", "app", "--port"]
 expect.set_options(timeout=60_000)  # the machine may be busy
 
 
@@ -59,7 +61,7 @@ def environment(**more: str) -> dict[str, str]:
 def start(*options: str) -> tuple[subprocess.Popen[str], str]:
     """A page on a port of its own, when it answers."""
     port = free_port()
-    command = [sys.executable, "-m", "cliphar", "app", "--port", str(port), *options]
+    command = [*APP, str(port), *options]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
@@ -120,10 +122,11 @@ def test_photos_are_answered_and_answers_follow_the_list(page: Page, photos: lis
     words.press("Escape")
     expect(page.get_by_text("smiling for a portrait").first).to_be_visible()
     expect(page.locator(".cl-answer").first.get_by_role("listitem")).to_have_count(5)
+    expect(page.locator(".cl-in").first).to_contain_text("in the set")
     with page.expect_download() as download:
         page.get_by_role("button", name="Download answers").click()
     head, *rows = download.value.path().read_text("utf-8-sig").splitlines()
-    assert (head, len(rows)) == ("path,label,score,set", len(photos))
+    assert (head, len(rows)) == ("path,label,score,set,error", len(photos))
     page.get_by_role("button", name="Clear all photos").click()
     expect(page.locator(".cl-answer")).to_have_count(0)
 
@@ -730,6 +733,7 @@ def test_a_table_is_read_by_spreadsheets_and_runs_nothing() -> None:
         ["'=1+1.jpg", "\u0447\u0438\u0442\u0430\u0442\u044c"],
         ["'-.jpg", '"a", b'],
     ]
+    assert b"a.jpg,,,,damaged" in _csv([Photo("a.jpg", b"", "", b"")], [MediaError("damaged")])
 
 
 def test_no_minute_has_sixty_seconds() -> None:
@@ -747,8 +751,7 @@ def test_a_model_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) 
     script = AppTest.from_file(str(SCRIPT), default_timeout=120).run()
     assert not script.exception
     assert "/no/such/bundle" in script.error[0].value
-    command = [sys.executable, "-m", "cliphar", "app", "--port", str(free_port())]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([*APP, str(free_port())], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
 
 
@@ -756,7 +759,7 @@ def test_a_taken_port_is_one_line() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        command = [sys.executable, "-m", "cliphar", "app", "--port", str(taken.getsockname()[1])]
+        command = [*APP, str(taken.getsockname()[1])]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert re.fullmatch(r"cliphar: cannot listen on .*\n", done.stderr)

@@ -72,8 +72,10 @@ def _remove(digest: str) -> None:
 
 
 def _csv(shown: list[Photo], answers: list[Prediction | MediaError]) -> bytes:
-    rows: list[Sequence[str]] = [("path", "label", "score", "set")]
+    rows: list[Sequence[str]] = [("path", "label", "score", "set", "error")]
     for photo, answer in zip(shown, answers, strict=True):
-        if not isinstance(answer, MediaError):
-            rows.append((photo.name, answer.label, f"{answer.score:.6f}", ";".join(answer.set)))
+        if isinstance(answer, MediaError):
+            rows.append((photo.name, "", "", "", str(answer)))
+        else:
+            rows.append((photo.name, answer.label, f"{answer.score:.6f}", ";".join(answer.set), ""))
     return spreadsheet(rows)

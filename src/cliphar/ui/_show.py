@@ -49,6 +49,7 @@ STYLE = """<style>
 .cl-answer .cl-bars li { margin: 0 0 .5rem; padding: 0; }
 .cl-row { display: flex; justify-content: space-between; gap: 1rem; font-size: .95rem; }
 .cl-row span { font-variant-numeric: tabular-nums; opacity: .85; white-space: nowrap; }
+.cl-row i { position: absolute; width: 1px; overflow: hidden; clip-path: inset(50%); } /* is read out */
 .cl-track { height: .5rem; border-radius: .25rem; background: color-mix(in srgb, currentColor 12%, transparent); }
 .cl-fill { height: 100%; min-width: 2px; border-radius: .25rem;
   background: color-mix(in srgb, currentColor 35%, transparent); }
@@ -113,9 +114,9 @@ def answer_html(prediction: Prediction, coverage: float, bars: int) -> str:
         told = f"The true action is one of {len(prediction.set)} (filled) in {share} of such photos."
     rows = []
     for label, score in prediction.top[:bars]:
-        inside = " class='cl-in'" if label in prediction.set else ""
+        inside, read = (" class='cl-in'", "<i>, in the set</i>") if label in prediction.set else ("", "")
         rows.append(
-            f"<li{inside}><div class='cl-row'><bdi>{escape(label)}</bdi><span>{_percent(score)}</span></div>"
+            f"<li{inside}><div class='cl-row'><bdi>{escape(label)}</bdi><span>{_percent(score)}{read}</span></div>"
             f"<div class='cl-track' aria-hidden='true'><div class='cl-fill' style='width:{score:.1%}'></div></div></li>"
         )
     left = len(prediction.top) - bars
