@@ -126,6 +126,13 @@ def test_a_camera_that_was_away_says_nothing_of_that_time(fake: Recognizer) -> N
     assert [(segment.start_s, segment.end_s) for segment in live.close()] == [(3593, 3594)]
 
 
+def test_a_clock_that_begins_anew_stops_nothing(fake: Recognizer) -> None:
+    live, red, blue = Live(fake), *(np.full((48, 64, 3), colour, np.uint8) for colour in (RED, BLUE))
+    assert [live.push(red, at).time_s for at in (7, 8, 7.5, 9)] == [0, 1, 1, 2]
+    assert [live.push(blue, at).time_s for at in range(9)] == [*range(2, 11)]
+    assert live.push(blue, 9).prediction.label == "blue"
+
+
 def test_another_model_ends_what_the_one_before_it_saw(fake: Recognizer) -> None:
     live, red = Live(fake), np.full((48, 64, 3), RED, np.uint8)
     live.change_model(fake)  # before any frame

@@ -20,6 +20,8 @@ from cliphar.timeline._types import Segment
 
 __all__ = ["Live", "LiveAnswer"]
 
+_OUT_OF_ORDER_S = 1.0  # a clock that goes back by more was set, or began anew as when a camera is connected to again
+
 
 @dataclass(frozen=True)
 class LiveAnswer:
@@ -43,7 +45,8 @@ class LiveAnswer:
 class Live:
     """Takes the frames of one camera in the order of time. Not for several threads at once.
 
-    Frames may come at any rate and be left out at will: hand over the newest one whenever there is time for it.
+    Frames may come at any rate and be left out at will: hand over the newest one whenever there is time for it. If
+    their clock goes back by more than a second, it began anew: time goes on from the last frame.
 
     Args:
         recognizer: the model; it may be shared.
@@ -119,6 +122,8 @@ class Live:
             raise UsageError(f"a frame cannot be at {time_s} s; give its time in seconds, on any clock")
         if self._first_s is None:
             self._first_s = time_s
+        if time_s - self._first_s < self._last_s - _OUT_OF_ORDER_S:  # else nothing would be new until it catches up
+            self._first_s = time_s - self._last_s
         return max(time_s - self._first_s, self._last_s)
 
     def _take(self, embedding: NDArray[np.float32], time_s: float, cut: bool) -> LiveAnswer:
