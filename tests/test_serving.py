@@ -742,6 +742,16 @@ def test_a_large_photo_needs_no_place_for_files(tmp_path: Path, monkeypatch: pyt
     assert response.json()["predictions"][0]["label"]
 
 
+def test_bounds_that_are_raised_hold(photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow's own, as of a photo of 200 million
+    with TestClient(create_app(Service.start(Settings(state=tmp_path, max_images=1001)))) as client:
+        photo = photos[0].read_bytes()
+        assert client.post("/v1/predict", content=photo, headers={"Content-Type": "image/jpeg"}).status_code == 200
+        form = [("images", ("photo", b"none"))] * 1001
+        assert len(client.post("/v1/predict", files=form).json()["predictions"]) == 1001
+        assert client.post("/v1/predict", files=form + form[:1]).status_code == 413
+
+
 # --- video
 
 

@@ -68,7 +68,7 @@ def serve(
         int, typer.Option(envvar="CLIPHAR_MAX_PIXELS", min=1, help="Largest photo, in pixels.")
     ] = 50_000_000,
     max_labels: Annotated[
-        int, typer.Option(envvar="CLIPHAR_MAX_LABELS", min=1, help="Labels allowed per request.")
+        int, typer.Option(envvar="CLIPHAR_MAX_LABELS", min=1, max=1000, help="Labels allowed per request.")
     ] = 500,
     api_keys: Annotated[
         Path | None, typer.Option(envvar="CLIPHAR_API_KEYS", help="Require keys: a file of 'NAME SHA256' lines.")

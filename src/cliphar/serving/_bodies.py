@@ -140,7 +140,7 @@ async def read_asked(request: Request, settings: Settings) -> tuple[Sequence[byt
         budget = Budget(settings.max_body_mb)
         return await asyncio.gather(*(_image(text, settings, budget) for text in asked.images)), asked
     if kind == "multipart/form-data":
-        async with request.form(max_files=1000, max_fields=2 * MAX_LABELS) as form:
+        async with request.form(max_files=settings.most_files, max_fields=2 * MAX_LABELS) as form:
             contents = await photos_of(form, *_QUESTION)
             question = _question(request.query_params) | _question(form)
             return contents, _checked(request, question | {"images": ["-"] * len(contents)})

@@ -167,7 +167,7 @@ async def teach(name: _Name, request: Request, service: TheService) -> dict[str,
     """Teach an action from photos, multipart ``images``. It is kept, and known from the next request on."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise ProblemError(415, "send multipart/form-data with images")
-    async with request.form(max_files=1000, max_fields=1000) as form:
+    async with request.form(max_files=service.settings.most_files, max_fields=1000) as form:
         photos = await photos_of(form)
     service.settings.check_images(len(photos))
     lesson = await service.change(service.teach, name, photos)

@@ -13,6 +13,7 @@ import numpy as np
 import structlog
 from fastapi import Depends, Request
 from numpy.typing import NDArray
+from PIL import Image
 
 from cliphar.errors import ClipharError, MediaError
 from cliphar.labels import MAX_LABEL_LENGTH, clean_labels
@@ -57,6 +58,8 @@ class Service:
             settings.model, runtime=settings.runtime, provider=settings.provider, threads=settings.threads
         )
         spec, metrics = recognizer.bundle.info.image, metrics or Metrics()
+        # Pillow's own bound, twice that, must not be below ours
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, settings.max_pixels)
 
         def prepare(content: bytes) -> NDArray[np.uint8]:
             image = decode_image(content, min_side=spec.size, max_pixels=settings.max_pixels)

@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from cliphar.bundle import store
+from cliphar.labels import MAX_LABELS
 from cliphar.serving._problems import ProblemError
 
 __all__ = ["Settings"]
@@ -34,12 +35,17 @@ class Settings(BaseModel):
     max_body_mb: int = Field(default=64, ge=1)
     max_images: int = Field(default=64, ge=1)
     max_pixels: int = Field(default=50_000_000, ge=1)
-    max_labels: int = Field(default=500, ge=1)
+    max_labels: int = Field(default=500, ge=1, le=MAX_LABELS)
     api_keys: Path | None = None
     rate_per_minute: Annotated[int, Field(ge=1)] | None = None
     cors_origins: tuple[str, ...] = ()
     root_path: str = ""
     image_urls: bool = False
+
+    @property
+    def most_files(self) -> int:
+        """How many a form may have to be looked at: one more than images, so that those are refused in our words."""
+        return max(1000, self.max_images + 1)
 
     def check_images(self, count: int) -> None:
         """ProblemError 413 if a call may not have so many images."""
