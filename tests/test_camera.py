@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import signal
+import socket
 import socketserver
 import subprocess
 import sys
@@ -26,12 +27,13 @@ from PIL import Image
 av = pytest.importorskip("av")
 
 from cliphar.errors import MediaError, UsageError  # noqa: E402
-from cliphar.media import Camera, VideoReader, is_camera  # noqa: E402
+from cliphar.media import Camera, is_camera  # noqa: E402
 from cliphar.recognizer import Recognizer  # noqa: E402
 from cliphar.timeline import Live  # noqa: E402
 from serving_process import bounded, free_port  # noqa: E402
 
 RED, BLUE = (220, 20, 20), (20, 20, 220)
+FRAMES = [np.full((48, 64, 3), colour, np.uint8) for colour in (RED, BLUE)]
 
 
 def jpeg(colour: tuple[int, int, int]) -> bytes:
@@ -121,20 +123,20 @@ def test_old_frames_are_dropped() -> None:
 
 
 def test_a_camera_that_was_away_says_nothing_of_that_time(fake: Recognizer) -> None:
-    live, red = Live(fake), np.full((48, 64, 3), RED, np.uint8)
+    live, (red, _) = Live(fake), FRAMES
     assert [live.push(red, at).since_s for at in (7, 8, 3600, 3601)] == [0, 0, 3593, 3593]
     assert [(segment.start_s, segment.end_s) for segment in live.close()] == [(3593, 3594)]
 
 
 def test_a_clock_that_begins_anew_stops_nothing(fake: Recognizer) -> None:
-    live, red, blue = Live(fake), *(np.full((48, 64, 3), colour, np.uint8) for colour in (RED, BLUE))
+    live, (red, blue) = Live(fake), FRAMES
     assert [live.push(red, at).time_s for at in (7, 8, 7.5, 9)] == [0, 1, 1, 2]
     assert [live.push(blue, at).time_s for at in range(9)] == [*range(2, 11)]
     assert live.push(blue, 9).prediction.label == "blue"
 
 
 def test_another_model_ends_what_the_one_before_it_saw(fake: Recognizer) -> None:
-    live, red = Live(fake), np.full((48, 64, 3), RED, np.uint8)
+    live, (red, _) = Live(fake), FRAMES
     live.change_model(fake)  # before any frame
     for at in (7, 8, 9):
         assert not live.push(red, at).closed
@@ -160,6 +162,12 @@ def test_what_is_no_camera_is_one_line() -> None:
             Camera(bad)
         assert "\n" not in str(caught.value)
         assert "secret" not in str(caught.value)
+
+
+def test_a_silent_camera_is_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cliphar.media._camera._SILENCE_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as mute, pytest.raises(MediaError, match=r"it sent nothing for 0\.5"):
+        Camera(f"http://127.0.0.1:{mute.getsockname()[1]}/")
 
 
 @pytest.mark.skipif(not Path("/dev/video0").exists(), reason="needs a camera at /dev/video0")
@@ -301,8 +309,3 @@ def test_a_camera_is_watched_alone(clean_env: dict[str, str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=clean_env, timeout=120, check=False)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
-
-
-def test_several_clips_are_not_a_video(tmp_path: Path) -> None:
-    with pytest.raises(MediaError, match="cannot take list as a video"):
-        VideoReader([tmp_path])  # type: ignore[arg-type]

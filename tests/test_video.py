@@ -459,3 +459,8 @@ def test_a_video_in_a_pipe(tmp_path: Path, fake: Recognizer) -> None:
                 said.append(str(error))
     assert isinstance(said[0], Timeline)
     assert said[1] == f"{pipe} is a pipe, and this video cannot be read from one; save it to a file first"
+
+
+def test_several_clips_are_not_a_video(tmp_path: Path) -> None:
+    with pytest.raises(MediaError, match="cannot take list as a video"):
+        VideoReader([tmp_path])  # type: ignore[arg-type]

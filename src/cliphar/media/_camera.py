@@ -123,7 +123,7 @@ class Camera:
                 if self._closed.is_set():
                     return "closed"
         except av.error.FFmpegError as error:
-            return error_reason(error)
+            return _reason(error)
         return "it stopped sending"
 
     def _open(self) -> tuple[InputContainer, VideoStream]:
@@ -143,9 +143,7 @@ class Camera:
         except PermissionError as error:
             raise MediaError(f"{self.name} cannot be opened: permission denied; join the group 'video'") from error
         except (av.error.FFmpegError, OSError, ValueError) as error:
-            raise MediaError(
-                f"{self.name} cannot be reached: {error_reason(error)}; check it and its address"
-            ) from error
+            raise MediaError(f"{self.name} cannot be reached: {_reason(error)}; check it and its address") from error
         try:
             stream = video_stream(container, self.name)
             if container.duration:
@@ -156,6 +154,11 @@ class Camera:
             container.close()
             raise
         return container, stream
+
+
+def _reason(error: Exception) -> str:
+    told = error_reason(error)  # ffmpeg's word for the end of our patience is that somebody wants to exit
+    return f"it sent nothing for {_SILENCE_S:g} s" if told == "Immediate exit requested" else told
 
 
 def _without_password(address: str) -> str:
