@@ -30,6 +30,7 @@ from cliphar.training._method_recipe import LoopRecipe, LoraSection  # noqa: E40
 from cliphar.training._methods._lora import adapt, merge  # noqa: E402
 from cliphar.training._package import _provenance  # noqa: E402
 from cliphar.training._rates import learning_rate  # noqa: E402
+from cliphar.training._train import _only  # noqa: E402
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -344,5 +345,7 @@ def test_a_method_without_a_loop_leaves_what_a_stopped_training_left(tmp_path: P
     places = (f"output={tmp_path}/out", f"data.source={tmp_path}/data", f"data.cache={tmp_path}/cache")
     train(load_recipe(RECIPES / "few-shot.yaml", (*places, "data.val=0.3", "data.test=0.3")))
     assert [file.read_bytes() for file in left] == [b"hours of work"] * 2
+    with _only(tmp_path / "out"), pytest.raises(UsageError, match="another training is at"):
+        train(load_recipe(RECIPES / "full.yaml", places))
     with pytest.raises(DataError, match=r"^cannot keep decoded photos in .*; choose another folder with data\.cache=$"):
         train(load_recipe(RECIPES / "few-shot.yaml", (*places, f"data.cache={left[0]}")))

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,8 +35,12 @@ def train(recipe: Recipe, around: Surroundings | None = None) -> Bundle:
         Stopped: a signal came while towers were trained; the checkpoint is written.
         BundleError, DataError, UsageError: the model, the photos or a setting is not right.
     """
-    around = around or Surroundings()
     _check_place(recipe.output)
+    with _only(recipe.output):
+        return _train(recipe, around or Surroundings())
+
+
+def _train(recipe: Recipe, around: Surroundings) -> Bundle:
     checkpoint = checkpoint_of(recipe.output)
     gradient = recipe if isinstance(recipe, GradientRecipe) else None
     if gradient:  # before photos are read and a tracker has a run that fails
@@ -74,6 +84,22 @@ def refuse_several(recipe: Recipe, processes: int, launcher: str) -> None:
     if processes > 1 and not isinstance(recipe, GradientRecipe):
         what = recipe.method if isinstance(recipe, MethodRecipe) else recipe.kind
         raise UsageError(f"'{what}' runs in one process; leave {launcher} out")
+
+
+@contextmanager
+def _only(output: Path) -> Iterator[None]:
+    """UsageError if another training of this machine is at ``output``: both would write one checkpoint."""
+    if not sys.platform.startswith("linux"):  # which alone has names that vanish with their process, however it ends
+        yield
+        return
+    # one for each of torchrun's processes: all fail alike, and none waits for the first
+    name = f"{hashlib.sha256(os.fsencode(output.resolve())).hexdigest()}-{os.environ.get('RANK', '0')}"
+    with socket.socket(socket.AF_UNIX) as held:
+        try:
+            held.bind(f"\0cliphar-train-{name}")
+        except OSError as error:
+            raise UsageError(f"another training is at {output}; stop it, or choose another output") from error
+        yield
 
 
 def _check_place(output: Path) -> None:
