@@ -121,6 +121,8 @@ def _batches(data: DistillData, size: int, recipe: DistillRecipe, seed: int) -> 
     random = np.random.default_rng(seed)
     order = random.permutation(len(data.teacher))
     full = len(order) // recipe.batch_size * recipe.batch_size
+    if not full:
+        raise UsageError(f"distill.batch_size is {recipe.batch_size}, but there are {len(order)} photos to train on")
     parts = order[:full].reshape(-1, recipe.batch_size)
     teacher, targets = torch.from_numpy(data.teacher), torch.from_numpy(data.targets)
 
@@ -214,7 +216,7 @@ def distill(
     convolutions that is 1.4 times as fast as threads within each operation.
 
     Raises:
-        UsageError: the checkpoint is of another training.
+        UsageError: the checkpoint is of another training, or there are fewer photos than one batch takes.
     """
     tower.freeze_stem(recipe.frozen_blocks)
     tower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
