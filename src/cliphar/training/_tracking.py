@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import quote
 from uuid import uuid4
 
 from cliphar.bundle import alone, write_whole
@@ -111,7 +113,9 @@ class MlflowSink:
         place = None
         if not uri:
             home.mkdir(parents=True, exist_ok=True)
-            uri = f"sqlite:///{(home / 'mlflow.db').resolve()}"
+            # else a path is cut at its ?, and %41 is read as A
+            path = re.sub(r"[?]|%(?=[0-9a-fA-F]{2})", lambda odd: quote(odd[0]), str((home / "mlflow.db").resolve()))
+            uri = f"sqlite:///{path}"
             place = (home / "mlflow").resolve().as_uri()
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "cliphar"
         kind = {"mlflow.experimentKind": "custom_model_development"}  # else its pages are those for language models
