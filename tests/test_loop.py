@@ -143,6 +143,13 @@ def test_fp16_and_the_contrastive_loss_train(items: TrainItems, tmp_path: Path) 
     assert torch.isfinite(trained(items, tmp_path, contrastive=1.0, precision="fp16")).all()
 
 
+def test_what_fp16_left_out_is_told(items: TrainItems, tmp_path: Path) -> None:
+    said: list[str] = []
+    recipe = LoopRecipe(epochs=1, batch_size=4, precision="fp16")
+    fit(objective(), Batches([items], recipe, 16, 0), recipe, run(tmp_path, log=said.append), lambda: {"score": 1.0})
+    assert "fp16 left out " in said[-1]
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
 @pytest.mark.filterwarnings("ignore::UserWarning")  # the compiler looks at gradients of what is no leaf
 def test_a_compiled_run_learns_the_same(items: TrainItems, tmp_path: Path) -> None:

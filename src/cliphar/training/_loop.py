@@ -243,7 +243,7 @@ def fit(
         if ranks.rank == 0:
             save_checkpoint(run.checkpoint, content)
 
-    saved, started, at_start = time.monotonic(), time.monotonic(), state.step
+    saved, started, at_start, skipped = time.monotonic(), time.monotonic(), state.step, 0
     while state.epoch < recipe.epochs and not state.ended:
         first = state.step - state.epoch * len(batches)
         for batch in batches.epoch(state.epoch, first):
@@ -261,7 +261,9 @@ def fit(
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(trained, recipe.clip_norm)
             scaler.step(optimizer)
+            scale = scaler.get_scale()
             scaler.update()
+            skipped += scaler.get_scale() < scale
             optimizer.zero_grad(set_to_none=True)
             state.step += 1
             average.follow(state.step)
@@ -295,6 +297,9 @@ def fit(
         save()
         saved = time.monotonic()
         around.log(line)  # now, for a terminal that is closed takes no line
+    made = state.step - at_start
+    if skipped * 10 > made:
+        around.log(f"fp16 left out {skipped} of {made} steps, as gradients overflowed; train for longer, or by bf16")
     ranks.load_weights(objective, state.best)
     return state.measured
 
