@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from cliphar.models import ClipTower  # noqa: E402
 from cliphar.training import SpaceRecipe  # noqa: E402
 from cliphar.training._adapt import adapt  # noqa: E402
 from cliphar.training._corpus import Corpus  # noqa: E402
+from cliphar.training._gradient import _start  # noqa: E402
 from cliphar.training._teacher import look as keep_tokens  # noqa: E402
 from cliphar.training._teacher import token_maps  # noqa: E402
 
@@ -240,3 +242,15 @@ def test_actions_are_told_apart_better_and_an_interrupted_run_goes_on(
     maps = token_maps(tokens)
     assert maps.shape == (count, 16, WIDTH)
     assert maps[..., -1].std() > 2 * maps[..., 0].std()  # the largest component last
+
+
+def test_other_vectors_of_the_labels_are_another_start() -> None:
+    def start(vectors: NDArray[np.float32], *labels: str) -> str:
+        info = SimpleNamespace(labels=("a", "b"), files={"text.onnx": SimpleNamespace(sha256="")})
+        job: Any = SimpleNamespace(labels=labels, bundle=SimpleNamespace(info=info, class_vectors=lambda: vectors))
+        return _start(job)
+
+    before, taught = np.eye(2, dtype=np.float32), np.array([[1, 0], [1, 0]], np.float32)
+    assert start(before, "a", "new") == start(taught, "a", "new") != start(before, "b")
+    assert start(before, "b") != start(taught, "b")
+    assert isinstance(start(before), str)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -84,6 +86,7 @@ def train_towers(
         lr=lr,
         device=device,
         around=job.around,
+        start=_start(job),
     )
     with stop_on_signals(job.around.stop):
         measured = fit(objective, batches, recipe.train, run, validation)
@@ -92,6 +95,15 @@ def train_towers(
     finish(trained)
     objective.cpu().eval()
     return Outcome(F.normalize(objective.class_vectors.detach(), dim=-1).numpy(), _export(towers, job))
+
+
+def _start(job: Job) -> str:
+    """A digest of what the labels start from: the vectors that the starting bundle has of them, and its text tower."""
+    have = job.bundle.info.labels
+    known = [label for label in job.labels if label in have]
+    trained = job.bundle.class_vectors()[[have.index(label) for label in known]]
+    about = json.dumps([known, job.bundle.info.files["text.onnx"].sha256])
+    return hashlib.sha256(about.encode() + trained.tobytes()).hexdigest()
 
 
 def checkpoint_of(output: Path) -> Path:

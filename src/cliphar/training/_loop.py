@@ -91,7 +91,7 @@ class Surroundings:
 
 @dataclass(frozen=True)
 class Run:
-    """Where and how a loop runs; ``identity`` is a digest of all that must be the same to take up a checkpoint."""
+    """Where and how a loop runs; ``identity`` and ``start`` digest what must be the same to take up a checkpoint."""
 
     checkpoint: Path
     identity: str
@@ -99,6 +99,7 @@ class Run:
     lr: float
     device: torch.device
     around: Surroundings = field(default_factory=Surroundings)
+    start: str = ""  # apart, for older checkpoints have none
 
 
 @contextmanager
@@ -234,6 +235,7 @@ def fit(
     def save() -> None:
         content = state.to_dict() | {
             "identity": run.identity,
+            "start": run.start,
             "model": ranks.weights(held),
             "optimizer": ranks.optimizer_state(held, optimizer),
             "scaler": scaler.state_dict(),
@@ -357,7 +359,7 @@ def _resume(
         if around.resume:
             around.log("nothing to resume; starting from the beginning")
         return
-    if kept["identity"] != run.identity:
+    if (kept["identity"], kept.get("start", run.start)) != (run.identity, run.start):
         raise UsageError(f"{run.checkpoint} is of another recipe, model or data; remove it to start anew")
     for name in vars(state):
         setattr(state, name, kept[name])
