@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -342,11 +343,14 @@ def test_of_many_photos_no_more_are_held_than_prove(
         (tmp_path / "sit" / f"{number}.jpg").write_bytes(content + bytes(2**20))
     bundle = find_bundle("mini")
     tracemalloc.start()
-    proof = read_proof(bundle, tmp_path)
+    said: list[str] = []
+    proof = read_proof(bundle, tmp_path, said.append)
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert (len(proof.calibration), len(proof.verification), proof.photos) == (4, 12, 16)
     assert most < 20 * 2**20
+    assert said
+    assert all(re.match(r"left out .*/sit/\d*[05]\.jpg: the image ", line) for line in said)
 
 
 def test_of_two_exports_at_once_neither_loses_what_the_other_added(

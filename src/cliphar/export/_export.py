@@ -75,7 +75,7 @@ def export_bundle(
     # a copy in the store may be damaged or of another version; a bundle in place is what was read, or has changed since
     replace = out is None and not (home.exists() and home.samefile(bundle.path))
     origin, bundle = bundle, _standing(bundle, home, replace=replace)
-    proof = read_proof(origin, photos)
+    proof = read_proof(origin, photos, say)
     if photos is None:
         say("proved on crops of the package's three photos: give --calibration DIR of your own for figures that count")
     elif proof.truth is None and bundle.info.labels:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from PIL import Image
 
 from cliphar.bundle import Bundle, packaged
 from cliphar.data import labelled_keys, stream_labelled
-from cliphar.errors import DataError, MediaError
+from cliphar.errors import DataError, MediaError, one_line
 from cliphar.media import decode_image, to_square
 
 __all__ = ["Proof", "read_proof"]
@@ -38,13 +38,14 @@ class Proof:
     photos: int
 
 
-def read_proof(bundle: Bundle, source: Path | None) -> Proof:
+def read_proof(bundle: Bundle, source: Path | None, say: Callable[[str], None] = lambda _: None) -> Proof:
     """Photos of a folder or tar, every fifth (at most 128) to calibrate and the others (at most 1024) to verify.
 
     Args:
         bundle: whose input size and labels they are for.
         source: a folder or a tar of photos, in LABEL/PHOTO if accuracy is to be measured; None takes crops of the
             package's own three photos, others to calibrate than to verify.
+        say: told what cannot be read.
 
     Raises:
         DataError: fewer than 16 photos can be read.
@@ -54,35 +55,30 @@ def read_proof(bundle: Bundle, source: Path | None) -> Proof:
     spec = bundle.info.image
     keys = labelled_keys(source)  # all photos may be more than memory holds
     order = [keys[i] for i in np.random.default_rng(0).permutation(len(keys))]
-    squares = dict[str, NDArray[np.uint8]]()
-    labels = dict[str, str | None]()
+    found = dict[str, tuple[NDArray[np.uint8], str | None]]()
     left = order
-    while left and (lacking := _CALIBRATION + _VERIFICATION - len(squares)):
+    while left and (lacking := _CALIBRATION + _VERIFICATION - len(found)):
         chosen, left = set(left[:lacking]), left[lacking:]
         for photo in stream_labelled(source, chosen.__contains__):
-            with suppress(MediaError):
+            try:
                 image = decode_image(photo.content, min_side=spec.size)
-                squares[photo.key] = to_square(image, spec.size, spec.max_aspect)
-                labels[photo.key] = photo.label
-    if len(squares) < 16:
-        raise DataError(f"{source} holds {len(squares)} readable photos; give at least 16, better 500")
-    kept = [key for key in order if key in squares]
+                found[photo.key] = to_square(image, spec.size, spec.max_aspect), photo.label
+            except MediaError as error:
+                say(one_line(f"left out {photo.key}: {error}"))
+    if len(found) < 16:
+        raise DataError(f"{source} holds {len(found)} readable photos; give at least 16, better 500")
+    kept = [key for key in order if key in found]
     calibration = kept[::5][:_CALIBRATION]
-    verification = [key for key in keys if key in squares and key not in calibration]
-    return Proof(
-        np.stack([squares[key] for key in calibration]),
-        np.stack([squares[key] for key in verification]),
-        _truth(bundle, [labels[key] for key in calibration]),
-        _truth(bundle, [labels[key] for key in verification]),
-        len(kept),
-    )
+    others = [key for key in keys if key in found and key not in calibration]
+    (some, rehearsal), (rest, truth) = (zip(*(found[key] for key in of), strict=True) for of in (calibration, others))
+    return Proof(np.stack(some), np.stack(rest), _truth(bundle, rehearsal), _truth(bundle, truth), len(kept))
 
 
-def _truth(bundle: Bundle, labels: list[str | None]) -> NDArray[np.int64] | None:
-    number = {label: i for i, label in enumerate(bundle.info.labels)}
-    if not all(label in number for label in labels):
+def _truth(bundle: Bundle, labels: tuple[str | None, ...]) -> NDArray[np.int64] | None:
+    known = bundle.info.labels
+    if not {*labels} <= {*known}:
         return None
-    return np.array([number[str(label)] for label in labels], np.int64)
+    return np.array([known.index(str(label)) for label in labels], np.int64)
 
 
 def _from_samples(bundle: Bundle) -> Proof:
