@@ -125,6 +125,8 @@ def predict_on_ray(
     done, errors = _run(missing, task) if missing else (0, [])
     for line in errors:
         tell(line)
+    if others := len({*out.glob("part-*.parquet")} - {out / part["name"] for part in parts}):
+        tell(f"{out} also holds {others} parts of other photos, labels or models; move what is not to be read too")
     kept = f", {len(parts) - len(missing)} parts were there" if len(missing) < len(parts) else ""
     print(f"{done} photos answered in {len(missing)} parts in {out}{kept}")
     if errors:
