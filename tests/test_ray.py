@@ -58,7 +58,7 @@ def test_photos_and_shards_are_answered_in_parts_that_are_kept(cli: Cli, photos:
     ask = ("predict", "photos", "shard.tar", "bad.tar", "--labels", "smiling,riding a bike", "--ray", "--out", "out")
     first = cli(*ask)
     assert first.returncode == 1, first.stderr
-    # among Ray's, in any order
+    # Ray's too; in any order
     said = sorted(line for line in first.stderr.splitlines() if line.startswith("cliphar: "))
     assert len(said) == 3, first.stderr
     assert "bad.jpg" in said[1]
@@ -87,7 +87,7 @@ def test_photos_and_shards_are_answered_in_parts_that_are_kept(cli: Cli, photos:
 
 
 def test_the_job_of_the_cluster_file(clean_env: dict[str, str], photos: list[Path], tmp_path: Path) -> None:
-    """What deploy/ray.yaml runs, on others' cluster; but for the volume."""
+    """What deploy/ray.yaml runs, on others' cluster, but for the volume."""
     documents = yaml.safe_load_all((Path(__file__).parent.parent / "deploy" / "ray.yaml").read_text(encoding="utf-8"))
     (spec,) = (one["spec"] for one in documents if one["kind"] == "RayJob")
     assert spec["rayClusterSpec"]["rayVersion"] == version("ray")
@@ -95,7 +95,7 @@ def test_the_job_of_the_cluster_file(clean_env: dict[str, str], photos: list[Pat
     for photo in photos[:2]:
         shutil.copy(photo, tmp_path / "photos")
     port, token = free_port(), {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
-    place = tempfile.mkdtemp(prefix="ray")  # short, for sockets; no other test may find it
+    place = tempfile.mkdtemp(prefix="ray")  # short, for sockets; found by no other test
     own = {"RAY_TMPDIR": place, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0", "OMP_NUM_THREADS": "1"}
     env = clean_env | token | own | {"RAY_ADDRESS": f"127.0.0.1:{port}"}
     start = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}"]
