@@ -28,6 +28,7 @@ __all__ = ["AsyncClient", "Client"]
 Photo = bytes | str | PathLike[str]
 Photos = Iterable[Photo] | Photo
 Labels = Sequence[str] | str | None
+Rate = float | None
 Answer = Prediction | MediaError
 Embedding = NDArray[np.float32] | MediaError
 _Part = list[bytes | MediaError]
@@ -108,7 +109,7 @@ class _Calls(Generic[H]):
     def _checked(self, outcome: _Outcome) -> httpx.Response:
         if isinstance(outcome, httpx.RequestError):
             reason = f"no answer from {self.url}: {str(outcome) or type(outcome).__name__}"
-            raise ClipharError(f"{reason}; is 'cliphar serve' running?{self._proxy}") from outcome
+            raise ClipharError(f"{reason}; is 'cliphar serve' running?{self._way}") from outcome
         if outcome.is_success:
             return outcome
         if outcome.has_redirect_location:
@@ -141,11 +142,10 @@ class _Calls(Generic[H]):
         return model
 
     def _foreign(self, status: int = 200) -> ClipharError:
-        told = f"{self.url} answered {status}, but not as cliphar does; is the address right?"
-        return ClipharError(f"{told}{self._proxy}")
+        return ClipharError(f"{self.url} answered {status}, but not as cliphar does; is the address right?{self._way}")
 
     @property
-    def _proxy(self) -> str:
+    def _way(self) -> str:
         """That the environment puts a proxy before the service, which may be what does not answer."""
         scheme, found = self.url.partition(":")[0], getproxies()
         host = httpx.URL(self.url).host
@@ -199,9 +199,7 @@ class Client(_Calls[httpx.Client]):
                 if not outcome.is_success:
                     outcome.read()
             except httpx.InvalidURL as error:  # a clip's labels; httpx takes 64 KiB
-                raise UsageError(
-                    "the labels are too long for one request; give fewer, or a vocabulary's name"
-                ) from error
+                raise UsageError("labels are too long for one request; give fewer, or a vocabulary's name") from error
             except httpx.RequestError as error:
                 outcome = error
             if (pause := self._pause_s(method, path, outcome, tries, since)) is None:
@@ -236,13 +234,7 @@ class Client(_Calls[httpx.Client]):
         return [*self._answers(path, part, told)]
 
     def video(
-        self,
-        clip: Photo,
-        labels: Labels = None,
-        *,
-        coverage: float = 0.9,
-        multi_label: bool = False,
-        fps: float | None = None,
+        self, clip: Photo, labels: Labels = None, *, coverage: float = 0.9, multi_label: bool = False, fps: Rate = None
     ) -> Iterator[dict[str, Any]]:
         """A clip's lines while the service reads it: ``progress``, each ``segment``, at last the ``timeline``."""
         content = _read(clip)
@@ -391,8 +383,7 @@ def _read(photo: Photo) -> bytes:
 
 
 def _parts(photos: Photos) -> Iterator[_Part]:
-    part: _Part = []
-    size = 0
+    part, size = _Part(), 0
     for photo in several(photos):
         try:
             one: bytes | MediaError = _read(photo)
