@@ -268,6 +268,7 @@ def test_labels_that_look_like_a_mistake_are_told() -> None:
         ("list.csv", "file,class\na.jpg,sleeping\n", "neither labels nor captions; .* found file, class"),
         ("list.csv", "file,label\nabsent.jpg,sleeping\n", "do not exist"),
         ("list.csv", 'file,label\n"' + "x" * 150_000, "cannot read"),
+        ("list.csv", "file,label\na.jpg,running, fast\n", "row of a.jpg has more cells than the header"),
         ("list.jsonl", "{", "not JSON"),
         ("list.jsonl", "[" * 100_000, "not JSON"),
         ("list.txt", "x", "no data set"),
@@ -285,6 +286,22 @@ def test_a_sample_that_is_no_object_is_refused(tmp_path: Path) -> None:
         add(tar, "1.json", b"[1]")
     with pytest.raises(DataError, match=r"sample 1 of .* is malformed"):
         list(open_source(str(tmp_path / "a.tar")).read())
+
+
+def test_what_is_no_label_and_no_caption(folder: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    one = next(folder.rglob("*.jpg"))
+    columns = {
+        "image": datasets.Image(),
+        "label": datasets.ClassLabel(names=["run"]),
+        "caption": datasets.Value("string"),
+    }
+    rows = {"image": [str(one)] * 2, "label": [0, -1], "caption": [" ", "it runs"]}
+    datasets.Dataset.from_dict(rows, features=datasets.Features(columns)).save_to_disk(tmp_path / "saved")
+    found = [(photo.label, photo.captions) for photo in open_source(str(tmp_path / "saved")).read()]
+    assert found == [("run", ()), (None, ("it runs",))]
+    (tmp_path / "list.jsonl").write_text(json.dumps({"file": str(one), "label": float("nan"), "captions": ["", "so"]}))
+    assert [(p.label, p.captions) for p in open_source(str(tmp_path / "list.jsonl")).read()] == [(None, ("so",))]
 
 
 def test_an_archive_without_labels_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def _has_samples(path: Path) -> bool:
     """Whether a tar holds KEY.cls, KEY.txt or KEY.json beside KEY.jpg among its first files."""
     with open_tar(path, whole=False) as tar:
         names = [member.name for _, member in zip(range(16), tar, strict=False) if member.isfile()]
-    texts = {name.rpartition(".")[0] for name in names if PurePosixPath(name).suffix.removeprefix(".") in _TEXTS}
+    texts = {name.rpartition(".")[0] for name in names if PurePosixPath(name).suffix[1:].lower() in _TEXTS}
     return any(is_media(name) and name.rpartition(".")[0] in texts for name in names)
 
 
@@ -219,9 +219,9 @@ def _sample(key: str, fields: dict[str, bytes], shard: Path) -> Iterator[Photo]:
         if "json" in fields:
             about = dict(json.loads(fields["json"]))
         if "cls" in fields:
-            about["label"] = fields["cls"].decode().strip()
+            about["label"] = fields["cls"].decode("utf-8-sig").strip()
         if "txt" in fields:
-            about["captions"] = [line for line in fields["txt"].decode().splitlines() if line.strip()]
+            about["captions"] = [line for line in fields["txt"].decode("utf-8-sig").splitlines() if line.strip()]
     except (ValueError, TypeError, RecursionError) as error:
         raise DataError(f"sample {key} of {shard} is malformed: {error}") from error
     yield _from_row(about, f"{shard.name}/{key}.{suffix}", fields[suffix], f"sample {key} of {shard}")
@@ -231,7 +231,7 @@ def _from_row(row: dict[str, Any], key: str, content: bytes, where: str) -> Phot
     label, captions = row.get("label"), row.get("captions", row.get("caption")) or ()
     if isinstance(captions, str):
         captions = (captions,)
-    if isinstance(label, list | dict):
+    if isinstance(label, list | dict | bytes):
         raise DataError(f"{where}: its label is {type(label).__name__}, not a text or a number")
     if not isinstance(captions, list | tuple) or not all(isinstance(text, str) for text in captions):
         raise DataError(f"{where}: its captions are not texts")
@@ -241,8 +241,8 @@ def _from_row(row: dict[str, Any], key: str, content: bytes, where: str) -> Phot
     return Photo(
         key,
         content,
-        label=None if label is None else clean_label(str(label)) or None,
-        captions=tuple(captions),
+        label=None if label is None or label != label else clean_label(str(label)) or None,  # noqa: PLR0124, NaN
+        captions=tuple(text for text in captions if text.strip()),
         split=_SPLIT_NAMES[str(split).lower()] if split else None,
     )
 
@@ -256,6 +256,9 @@ def _manifest(path: Path, source: str) -> PhotoSource:
     if not rows or lacking is not None:
         where = path if lacking is None else f"row {lacking + 1} of {path}"
         raise DataError(f"{where} names no file; {expected}")
+    for name, row in zip(names, rows, strict=True):
+        if any(row.get("\0", ())):  # else a label is cut
+            raise DataError(f"{path}: the row of {name} has more cells than the header; quote what holds commas")
     if not any(row.get(key) not in (None, "") for row in rows for key in ("label", "captions", "caption")):
         raise DataError(f"{path} has neither labels nor captions; {expected}")
     files = [path.parent / str(name) for name in names]
@@ -290,7 +293,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
     if path.suffix.lower() == ".csv":
         between = max(",;\t", key=text.partition("\n")[0].count)  # a spreadsheet's depends on the country
         try:
-            yield from csv.DictReader(io.StringIO(text), delimiter=between)
+            yield from csv.DictReader(io.StringIO(text), delimiter=between, restkey="\0")
         except csv.Error as error:  # such as a quotation mark that nothing closes
             raise DataError(f"cannot read {path}: {error}") from error
         return
@@ -329,7 +332,9 @@ def _hub(name: str, source: str) -> PhotoSource:
                 cell, label = row[image[part]], row.get("label", row.get("labels"))
                 # a row may lack its photo
                 content = b"" if cell is None else cell["bytes"] or read_file(Path(cell["path"]))
-                about = row | {"label": names[label] if names and label is not None and label >= 0 else label}
+                if names and label is not None:  # -1 is none
+                    label = names[label] if label >= 0 else None
+                about = row | {"label": label}
                 about["split"] = part if len(parts) > 1 else row.get("split")
                 # a name with a suffix, so that a copy of it is known for a photo
                 suffix = {b"\x89PNG": "png", b"RIFF": "webp"}.get(content[:4], "jpg")
