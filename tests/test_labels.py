@@ -186,3 +186,7 @@ def test_what_is_unknown_is_shown_without_a_score() -> None:
 def test_letters_of_twice_the_width_have_room_in_a_plot() -> None:
     one = np.eye(1, dtype=np.int64)
     assert confusion_svg(["自転車"], one).replace("自転車", "a bike") == confusion_svg(["a bike"], one)
+
+
+def test_a_matrix_of_hundreds_of_labels_scrolls_and_is_not_shrunk_to_the_page() -> None:
+    assert "--least:3" in confusion_svg(["a"] * 400, np.eye(400, dtype=np.int64))

@@ -17,7 +17,8 @@ __all__ = ["confusion_svg", "reliability_svg"]
 def _svg(width: float, height: float, title: str, parts: Sequence[str]) -> str:
     return (
         f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(title)}" '
-        f'style="--wide:{width:g}px;max-width:var(--wide)">{"".join(parts)}</svg>'
+        f'style="--wide:{width:g}px;--least:{max(min(480, width), width - 640):g}px;max-width:var(--wide)">'
+        f"{''.join(parts)}</svg>"
     )
 
 

@@ -42,7 +42,7 @@ svg{width:100%;height:auto;font:12px system-ui,sans-serif;fill:var(--ink)}
 .wall{display:grid;grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr));gap:1rem}
 figure{margin:0;min-width:0}.wall img{width:100%;aspect-ratio:1;object-fit:cover;border-radius:6px}
 figcaption{font-size:.85rem;overflow-wrap:anywhere}figcaption b{color:var(--ink)}
-.scroll{overflow-x:auto}.scroll svg{min-width:min(30rem,var(--wide))}
+.scroll{overflow-x:auto}.scroll svg{min-width:var(--least)}
 """
 
 

@@ -43,7 +43,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
 _DRAWING_CSS = """
 .drawing { overflow-x: auto; color: var(--st-text-color); font-family: var(--st-font); }
 svg { width: 100%; height: auto; font-size: 12px; fill: currentColor; display: block; margin: 0 0 1rem; }
-.wide svg { min-width: min(30rem, var(--wide)); }
+.wide svg { min-width: var(--least); }
 .grid, .frame { stroke: color-mix(in srgb, currentColor 18%, transparent); fill: none; }
 .ideal { stroke: currentColor; opacity: .6; stroke-dasharray: 5 4; }
 .bar, .hit { fill: #12948c; }
