@@ -22,7 +22,6 @@ import pytest
 from PIL import Image
 
 from cliphar.bundle import find_bundle
-from cliphar.cli._eval import read_labelled
 from cliphar.data import (
     PhotoSet,
     assign_parts,
@@ -450,11 +449,3 @@ def test_labels_may_be_links_and_what_they_lead_to_must_be_there(folder: Path, t
         list_labelled(linked)
     (linked / "waving").unlink()
     assert len(list_labelled(linked)) == len(list(open_source(str(linked)).read())) == 6
-
-
-def test_what_eval_leaves_out_as_it_lies_too_deep_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("sit/a.jpg", "run/b.jpg", "run/2024/c.jpg", "run/2024/notes.txt"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    assert len(read_labelled(tmp_path, None)[0]) == 2
-    assert f"such as {tmp_path}/run/2024/c.jpg" in capsys.readouterr().err
