@@ -20,11 +20,13 @@ from onnxruntime.quantization import QuantType, quantize_dynamic  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from cliphar.bundle import BundleInfo, ImageSpec, write_bundle  # noqa: E402
+from cliphar.errors import UsageError  # noqa: E402
 from cliphar.export import export_teacher_graph, float_graph, teacher_tensors  # noqa: E402
 from cliphar.models import ClipTower  # noqa: E402
 from cliphar.training import SpaceRecipe  # noqa: E402
 from cliphar.training._adapt import adapt  # noqa: E402
 from cliphar.training._corpus import Corpus  # noqa: E402
+from cliphar.training._distill import _batches  # noqa: E402
 from cliphar.training._gradient import _start  # noqa: E402
 from cliphar.training._teacher import look as keep_tokens  # noqa: E402
 from cliphar.training._teacher import token_maps  # noqa: E402
@@ -254,3 +256,10 @@ def test_other_vectors_of_the_labels_are_another_start() -> None:
     assert start(before, "a", "new") == start(taught, "a", "new") != start(before, "b")
     assert start(before, "b") != start(taught, "b")
     assert isinstance(start(before), str)
+
+
+def test_fewer_photos_than_a_batch_are_told() -> None:
+    data: Any = SimpleNamespace(teacher=np.zeros((3, 8), np.float32))
+    recipe: Any = SimpleNamespace(batch_size=4)
+    with pytest.raises(UsageError, match="batch_size is 4, but there are 3 photos"):
+        next(_batches(data, 64, recipe, 0))

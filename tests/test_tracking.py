@@ -81,8 +81,10 @@ def test_two_that_make_the_store_at_once_are_both_kept(clean_env: dict[str, str]
         "name = sys.argv[1]; o(['mlflow'], name, Path(), print, Path(name)).close()"
     )
     env = {k: v for k, v in clean_env.items() if not k.startswith("MLFLOW")}
+    odd = tmp_path / "a?%41"
+    odd.mkdir()
     both = [
-        subprocess.Popen([sys.executable, "-c", code, name], cwd=tmp_path, env=env, stdout=subprocess.PIPE)
+        subprocess.Popen([sys.executable, "-c", code, name], cwd=odd, env=env, stdout=subprocess.PIPE)
         for name in ("one", "two")
     ]
     assert [process.communicate(timeout=180)[0] for process in both] == [b"", b""]
