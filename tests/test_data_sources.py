@@ -33,6 +33,7 @@ from cliphar.data import (
     open_source,
     photo_stats,
 )
+from cliphar.data._readers import _sample
 from cliphar.errors import DataError
 
 LABELS = ("riding_a bike", "sleeping")
@@ -286,22 +287,24 @@ def test_a_sample_that_is_no_object_is_refused(tmp_path: Path) -> None:
         add(tar, "1.json", b"[1]")
     with pytest.raises(DataError, match=r"sample 1 of .* is malformed"):
         list(open_source(str(tmp_path / "a.tar")).read())
+    with pytest.raises(DataError, match="no photo beside its label"):
+        list(_sample("1", {"cls": b"a"}, tmp_path))
 
 
 def test_what_is_no_label_and_no_caption(folder: Path, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    one = next(folder.rglob("*.jpg"))
-    columns = {
-        "image": datasets.Image(),
-        "label": datasets.ClassLabel(names=["run"]),
-        "caption": datasets.Value("string"),
-    }
-    rows = {"image": [str(one)] * 2, "label": [0, -1], "caption": [" ", "it runs"]}
-    datasets.Dataset.from_dict(rows, features=datasets.Features(columns)).save_to_disk(tmp_path / "saved")
-    found = [(photo.label, photo.captions) for photo in open_source(str(tmp_path / "saved")).read()]
-    assert found == [("run", ()), (None, ("it runs",))]
-    (tmp_path / "list.jsonl").write_text(json.dumps({"file": str(one), "label": float("nan"), "captions": ["", "so"]}))
-    assert [(p.label, p.captions) for p in open_source(str(tmp_path / "list.jsonl")).read()] == [(None, ("so",))]
+    one = str(next(folder.rglob("*.jpg")))
+
+    def found(name: str) -> Any:
+        return [(photo.label, photo.captions) for photo in open_source(str(tmp_path / name)).read()]
+
+    of: Any = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["run"])}
+    of["caption"] = datasets.Value("string")
+    rows = {"image": [one] * 2, "label": [0, -1], "caption": [" ", "it"]}
+    datasets.Dataset.from_dict(rows, datasets.Features(of)).save_to_disk(tmp_path / "saved")
+    assert found("saved") == [("run", ()), (None, ("it",))]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"file": one, "label": float("nan"), "captions": ["", "so"]}))
+    assert found("a.jsonl") == [(None, ("so",))]
 
 
 def test_an_archive_without_labels_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -147,9 +147,8 @@ def _has_samples(path: Path) -> bool:
 
 def _tar(path: Path, source: str) -> PhotoSource:
     with open_tar(path) as tar:
-        captioned = any(PurePosixPath(name).name == "captions.jsonl" for name in tar.getnames())
-    if captioned:
-        return PhotoSource(source, "captioned", _fingerprint([path]), lambda: iter(read_captioned(path)))
+        if any(PurePosixPath(name).name == "captions.jsonl" for name in tar.getnames()):
+            return PhotoSource(source, "captioned", _fingerprint([path]), lambda: iter(read_captioned(path)))
 
     def read() -> Iterator[Photo]:
         for name, content in tar_files(path, is_media):
@@ -181,10 +180,9 @@ def _expand_braces(pattern: str) -> list[Path]:
     if found is None:
         return [Path(pattern)]
     first, last = found.groups()
-    numbers = range(int(first), int(last) + 1)
     return [
         path
-        for number in numbers
+        for number in range(int(first), int(last) + 1)
         for path in _expand_braces(f"{pattern[: found.start()]}{number:0{len(first)}d}{pattern[found.end() :]}")
     ]
 
@@ -212,7 +210,10 @@ def _shards(paths: list[Path], source: str) -> PhotoSource:
 
 def _sample(key: str, fields: dict[str, bytes], shard: Path) -> Iterator[Photo]:
     suffix = next((suffix for suffix in fields if is_media("x." + suffix)), None)
+    where = f"sample {key} of {shard}"
     if suffix is None:
+        if "cls" in fields:
+            raise DataError(f"{where} has no photo beside its label; pack by tar --sort=name")
         return
     about: dict[str, Any] = {}
     try:
@@ -223,8 +224,8 @@ def _sample(key: str, fields: dict[str, bytes], shard: Path) -> Iterator[Photo]:
         if "txt" in fields:
             about["captions"] = [line for line in fields["txt"].decode("utf-8-sig").splitlines() if line.strip()]
     except (ValueError, TypeError, RecursionError) as error:
-        raise DataError(f"sample {key} of {shard} is malformed: {error}") from error
-    yield _from_row(about, f"{shard.name}/{key}.{suffix}", fields[suffix], f"sample {key} of {shard}")
+        raise DataError(f"{where} is malformed: {error}") from error
+    yield _from_row(about, f"{shard.name}/{key}.{suffix}", fields[suffix], where)
 
 
 def _from_row(row: dict[str, Any], key: str, content: bytes, where: str) -> Photo:
@@ -235,15 +236,15 @@ def _from_row(row: dict[str, Any], key: str, content: bytes, where: str) -> Phot
         raise DataError(f"{where}: its label is {type(label).__name__}, not a text or a number")
     if not isinstance(captions, list | tuple) or not all(isinstance(text, str) for text in captions):
         raise DataError(f"{where}: its captions are not texts")
-    split = row.get("split") or None
-    if split is not None and str(split).lower() not in _SPLIT_NAMES:
+    split = str(row.get("split") or "").strip().lower()
+    if split and split not in _SPLIT_NAMES:
         raise DataError(f"{where}: split {split!r} is none of train, val and test")
     return Photo(
         key,
         content,
         label=None if label is None or label != label else clean_label(str(label)) or None,  # noqa: PLR0124, NaN
         captions=tuple(text for text in captions if text.strip()),
-        split=_SPLIT_NAMES[str(split).lower()] if split else None,
+        split=_SPLIT_NAMES.get(split),
     )
 
 
@@ -322,7 +323,7 @@ def _hub(name: str, source: str) -> PhotoSource:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DataError(f"cannot load {source}: {reason}; connect to the network or give a local copy") from error
     parts = dict(found) if isinstance(found, dict) else {None: found}
-    image = {part: _column(data, ("image", "img", "photo"), source) for part, data in parts.items()}
+    image = {part: _column(data, source) for part, data in parts.items()}
 
     def read() -> Iterator[Photo]:
         for part, data in parts.items():
@@ -344,8 +345,8 @@ def _hub(name: str, source: str) -> PhotoSource:
     return PhotoSource(source, "hub", hashlib.sha256(prints.encode()).hexdigest(), read)
 
 
-def _column(data: Any, names: tuple[str, ...], source: str) -> str:
-    for name in names:
+def _column(data: Any, source: str) -> str:
+    for name in ("image", "img", "photo"):
         if name in data.features:
             return name
-    raise DataError(f"{source} has no column {names[0]}; it has {', '.join(data.features)}")
+    raise DataError(f"{source} has no column image; it has {', '.join(data.features)}")
