@@ -92,8 +92,10 @@ def _only(output: Path) -> Iterator[None]:
     if not sys.platform.startswith("linux"):  # which alone has names that vanish with their process, however it ends
         yield
         return
+    root = Path("/").stat()  # containers on the host's network share such names, and not their files
+    place = f"{root.st_dev} {root.st_ino} {output.resolve()}".encode(errors="surrogateescape")
     # one for each of torchrun's processes: all fail alike, and none waits for the first
-    name = f"{hashlib.sha256(os.fsencode(output.resolve())).hexdigest()}-{os.environ.get('RANK', '0')}"
+    name = f"{hashlib.sha256(place).hexdigest()}-{os.environ.get('RANK', '0')}"
     with socket.socket(socket.AF_UNIX) as held:
         try:
             held.bind(f"\0cliphar-train-{name}")
