@@ -255,9 +255,9 @@ def test_clips_become_frames(tmp_path: Path) -> None:
 
 def test_labels_that_look_like_a_mistake_are_told() -> None:
     assert doubtful_labels(["running", "sleeping", "2 people"]) == []
-    alike, numbers = doubtful_labels(["running", "Running", "0", "17"])
+    alike, numbers = doubtful_labels(["running", "Running", "0", "17", "1.0"])
     assert alike.endswith(": Running, running")
-    assert ": 0, 17; " in numbers
+    assert ": 0, 1.0, 17; " in numbers
 
 
 @pytest.mark.parametrize(
@@ -295,16 +295,16 @@ def test_what_is_no_label_and_no_caption(folder: Path, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     one = str(next(folder.rglob("*.jpg")))
 
-    def found(name: str) -> Any:
+    def got(name: str) -> Any:
         return [(photo.label, photo.captions) for photo in open_source(str(tmp_path / name)).read()]
 
     of: Any = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["run"])}
     of["caption"] = datasets.Value("string")
     rows = {"image": [one] * 2, "label": [0, -1], "caption": [" ", "it"]}
     datasets.Dataset.from_dict(rows, datasets.Features(of)).save_to_disk(tmp_path / "saved")
-    assert found("saved") == [("run", ()), (None, ("it",))]
+    assert got("saved") == [("run", ()), (None, ("it",))]
     (tmp_path / "a.jsonl").write_text(json.dumps({"file": one, "label": float("nan"), "captions": ["", "so"]}))
-    assert found("a.jsonl") == [(None, ("so",))]
+    assert got("a.jsonl") == [(None, ("so",))]
 
 
 def test_an_archive_without_labels_is_refused(folder: Path, tmp_path: Path) -> None:

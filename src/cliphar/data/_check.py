@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ def doubtful_labels(labels: Iterable[str]) -> list[str]:
     for label in sorted(labels):
         alike[label.casefold()].append(label)
     doubts = [f"labels that differ in capitals only: {', '.join(its)}" for its in alike.values() if len(its) > 1]
-    numbers = [label for label in alike if label.isdecimal()]
+    numbers = [label for label in alike if re.fullmatch(r"-?\d+([.]\d+)?", label)]
     if numbers:
         doubts.append(f"labels that are numbers: {', '.join(numbers[:5])}; a model starts from words, so name them")
     return doubts
