@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import socket
@@ -100,7 +101,8 @@ def _only(output: Path) -> Iterator[None]:
         try:
             held.bind(f"\0cliphar-train-{name}")
         except OSError as error:
-            raise UsageError(f"another training is at {output}; stop it, or choose another output") from error
+            if error.errno == errno.EADDRINUSE:  # not a sandbox without such names
+                raise UsageError(f"another training is at {output}; stop it, or choose another output") from error
         yield
 
 
