@@ -304,49 +304,41 @@ def write_bundle(
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """One process at a time, so that of two that add to a bundle in ``folder`` neither loses what the other adds."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
+    with _locked(folder, wait=True):
         yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 @contextmanager
 def workplace(target: Path) -> Iterator[Path]:
     """A hidden directory beside ``target`` to build it in; it vanishes, and so do those that killed processes left."""
     for left in target.parent.glob(f".{target.name}.*"):
-        with suppress(OSError):  # in use, or a file system without locks
-            handle = os.open(left, os.O_RDONLY)
-            try:
-                if _lock(handle) and time.time() - left.stat().st_mtime > _NEW_S:
-                    shutil.rmtree(left, ignore_errors=True)
-            finally:
-                os.close(handle)
+        with suppress(OSError), _locked(left, wait=False) as free:  # gone by now
+            if free and time.time() - left.stat().st_mtime > _NEW_S:
+                shutil.rmtree(left, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    handle = os.open(work, os.O_RDONLY)
     try:
-        with suppress(OSError):
-            _lock(handle)
-        yield work
+        with _locked(work, wait=False):
+            yield work
     finally:
-        os.close(handle)
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _lock(handle: int) -> bool:
+@contextmanager
+def _locked(folder: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold a directory; False where another process has it and this one does not ``wait``, or there are no locks."""
     try:
         import fcntl
     except ImportError:  # Windows
-        return False
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return True
+        yield False
+        return
+    handle, held = os.open(folder, os.O_RDONLY), False
+    try:
+        with suppress(OSError):  # in use, or a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
+        yield held
+    finally:
+        os.close(handle)
 
 
 @contextmanager
