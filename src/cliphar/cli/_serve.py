@@ -14,6 +14,7 @@ import typer
 
 from cliphar.cli._options import Drain, Host, Model, Provider, RootPath, Runtime, Threads
 from cliphar.errors import UsageError
+from cliphar.labels import MAX_LABELS
 
 __all__ = ["serve"]
 
@@ -68,7 +69,7 @@ def serve(
         int, typer.Option(envvar="CLIPHAR_MAX_PIXELS", min=1, help="Largest photo, in pixels.")
     ] = 50_000_000,
     max_labels: Annotated[
-        int, typer.Option(envvar="CLIPHAR_MAX_LABELS", min=1, max=1000, help="Labels allowed per request.")
+        int, typer.Option(envvar="CLIPHAR_MAX_LABELS", min=1, max=MAX_LABELS, help="Labels allowed per request.")
     ] = 500,
     api_keys: Annotated[
         Path | None, typer.Option(envvar="CLIPHAR_API_KEYS", help="Require keys: a file of 'NAME SHA256' lines.")
