@@ -102,10 +102,10 @@ def evaluate(
 def read_labelled(data: Path, labels: tuple[str, ...] | None) -> tuple[_Listed, tuple[str, ...]]:
     """The photos and clips with their labels, and the labels to choose from."""
     from cliphar.data import list_labelled
-    from cliphar.media import files_in, is_clip_name, is_image_name
+    from cliphar.media import files_in, is_media
 
     listed = list_labelled(data)
-    inside = (file for file in files_in(data) if is_image_name(file.name) or is_clip_name(file.name))
+    inside = (file for file in files_in(data) if is_media(file.name))
     if deeper := [file for file in inside if len(file.relative_to(data).parts) > 2]:
         tell(f"{len(deeper)} files in {data} lie deeper than LABEL/PHOTO and are left out, such as {deeper[0]}")
     chosen = labels or tuple(sorted({label for _, label in listed}))

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cliphar.data._cache import PhotoSet
-from cliphar.data._readers import SPLITS, PhotoSource, is_media
+from cliphar.data._readers import SPLITS, PhotoSource
 from cliphar.errors import DataError, naming
-from cliphar.media import is_hidden
+from cliphar.media import is_hidden, is_media
 
 __all__ = ["copy_parts"]
 

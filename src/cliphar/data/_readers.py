@@ -30,9 +30,9 @@ from typing import Any
 from cliphar.data._sources import Photo, is_file, open_tar, read_captioned, read_file, tar_files
 from cliphar.errors import DataError, UsageError
 from cliphar.labels import clean_label
-from cliphar.media import files_in, is_clip_name, is_hidden, is_image_name
+from cliphar.media import files_in, is_hidden, is_media
 
-__all__ = ["SPLITS", "PhotoSource", "is_media", "open_source"]
+__all__ = ["SPLITS", "PhotoSource", "open_source"]
 
 SPLITS = ("train", "val", "test")
 _SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
@@ -93,11 +93,6 @@ def _fingerprint(files: Iterable[Path]) -> str:
         # a name may be no UTF-8
         digest.update(f"{file.absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
-
-
-def is_media(name: str) -> bool:
-    """Whether a file's name is that of a photo or a clip, and not hidden."""
-    return (is_image_name(name) or is_clip_name(name)) and not is_hidden(name)
 
 
 def _labelled(name: str, content: bytes) -> Photo | None:

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from cliphar.errors import DataError
 from cliphar.labels import clean_label
-from cliphar.media import files_in, is_hidden, is_image_name, is_video_name
+from cliphar.media import files_in, is_hidden, is_image_name, is_media
 
 __all__ = [
     "Photo",
@@ -193,7 +193,7 @@ def list_labelled(path: Path) -> list[tuple[Path, str]]:
         for folder in inside
         if folder.is_dir()
         for file in sorted(folder.iterdir())
-        if (is_image_name(file.name) or is_video_name(file.name)) and not is_hidden(file.name) and not file.is_dir()
+        if is_media(file.name) and not file.is_dir()
     ]
     if not found:
         part = f"; of parts give one: {path / 'test'}" if (path / "test").is_dir() else ""  # as 'data split' makes

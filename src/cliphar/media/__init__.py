@@ -9,6 +9,7 @@ from cliphar.media._images import (
     decode_image,
     is_clip_name,
     is_image_name,
+    is_media,
     several,
     to_square,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "is_clip_name",
     "is_hidden",
     "is_image_name",
+    "is_media",
     "is_video_name",
     "several",
     "to_square",

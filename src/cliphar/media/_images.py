@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from cliphar.errors import MediaError
+from cliphar.media._folders import is_hidden
 from cliphar.media._video import is_video_name
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "decode_image",
     "is_clip_name",
     "is_image_name",
+    "is_media",
     "several",
     "to_square",
 ]
@@ -59,6 +61,11 @@ def is_image_name(name: str) -> bool:
 def is_clip_name(name: str) -> bool:
     """Whether a file's name has the suffix of a video, and not of an image (a GIF is a photo here)."""
     return is_video_name(name) and not is_image_name(name)
+
+
+def is_media(name: str) -> bool:
+    """Whether a file's name is that of a photo or a clip, and not hidden."""
+    return (is_image_name(name) or is_clip_name(name)) and not is_hidden(name)
 
 
 def several(images: Any) -> Iterable[Any]:
