@@ -40,6 +40,8 @@ __all__ = [
     "stop_on_signals",
 ]
 
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 class Stopped(ClipharError):  # noqa: N818 - not an error
     """A signal asked the run to stop; it has written its checkpoint. ``status`` is the process's exit status."""
@@ -216,94 +218,145 @@ def fit(
         Stopped: a signal came; the checkpoint is written.
         UsageError: a checkpoint is there and was not asked for, or is of another run.
     """
-    around, ranks, steps = run.around, run.around.ranks, recipe.epochs * len(batches)
     if not isinstance(objective, nn.Module):
         raise TypeError("an objective is a module")
     objective.to(run.device)
-    objective.gather = ranks.gather
-    module, held = ranks.wrap(objective)
-    if recipe.compile:
-        module.compile()
-    trained = [p for p in held.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(_groups(trained, recipe.weight_decay), run.lr)
-    scaler = torch.amp.GradScaler(run.device.type, enabled=recipe.precision == "fp16")
-    average = _Average(trained, recipe.ema)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision]
-    state = _State()
-    _resume(state, run, held, optimizer, average, scaler)
+    objective.gather = run.around.ranks.gather
+    loop = _Loop(objective, batches, recipe, run)
+    while loop.state.epoch < recipe.epochs and not loop.state.ended:
+        loop.train_epoch()
+        loop.end_epoch(validate)
+    made = loop.state.step - loop.at_start
+    if loop.skipped * 10 > made:
+        run.around.log(
+            f"fp16 left out {loop.skipped} of {made} steps, as gradients overflowed; train for longer, or by bf16"
+        )
+    run.around.ranks.load_weights(objective, loop.state.best)
+    return loop.state.measured
 
-    def save() -> None:
-        content = state.to_dict() | {
-            "identity": run.identity,
-            "start": run.start,
-            "model": ranks.weights(held),
-            "optimizer": ranks.optimizer_state(held, optimizer),
-            "scaler": scaler.state_dict(),
-        }
-        with average.in_place():
-            content["average"] = ranks.weights(held)
-        if ranks.rank == 0:
-            save_checkpoint(run.checkpoint, content)
 
-    saved, started, at_start, skipped = time.monotonic(), time.monotonic(), state.step, 0
-    while state.epoch < recipe.epochs and not state.ended:
-        first = state.step - state.epoch * len(batches)
-        for batch in batches.epoch(state.epoch, first):
-            factor = _rate(state.step, steps, recipe.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = run.lr * factor
-            torch.manual_seed(((run.seed << 40) + (state.step << 12) + ranks.rank) % 2**63)
-            parts: dict[str, float] = {}
-            for part in batch.to(run.device).split(recipe.accumulate):
-                with _compiling(), torch.autocast(run.device.type, dtype, enabled=recipe.precision != "fp32"):
-                    losses = module(part)
-                scaler.scale(losses["loss"] / recipe.accumulate).backward()
-                for name, value in losses.items():
-                    parts[name] = parts.get(name, 0.0) + float(value.detach()) / recipe.accumulate
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(trained, recipe.clip_norm)
-            scaler.step(optimizer)
-            scale = scaler.get_scale()
-            scaler.update()
-            skipped += scaler.get_scale() < scale
-            optimizer.zero_grad(set_to_none=True)
-            state.step += 1
-            average.follow(state.step)
-            parts = {name: ranks.mean(value) for name, value in parts.items()}
-            if not math.isfinite(parts["loss"]) and recipe.precision != "fp16":
-                raise UsageError(f"the loss is {parts['loss']} at step {state.step}; lower train.lr ({run.lr:g})")
-            state.loss_sum += parts["loss"]
-            speed = (state.step - at_start) * recipe.batch_size / (time.monotonic() - started)
-            around.on_step(
-                StepReport(
-                    state.step, steps, state.epoch, parts["loss"], run.lr * factor, speed, recipe.batch_size / speed
-                )
-            )
-            rate_now = {"lr": run.lr * factor, "photos_per_s": speed}
-            around.tracker.log_metrics({f"train/{k}": v for k, v in (parts | rate_now).items()}, state.step)
-            stop = ranks.any(around.stop[0])
-            if stop or ranks.any(int(time.monotonic() - saved > 60 * recipe.checkpoint_minutes)):
-                save()
-                saved = time.monotonic()
+class _Loop:
+    """What is trained, what trains it, and how far it is; ``held`` has the parameters, ``module`` is called."""
+
+    def __init__(self, objective: nn.Module, batches: Batches, recipe: LoopRecipe, run: Run) -> None:
+        self.objective, self.batches, self.recipe, self.run = objective, batches, recipe, run
+        self.around, self.ranks, self.steps = run.around, run.around.ranks, recipe.epochs * len(batches)
+        self.module, self.held = self.ranks.wrap(objective)
+        if recipe.compile:
+            self.module.compile()
+        self.trained = [p for p in self.held.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(_groups(self.trained, recipe.weight_decay), run.lr)
+        self.scaler = torch.amp.GradScaler(run.device.type, enabled=recipe.precision == "fp16")
+        self.average = _Average(self.trained, recipe.ema)
+        self.state = _State()
+        self.resume()
+        self.saved = self.started = time.monotonic()
+        self.at_start, self.skipped = self.state.step, 0
+
+    def train_epoch(self) -> None:
+        """The epoch's steps, from where it was left; Stopped, with a checkpoint, if a signal came."""
+        state, ranks = self.state, self.ranks
+        for batch in self.batches.epoch(state.epoch, state.step - state.epoch * len(self.batches)):
+            lr = self.run.lr * _rate(state.step, self.steps, self.recipe.warmup)
+            losses = self.train_step(batch, lr)
+            if not math.isfinite(losses["loss"]) and self.recipe.precision != "fp16":
+                raise UsageError(f"the loss is {losses['loss']} at step {state.step}; lower train.lr ({self.run.lr:g})")
+            state.loss_sum += losses["loss"]
+            self.report(losses, lr)
+            stop = ranks.any(self.around.stop[0])
+            if stop or ranks.any(int(time.monotonic() - self.saved > 60 * self.recipe.checkpoint_minutes)):
+                self.save()
             if stop:
-                raise Stopped(f"stopped at step {state.step} of {steps}; give --resume to go on", 128 + stop)
-        with average.in_place():
-            if held is not objective:
-                ranks.load_weights(objective, ranks.weights(held))
+                raise Stopped(f"stopped at step {state.step} of {self.steps}; give --resume to go on", 128 + stop)
+
+    def train_step(self, batch: Batch, lr: float) -> dict[str, float]:
+        """One step of the optimiser; the losses are means over the batch of all processes."""
+        recipe, state, scaler, device = self.recipe, self.state, self.scaler, self.run.device
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        torch.manual_seed(((self.run.seed << 40) + (state.step << 12) + self.ranks.rank) % 2**63)
+        losses: dict[str, float] = {}
+        for part in batch.to(device).split(recipe.accumulate):
+            with _compiling(), torch.autocast(device.type, _DTYPES[recipe.precision], recipe.precision != "fp32"):
+                found = self.module(part)
+            scaler.scale(found["loss"] / recipe.accumulate).backward()
+            for name, value in found.items():
+                losses[name] = losses.get(name, 0.0) + float(value.detach()) / recipe.accumulate
+        scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.trained, recipe.clip_norm)
+        scaler.step(self.optimizer)
+        scale = scaler.get_scale()
+        scaler.update()
+        self.skipped += scaler.get_scale() < scale
+        self.optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        self.average.follow(state.step)
+        return {name: self.ranks.mean(value) for name, value in losses.items()}
+
+    def report(self, losses: dict[str, float], lr: float) -> None:
+        state, batch_size = self.state, self.recipe.batch_size
+        speed = (state.step - self.at_start) * batch_size / (time.monotonic() - self.started)
+        self.around.on_step(
+            StepReport(state.step, self.steps, state.epoch, losses["loss"], lr, speed, batch_size / speed)
+        )
+        metrics = losses | {"lr": lr, "photos_per_s": speed}
+        self.around.tracker.log_metrics({f"train/{name}": value for name, value in metrics.items()}, state.step)
+
+    def end_epoch(self, validate: Callable[[], dict[str, float]]) -> None:
+        """Measure the moving average, keep it if it is the best, and write a checkpoint."""
+        state, ranks = self.state, self.ranks
+        with self.average.in_place():
+            if self.held is not self.objective:
+                ranks.load_weights(self.objective, ranks.weights(self.held))
             measured = {name: ranks.mean(value) for name, value in validate().items()}
-            state.compare(measured, recipe.patience, lambda: ranks.weights(held))
+            state.epoch += 1
+            if not state.measured or measured["score"] > state.measured["score"]:
+                state.measured, state.best, state.without_gain = measured, ranks.weights(self.held), 0
+            else:
+                state.without_gain += 1
+                state.ended = bool(self.recipe.patience) and state.without_gain >= self.recipe.patience
         notes = " ".join(f"{name} {value:.4f}" for name, value in measured.items())
-        line = f"epoch {state.epoch}/{recipe.epochs}: loss {state.loss_sum / len(batches):.4f} {notes}"
-        around.tracker.log_metrics({f"val/{name}": value for name, value in measured.items()}, state.step)
+        loss = state.loss_sum / len(self.batches)
+        self.around.tracker.log_metrics({f"val/{name}": value for name, value in measured.items()}, state.step)
         state.loss_sum = 0.0
-        save()
-        saved = time.monotonic()
-        around.log(line)  # now, for a terminal that is closed takes no line
-    made = state.step - at_start
-    if skipped * 10 > made:
-        around.log(f"fp16 left out {skipped} of {made} steps, as gradients overflowed; train for longer, or by bf16")
-    ranks.load_weights(objective, state.best)
-    return state.measured
+        self.save()
+        # now, for a terminal that is closed takes no line
+        self.around.log(f"epoch {state.epoch}/{self.recipe.epochs}: loss {loss:.4f} {notes}")
+
+    def save(self) -> None:
+        content = vars(self.state) | {
+            "identity": self.run.identity,
+            "start": self.run.start,
+            "model": self.ranks.weights(self.held),
+            "optimizer": self.ranks.optimizer_state(self.held, self.optimizer),
+            "scaler": self.scaler.state_dict(),
+        }
+        with self.average.in_place():
+            content["average"] = self.ranks.weights(self.held)
+        if self.ranks.rank == 0:
+            save_checkpoint(self.run.checkpoint, content)
+        self.saved = time.monotonic()
+
+    def resume(self) -> None:
+        """Take up the checkpoint, if there is one."""
+        run, around, ranks = self.run, self.around, self.ranks
+        refuse_unasked(run.checkpoint, around.resume)
+        kept = load_checkpoint(run.checkpoint)
+        if kept is None:
+            if around.resume:
+                around.log("nothing to resume; starting from the beginning")
+            return
+        if (kept["identity"], kept.get("start", run.start)) != (run.identity, run.start):
+            raise UsageError(f"{run.checkpoint} is of another recipe, model or data; remove it to start anew")
+        for name in vars(self.state):
+            setattr(self.state, name, kept[name])
+        ranks.load_optimizer(self.held, self.optimizer, kept["optimizer"])
+        self.scaler.load_state_dict(kept["scaler"])
+        if self.average.keep:
+            ranks.load_weights(self.held, kept["average"])
+            self.average.values = [parameter.detach().clone() for parameter in self.average.parameters]
+        ranks.load_weights(self.held, kept["model"])
+        around.log(f"resumed after step {self.state.step}")
 
 
 @dataclass
@@ -318,17 +371,6 @@ class _State:
     measured: dict[str, float] = field(default_factory=dict)
     best: dict[str, Any] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-    def compare(self, measured: dict[str, float], patience: int, weights: Callable[[], dict[str, Any]]) -> None:
-        self.epoch += 1
-        if not self.measured or measured["score"] > self.measured["score"]:
-            self.measured, self.best, self.without_gain = measured, weights(), 0
-        else:
-            self.without_gain += 1
-            self.ended = bool(patience) and self.without_gain >= patience
-
 
 def _groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """Biases and gains do not decay."""
@@ -342,31 +384,3 @@ def refuse_unasked(checkpoint: Path, resume: bool) -> None:
         raise UsageError(
             f"a run was stopped before its end: {checkpoint}; give --resume to go on with it, or remove that file"
         )
-
-
-def _resume(
-    state: _State,
-    run: Run,
-    objective: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    average: _Average,
-    scaler: torch.amp.GradScaler,
-) -> None:
-    around = run.around
-    refuse_unasked(run.checkpoint, around.resume)
-    kept = load_checkpoint(run.checkpoint)
-    if kept is None:
-        if around.resume:
-            around.log("nothing to resume; starting from the beginning")
-        return
-    if (kept["identity"], kept.get("start", run.start)) != (run.identity, run.start):
-        raise UsageError(f"{run.checkpoint} is of another recipe, model or data; remove it to start anew")
-    for name in vars(state):
-        setattr(state, name, kept[name])
-    around.ranks.load_optimizer(objective, optimizer, kept["optimizer"])
-    scaler.load_state_dict(kept["scaler"])
-    if average.keep:
-        around.ranks.load_weights(objective, kept["average"])
-        average.values = [parameter.detach().clone() for parameter in average.parameters]
-    around.ranks.load_weights(objective, kept["model"])
-    around.log(f"resumed after step {state.step}")
