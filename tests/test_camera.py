@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -52,14 +52,12 @@ def http_camera(port: int, *pictures: bytes) -> Iterator[None]:
             self.send_response(200)
             self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
             self.end_headers()
-            try:
+            with suppress(OSError):
                 for picture in itertools.cycle(pictures):
                     if gone.wait(0.05):
                         break
                     head = f"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {len(picture)}\r\n\r\n"
                     self.wfile.write(head.encode() + picture + b"\r\n")
-            except OSError:
-                pass
 
         def log_message(self, *_words: object) -> None:
             pass
@@ -185,7 +183,7 @@ def transport_stream(colour: tuple[int, int, int]) -> bytes:
     with av.open(buffer, "w", format="mpegts") as out:
         stream = out.add_stream("mpeg4", rate=10)
         stream.width, stream.height, stream.pix_fmt = 160, 120, "yuv420p"
-        stream.codec_context.gop_size = 5
+        stream.codec_context.gop_size = 50
         for k in range(600):
             frame = av.VideoFrame.from_ndarray(np.full((120, 160, 3), colour, np.uint8), format="rgb24")
             frame.pts, frame.time_base = k, Fraction(1, 10)
@@ -215,19 +213,16 @@ class _Rtsp(socketserver.StreamRequestHandler):
                 extra = "Transport: RTP/AVP/TCP;unicast;interleaved=0-1\r\nSession: 1\r\n"
             self.wfile.write(f"RTSP/1.0 200 OK\r\nCSeq: {number}\r\n{extra}\r\n{body}".encode())
             if method == "PLAY":
-                self.play()
+                with suppress(OSError):
+                    self.play()
                 return
 
     def play(self) -> None:
         size = 7 * 188
         for number, at in enumerate(range(0, len(self.content), size)):
-            part = self.content[at : at + size]
             head = b"\x80\x21" + number.to_bytes(2, "big") + (number * 900).to_bytes(4, "big") + b"\0\0\0\1"
-            packet = head + part
-            try:
-                self.wfile.write(b"$\0" + len(packet).to_bytes(2, "big") + packet)
-            except OSError:
-                return
+            packet = head + self.content[at : at + size]
+            self.wfile.write(b"$\0" + len(packet).to_bytes(2, "big") + packet)
             time.sleep(0.005)
 
 
@@ -265,13 +260,14 @@ def test_a_ctrl_c_at_any_moment_leaves_it_closable() -> None:
 
 
 def test_rtsp() -> None:
-    handler = type("Handler", (_Rtsp,), {"content": transport_stream(BLUE)})
+    content = transport_stream(BLUE)[188 * 40 :]  # joined within a picture group
+    handler = type("Handler", (_Rtsp,), {"content": content})
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler) as server:
         server.daemon_threads = True
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             with Camera(f"rtsp://127.0.0.1:{server.server_address[1]}/live") as camera:
-                assert colour_of(camera, 2)
+                assert colour_of(camera, 2, limit_s=0)
         finally:
             server.shutdown()
 

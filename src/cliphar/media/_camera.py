@@ -25,7 +25,6 @@ _DEVICE = re.compile(r"camera:(\d+)|(/dev/video\d+)")
 _PROTOCOLS = "crypto,hls,http,httpproxy,https,rtmp,rtmps,rtp,rtsp,rtsps,srt,srtp,tcp,tls,udp"  # no files of ours
 _SILENCE_S = 10.0  # a camera that sends nothing for so long is lost
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 1.0, 30.0
-_BAD_PACKETS = 100  # in a row: it is not a matter of a lost packet any more
 
 
 def is_camera(name: str) -> bool:
@@ -104,22 +103,26 @@ class Camera:
         """Take frames until the camera is lost, or this one is closed; why."""
         import av
 
-        bad = 0
         aspect = pixel_aspect(stream)
+        began = decoded = time.monotonic()
+        # what comes before the first key frame is grey; H.264's decoder waits for that, and needs none to start from
+        whole = stream.codec_context.name == "h264"
         try:
             for packet in container.demux(stream):
                 try:
                     frames = packet.decode()
-                except av.error.InvalidDataError:  # what a lost packet leaves behind
-                    bad += 1
-                    if bad >= _BAD_PACKETS:
+                except av.error.InvalidDataError:  # what a lost packet leaves behind, or before the first key frame
+                    if time.monotonic() > decoded + _SILENCE_S:
                         return "what it sends cannot be decoded"
                     continue
                 for frame in frames:
-                    bad = 0
+                    decoded = time.monotonic()
+                    whole = whole or frame.key_frame or decoded > began + _SILENCE_S
+                    if not whole:
+                        continue
                     with suppress(queue.Empty):
                         self._newest.get_nowait()
-                    self._newest.put((time.monotonic(), Frame(frame, aspect)))
+                    self._newest.put((decoded, Frame(frame, aspect)))
                 if self._closed.is_set():
                     return "closed"
         except av.error.FFmpegError as error:
