@@ -72,10 +72,10 @@ def gradients_agree(ranks: Any) -> float:
     targets = torch.tensor([0, 1, 2, 0, 1, 2, -1, 1])
     texts = torch.tensor([0, 5, 10, 1, 6, 11, 3, 5])
     whole, part = make(), make()
-    whole(Batch(images, targets, texts))["contrastive"].backward()
+    whole(Batch(images, targets, texts, torch.ones(8)))["contrastive"].backward()
     mine = slice(ranks.rank * 4, ranks.rank * 4 + 4)
     part.gather = ranks.gather
-    part(Batch(images[mine], targets[mine], texts[mine]))["contrastive"].backward()
+    part(Batch(images[mine], targets[mine], texts[mine], torch.ones(4)))["contrastive"].backward()
     worst = 0.0
     for one, other in zip(whole.parameters(), part.parameters(), strict=True):
         if one.grad is not None and other.grad is not None:
@@ -89,6 +89,7 @@ def main(kind: str, folder: Path, name: str, stop_after: int) -> None:
     recipe = LoopRecipe(epochs=3, batch_size=8, size=SIDE, ema=0.5, lr=0.01)
     targets = np.arange(PHOTOS) % CLASSES
     texts = [[int(t) * WORDS + k for k in range(WORDS)] for t in targets]
+    targets[::5] = -1  # photos with a caption alone, which each process gets more or fewer of
     items = TrainItems(cast(Any, Photos()), np.arange(PHOTOS), targets, texts)
     objective = make()
     curve: list[float] = []

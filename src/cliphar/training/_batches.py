@@ -46,20 +46,24 @@ class TrainItems:
 
 @dataclass(frozen=True)
 class Batch:
-    """``images`` uint8 [B,T,3,S,S], ``targets`` int64 [B] (-1 for none), ``texts`` int64 [B]: a text's number or -1."""
+    """``images`` uint8 [B,T,3,S,S], ``targets`` int64 [B] (-1 for none), ``texts`` int64 [B]: a text's number or -1.
+
+    ``weights`` float32 [B], of each photo in the mean loss of its class: those without one have 0, and their part goes
+    to the others of the whole batch, so that a part that has few of them counts for less.
+    """
 
     images: Tensor
     targets: Tensor
     texts: Tensor
+    weights: Tensor
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
-        moved = (tensor.to(device, non_blocking=True) for tensor in (self.images, self.targets, self.texts))
-        return Batch(*moved)
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
 
     def split(self, parts: int) -> list[Batch]:
         """Equal parts, in order."""
-        chunks = (tensor.chunk(parts) for tensor in (self.images, self.targets, self.texts))
+        chunks = (tensor.chunk(parts) for tensor in vars(self).values())
         return [Batch(*part) for part in zip(*chunks, strict=True)]
 
 
@@ -121,10 +125,13 @@ class Batches:
                     if place + 2 < len(steps):
                         submit(*steps[place + 2])
                     pixels = torch.from_numpy(stack_views([view for view, _ in done])).permute(0, 1, 4, 2, 3)
+                    targets = torch.from_numpy(self._targets[numbers])
+                    labelled = (targets >= 0).float()
                     yield Batch(
                         pixels.contiguous(),
-                        torch.from_numpy(self._targets[numbers[self._share]]),
+                        targets[self._share],
                         torch.tensor([text for _, text in done]),
+                        (labelled / labelled.mean().clamp(min=1e-9))[self._share],
                     )
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)

@@ -72,7 +72,7 @@ class ContrastObjective(nn.Module):
         parts: dict[str, Tensor] = {}
         if self.losses.classes:
             logits = self.scale * z @ F.normalize(self.class_vectors, dim=-1).T
-            parts["classes"] = self._mixed(share, other, lambda rows: self._classify(logits, batch.targets[rows]))
+            parts["classes"] = self._mixed(share, other, lambda rows: self._classify(logits, batch, rows))
         if self.losses.contrastive:
             parts["contrastive"] = self._mixed(share, other, lambda rows: self._contrast(z, batch, rows))
         weighted = [getattr(self.losses, name) * value for name, value in parts.items()]
@@ -83,11 +83,10 @@ class ContrastObjective(nn.Module):
         own = loss(torch.arange(len(other), device=other.device))
         return own if share == 1.0 else share * own + (1 - share) * loss(other)
 
-    def _classify(self, logits: Tensor, targets: Tensor) -> Tensor:
-        labelled = targets >= 0
-        if not labelled.any():
-            return logits.sum() * 0
-        return F.cross_entropy(logits[labelled], targets[labelled], label_smoothing=self.losses.label_smoothing)
+    def _classify(self, logits: Tensor, batch: Batch, rows: Tensor) -> Tensor:
+        targets, smoothing = batch.targets[rows], self.losses.label_smoothing
+        losses = F.cross_entropy(logits, targets, ignore_index=-1, reduction="none", label_smoothing=smoothing)
+        return (losses * batch.weights[rows]).mean()
 
     def _contrast(self, z: Tensor, batch: Batch, rows: Tensor) -> Tensor:
         """``rows`` says whose sentence and label each photo has: its own, or those of the photo mixed into it."""
