@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from cliphar.bundle import BundleInfo, packaged, read_bundle
 from cliphar.cli._eval import read_labelled
+from cliphar.data import open_source
 from cliphar.errors import UsageError
 from cliphar.evaluation import confusion_svg
 from cliphar.labels import (
@@ -193,9 +194,12 @@ def test_a_matrix_of_hundreds_of_labels_scrolls_and_is_not_shrunk_to_the_page() 
     assert "--least:3" in confusion_svg(["a"] * 400, np.eye(400, dtype=np.int64))
 
 
-def test_what_eval_leaves_out_as_it_lies_too_deep_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("sit/a.jpg", "run/b.jpg", "run/2024/c.jpg", "run/2024/notes.txt"):
+def test_what_is_left_out_where_it_lies_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("sit/a.jpg", "run/b.jpg", "run/2024/c.jpg", "run/2024/notes.txt", "d.jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     assert len(read_labelled(tmp_path, None)[0]) == 2
-    assert f"such as {tmp_path}/run/2024/c.jpg" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"such as {tmp_path}/run/2024/c.jpg" in told
+    assert f"1 files in {tmp_path} lie beside the label folders and are left out, such as {tmp_path}/d.jpg" in told
+    assert str(tmp_path / "d.jpg") in open_source(str(tmp_path)).note

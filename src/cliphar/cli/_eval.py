@@ -105,9 +105,12 @@ def read_labelled(data: Path, labels: tuple[str, ...] | None) -> tuple[_Listed, 
     from cliphar.media import files_in, is_media
 
     listed = list_labelled(data)
-    inside = (file for file in files_in(data) if is_media(file.name))
-    if deeper := [file for file in inside if len(file.relative_to(data).parts) > 2]:
-        tell(f"{len(deeper)} files in {data} lie deeper than LABEL/PHOTO and are left out, such as {deeper[0]}")
+    inside = [file for file in files_in(data) if is_media(file.name)]
+    deeper = [file for file in inside if len(file.relative_to(data).parts) > 2]
+    beside = [file for file in inside if file.parent == data]
+    for where, left in (("deeper than LABEL/PHOTO", deeper), ("beside the label folders", beside)):
+        if left:
+            tell(f"{len(left)} files in {data} lie {where} and are left out, such as {left[0]}")
     chosen = labels or tuple(sorted({label for _, label in listed}))
     stray = sorted({label for _, label in listed} - set(chosen))
     if stray:

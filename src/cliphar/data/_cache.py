@@ -93,6 +93,8 @@ def load_photos(
         log(f"decoding {source.name} into {folder}")
         _build(source, folder, side, max_aspect, frames, log)
     index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    if source.note:
+        log(one_line(source.note))
     for key, reason in index["refused"]:
         log(one_line(f"left out {key}: {reason}"))
     arrays = np.load(folder / "arrays.npz")

@@ -45,13 +45,14 @@ class PhotoSource:
     """A data set that can be read again and again.
 
     ``fingerprint`` changes when a file of it changes (sizes and times, not contents); ``read`` gives its photos, each
-    with its content, in an order that does not change.
+    with its content, in an order that does not change. ``note`` says what is left out.
     """
 
     name: str
     kind: str
     fingerprint: str
     read: Callable[[], Iterator[Photo]]
+    note: str = ""
 
 
 def open_source(source: str) -> PhotoSource:  # noqa: PLR0911 - one for each kind
@@ -112,7 +113,8 @@ def _folder(path: Path, source: str) -> PhotoSource:
             f"{len(closed)} of the {len(files)} files in {path} cannot be opened, such as {closed[0]}; "
             "see what it links to and who may read it, or remove it"
         )
-    if all(file.parent == path for file in files):
+    beside = [file for file in files if file.parent == path]
+    if len(beside) == len(files):
         raise DataError(f"no photos in the subfolders of {path}; expected {path.name}/LABEL/PHOTO")
 
     def read() -> Iterator[Photo]:
@@ -121,7 +123,8 @@ def _folder(path: Path, source: str) -> PhotoSource:
             if photo is not None:
                 yield replace(photo, key=f"{path.name}/{photo.key}")
 
-    return PhotoSource(source, "folder", _fingerprint(files), read)
+    note = f"left out {len(beside)} files that lie beside the label folders, such as {beside[0]}" if beside else ""
+    return PhotoSource(source, "folder", _fingerprint(files), read, note)
 
 
 def _members(path: Path) -> Iterator[tuple[str, bytes]]:
