@@ -24,7 +24,7 @@ from cliphar.media import decode_image, is_clip_name
 
 __all__ = ["PhotoSet", "load_photos"]
 
-_VERSION = 3
+_VERSION = 4  # of what readers make of a source, too
 _AHEAD = 64
 _Found = tuple[NDArray[np.uint8], float] | MediaError
 
