@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from cliphar.data import PhotoSet, load_photos, open_source
+from cliphar.data import SPLITS, PhotoSet, difference_hash, group_duplicates, load_photos, open_source
 from cliphar.errors import DataError, UsageError
 from cliphar.export import compress_weights, export_clip_text, export_image_tower
 from cliphar.labels import prompts
@@ -24,7 +24,7 @@ from cliphar.models import WEIGHTS_FILE, Towers, load_towers, save_weights
 from cliphar.training._batches import Batches, TrainItems, stack_views
 from cliphar.training._contrast import ContrastObjective, Losses
 from cliphar.training._finish import bias_photos
-from cliphar.training._job import TRAIN, VAL, Job, Outcome
+from cliphar.training._job import TEST, TRAIN, VAL, Job, Outcome
 from cliphar.training._loop import Run, fit, pick_device, stop_on_signals
 from cliphar.training._method_recipe import GradientRecipe
 from cliphar.training._rates import learning_rate
@@ -160,9 +160,16 @@ def _captioned(job: Job, recipe: GradientRecipe, source: str, texts: list[str]) 
     photos: PhotoSet = load_photos(
         open_source(source), recipe.data.cache, side=spec.size, max_aspect=spec.max_aspect, frames=1, log=job.around.log
     )
-    rows = np.array([i for i, its in enumerate(photos.captions) if its], np.int64)
+    told = zip(photos.captions, photos.splits, strict=True)
+    rows = np.array([i for i, (its, split) in enumerate(told) if its and split in (None, SPLITS[TRAIN])], np.int64)
+    kept = [job.photos.photo(int(i)) for part in (VAL, TEST) for i in job.rows(part)]
+    groups = group_duplicates([difference_hash(one) for one in (*kept, *(photos.photo(int(i)) for i in rows))])
+    seen = np.isin(groups[len(kept) :], groups[: len(kept)])
+    if seen.any():
+        job.around.log(f"captions: left out {seen.sum():,} photos of val and test")
+    rows = rows[~seen]
     if not len(rows):
-        raise DataError(f"captions: no photo of {source} has a caption")
+        raise DataError(f"captions: no photo of {source} to train on has a caption")
     numbers = []
     for i in rows:
         numbers.append(list(range(len(texts), len(texts) + len(photos.captions[i]))))
