@@ -214,8 +214,6 @@ class VideoReader:
             number += 1
 
     def _decode(self, fps: float | None) -> Iterator[tuple[float, Frame]]:
-        import av
-
         self._check_open()
         stream, context = self._stream, self._stream.codec_context
         stream.thread_type = "AUTO"
@@ -225,50 +223,67 @@ class VideoReader:
         frame_s = 1 / self.info.fps if self.info.fps else 0.04
         aspect = pixel_aspect(stream)
         self._wanted_s, self._jumped = 0.0, False
-        last, shift, seen = 0.0, 0.0, 0
-        before, anew = -(2**62), False
-        for packet in self._packets(jump=fps is not None):
+        self._last_s, self._shift_s, self._seen, self._anew = 0.0, 0.0, 0, False
+        for raw in self._raw_frames(jump=fps is not None):
+            time_s = self._time(raw, frame_s)
+            if time_s is None:
+                continue
+            if sparse and fps and self._seen and time_s - self._last_s > 1 / fps:  # too few are left: take them all
+                context.skip_frame = "DEFAULT"
+            if raw.is_corrupt:
+                self._skipped(time_s, None)
+            self._last_s, self._seen = time_s, self._seen + 1
+            held_s = float((raw.duration or 0) * (raw.time_base or 0))  # 0 where the file does not say
+            self.end_s = time_s + (min(held_s, _LONGEST_STILL_S) or frame_s)
+            yield time_s, Frame(raw, aspect)
+            self._check_open()
+        self._check_end()
+
+    def _raw_frames(self, jump: bool) -> Iterator[av.VideoFrame]:
+        """All that can be decoded; ``_anew`` once the packets' clock has gone back."""
+        import av
+
+        before = -(2**62)
+        for packet in self._packets(jump):
             if packet.is_corrupt:
-                self._skipped(last, None)
+                self._skipped(self._last_s, None)
                 packet.pts = None  # it may have been read from the damage
             elif packet.dts is not None and packet.time_base:
-                anew, before = anew or packet.dts < before - 1 / packet.time_base, packet.dts
+                self._anew, before = self._anew or packet.dts < before - 1 / packet.time_base, packet.dts
             try:
                 decoded = packet.decode()
             except av.error.FFmpegError as error:
-                self._skipped(last, error)
+                self._skipped(self._last_s, error)
                 continue
-            for raw in decoded:
-                if not isinstance(raw, av.VideoFrame):
-                    continue
-                time_s = self._time(raw, last, frame_s) + shift
-                if self._jumped and time_s <= last:  # a jump may land a little before where it was aimed
-                    continue
-                if not self._jumped and time_s > last + frame_s + _LONGEST_STILL_S:
-                    self.problems.append(f"its clock jumps from {last:.1f} s to {time_s:.1f} s; the gap was left out")
-                    shift -= time_s - last - frame_s
-                    time_s = last + frame_s
-                self._jumped = False
-                if seen and time_s < last - 1:
-                    if not anew:  # a frame that damage held back
-                        continue
-                    anew = False  # clips joined end to end start their clocks anew
-                    shift += last + frame_s - time_s
-                    time_s = last + frame_s
-                time_s = max(time_s, last)
-                if sparse and fps and seen and time_s - last > 1 / fps:  # too few are left: take them all
-                    context.skip_frame = "DEFAULT"
-                if raw.is_corrupt:
-                    self._skipped(time_s, None)
-                last, seen = time_s, seen + 1
-                held_s = float((raw.duration or 0) * (raw.time_base or 0))  # 0 where the file does not say
-                self.end_s = time_s + (min(held_s, _LONGEST_STILL_S) or frame_s)
-                yield time_s, Frame(raw, aspect)
-                self._check_open()
-        self._check_end(seen)
+            yield from (raw for raw in decoded if isinstance(raw, av.VideoFrame))
 
-    def _check_end(self, seen: int) -> None:
-        if not seen:
+    def _time(self, raw: av.VideoFrame, frame_s: float) -> float | None:
+        """A frame's time, no earlier than the last one's; None if it is to be left out."""
+        last = self._last_s
+        if raw.pts is None or raw.time_base is None:
+            time_s = last + frame_s if self.end_s else 0.0
+        else:
+            if self._start is None:
+                self._start = raw.pts
+            time_s = float((raw.pts - self._start) * raw.time_base)
+        time_s += self._shift_s
+        if self._jumped and time_s <= last:  # a jump may land a little before where it was aimed
+            return None
+        if not self._jumped and time_s > last + frame_s + _LONGEST_STILL_S:
+            self.problems.append(f"its clock jumps from {last:.1f} s to {time_s:.1f} s; the gap was left out")
+            self._shift_s -= time_s - last - frame_s
+            time_s = last + frame_s
+        self._jumped = False
+        if self._seen and time_s < last - 1:
+            if not self._anew:  # a frame that damage held back
+                return None
+            self._anew = False  # clips joined end to end start their clocks anew
+            self._shift_s += last + frame_s - time_s
+            time_s = last + frame_s
+        return max(time_s, last)
+
+    def _check_end(self) -> None:
+        if not self._seen:
             if Path(self.name).is_fifo():  # such as an MP4 with its index at the end
                 raise MediaError(
                     f"{self.name} is a pipe, and this video cannot be read from one; save it to a file first"
@@ -278,13 +293,6 @@ class VideoReader:
         declared = self.info.duration_s
         if declared and self.end_s + 1 + 0.05 * declared < declared:
             self.problems.append(f"stops at {self.end_s:.1f} s of {declared:.1f} s: cut short or damaged")
-
-    def _time(self, raw: av.VideoFrame, last: float, frame_s: float) -> float:
-        if raw.pts is None or raw.time_base is None:
-            return last + frame_s if self.end_s else 0.0
-        if self._start is None:
-            self._start = raw.pts
-        return float((raw.pts - self._start) * raw.time_base)
 
     def _packets(self, jump: bool) -> Iterator[av.Packet[Any]]:
         import av
