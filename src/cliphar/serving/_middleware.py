@@ -65,12 +65,10 @@ class Around:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
-        if scope["type"] == "websocket":
-            await self._websocket(scope, receive, send)
-            return
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
+        handle = {"http": self._http, "websocket": self._websocket}.get(scope["type"], self._app)
+        await handle(scope, receive, send)
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] == "HEAD":  # what watches a service often asks so; uvicorn leaves the body out
             scope = {**scope, "method": "GET"}
         service: Service = self._owner.state.service
@@ -94,14 +92,7 @@ class Around:
         scope.setdefault("state", {})["service"] = service
         service.users += 1
         try:
-            if scope["method"] != "GET":
-                self._check_origin(headers)
-            if (path := _own_path(scope)) not in OPEN and not path.startswith(_DOCUMENTATION):
-                self._check_caller(headers, scope)
-            if headers.get("content-encoding", "").lower() in _COMPRESSED:  # it would be taken for a damaged photo
-                raise ProblemError(415, "send the body without compression")
-            if scope["method"] == "POST":  # before its body is read
-                service.engine.check_room(1, service.settings.deadline_s)
+            self._check_request(headers, scope, service)
             body.declare(headers)
             await self._unless_gone(scope, body, answer)
         except ProblemError as problem:  # raised here, or by the body inside a handler that let it pass
@@ -117,6 +108,17 @@ class Around:
             service.users -= 1
             self._held -= body.held
             self._record(service, scope, status, time.perf_counter() - started)
+
+    def _check_request(self, headers: Headers, scope: Scope, service: Service) -> None:
+        """What can be refused before a body is read."""
+        if scope["method"] != "GET":
+            self._check_origin(headers)
+        if (path := _own_path(scope)) not in OPEN and not path.startswith(_DOCUMENTATION):
+            self._check_caller(headers, scope)
+        if headers.get("content-encoding", "").lower() in _COMPRESSED:  # it would be taken for a damaged photo
+            raise ProblemError(415, "send the body without compression")
+        if scope["method"] == "POST":
+            service.engine.check_room(1, service.settings.deadline_s)
 
     def _hold(self, size: int, limit: int) -> None:
         if self._held + size > BODIES_AT_ONCE * limit:
