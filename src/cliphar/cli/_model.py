@@ -97,20 +97,16 @@ def pull(
     from cliphar.bundle import PULLS
     from cliphar.bundle import pull as fetch
 
-    names = ", ".join(PULLS)
     if model in PULLS:
         bundle = fetch(model, source, say=say)
     elif not find_spec("open_clip"):
         raise BundleError(
-            f"nothing to pull for '{model}' here; can be pulled: {names}, and open_clip's models, such as "
+            f"nothing to pull for '{model}' here; can be pulled: {', '.join(PULLS)}, and open_clip's models, such as "
             "clip-vit-b32, once they can be read: pip install 'cliphar[train]'"
         )
     else:
-        from cliphar.export import OPEN_CLIP_NAMES, pull_open_clip
+        from cliphar.export import pull_open_clip
 
-        if model not in OPEN_CLIP_NAMES and not model.startswith("open_clip:"):
-            names = ", ".join((names, *OPEN_CLIP_NAMES))
-            raise BundleError(f"nothing to pull for '{model}'; can be pulled: {names} and open_clip:ARCHITECTURE/TAG")
         bundle = pull_open_clip(model, source, say=say)
     print(f"{bundle.info.name} is ready at {bundle.path}")
 

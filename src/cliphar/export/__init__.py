@@ -4,7 +4,7 @@ from cliphar.export._export import Added, export_bundle
 from cliphar.export._float import float_graph
 from cliphar.export._image import compress_weights, export_image_tower
 from cliphar.export._layouts import LAYOUTS, write_layout
-from cliphar.export._open_clip import OPEN_CLIP_NAMES, export_clip_text, open_clip_bundle, pull_open_clip
+from cliphar.export._open_clip import export_clip_text, open_clip_bundle, open_clip_name, pull_open_clip
 from cliphar.export._photos import Proof, read_proof
 from cliphar.export._quantize import tapped_session
 from cliphar.export._targets import TARGETS
@@ -13,7 +13,6 @@ from cliphar.export._text import export_text_tower, quantize_sentence_encoder
 
 __all__ = [
     "LAYOUTS",
-    "OPEN_CLIP_NAMES",
     "TARGETS",
     "TEACHER_SIZE",
     "Added",
@@ -26,6 +25,7 @@ __all__ = [
     "export_text_tower",
     "float_graph",
     "open_clip_bundle",
+    "open_clip_name",
     "pull_open_clip",
     "quantize_sentence_encoder",
     "read_proof",

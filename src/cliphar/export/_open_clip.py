@@ -15,6 +15,7 @@ import torch
 from safetensors.numpy import save
 
 from cliphar.bundle import (
+    PULLS,
     Bundle,
     BundleInfo,
     Calibration,
@@ -33,10 +34,10 @@ from cliphar.export._torch_onnx import export
 from cliphar.models import OpenClipEncoder, OpenClipText, open_clip_encoder
 from cliphar.runtime import OnnxRuntime
 
-__all__ = ["OPEN_CLIP_NAMES", "export_clip_text", "open_clip_bundle", "pull_open_clip"]
+__all__ = ["export_clip_text", "open_clip_bundle", "open_clip_name", "pull_open_clip"]
 
 # our name -> open_clip's architecture and tag
-OPEN_CLIP_NAMES = {
+_NAMES = {
     "clip-vit-b32": ("ViT-B-32-quickgelu", "openai"),
     "siglip2-b16": ("ViT-B-16-SigLIP2", "webli"),
     "mobileclip2-s0": ("MobileCLIP2-S0", "dfndr2b"),
@@ -45,25 +46,33 @@ _PREFIX = "open_clip:"
 _TEMPLATES = ("{}", "a photo of {}", "a photo of a person {}", "a photo of people {}")
 
 
+def open_clip_name(name: str) -> tuple[str, str] | None:
+    """Architecture and tag of ``open_clip:ARCHITECTURE/TAG`` or of a name of ours for one; None for another name."""
+    if not name.startswith(_PREFIX):
+        return _NAMES.get(name)
+    architecture, _, tag = name.removeprefix(_PREFIX).partition("/")
+    return architecture, tag
+
+
 def pull_open_clip(name: str, source: str | None = None, *, say: Callable[[str], None] = lambda _: None) -> Bundle:
     """Put a bundle of an open_clip model into the store; one that is there and whole is left as it is.
 
     Args:
-        name: one of ``OPEN_CLIP_NAMES``, or ``open_clip:ARCHITECTURE/TAG``.
+        name: as :func:`open_clip_name` takes it.
         source: a checkpoint's file, or a folder with open_clip_config.json and weights; None asks the hub. SigLIP's
             tokenizer.json and tokenizer_config.json lie beside them.
         say: told what is going on.
 
     Raises:
         UsageError: open_clip has no such model, or no tag was given.
-        BundleError: the weights cannot be had, do not fit, or an export differs from the model.
+        BundleError: another name, the weights cannot be had, do not fit, or an export differs from the model.
     """
-    if name in OPEN_CLIP_NAMES:
-        architecture, tag = OPEN_CLIP_NAMES[name]
-    else:
-        architecture, _, tag = name.removeprefix(_PREFIX).partition("/")
-        if not tag and source is None:
-            raise UsageError(f"'{name}' names no weights; write {_PREFIX}{architecture}/TAG or give a file")
+    if (known := open_clip_name(name)) is None:
+        names = ", ".join((*PULLS, *_NAMES))
+        raise BundleError(f"nothing to pull for '{name}'; can be pulled: {names} and {_PREFIX}ARCHITECTURE/TAG")
+    architecture, tag = known
+    if not tag and source is None:
+        raise UsageError(f"'{name}' names no weights; write {_PREFIX}{architecture}/TAG or give a file")
     stored = re.sub(r"[^A-Za-z0-9._-]", "-", name.removeprefix(_PREFIX))
     target = store() / stored
     if target.is_dir():

@@ -9,12 +9,10 @@ from pathlib import Path
 
 from cliphar.bundle import Bundle, find_bundle, read_bundle, sha256_file, write_bundle
 from cliphar.errors import BundleError, UsageError
-from cliphar.export import OPEN_CLIP_NAMES, open_clip_bundle
+from cliphar.export import open_clip_bundle, open_clip_name
 from cliphar.models import WEIGHTS_FILE, open_clip_encoder, open_clip_towers, save_weights
 
 __all__ = ["find_base"]
-
-_PREFIX = "open_clip:"
 
 
 def find_base(base: str, cache: Path, log: Callable[[str], None]) -> Bundle:
@@ -25,11 +23,9 @@ def find_base(base: str, cache: Path, log: Callable[[str], None]) -> Bundle:
         BundleError: no such bundle, or the weights cannot be had.
         UsageError: open_clip has no such model, or no weights are named.
     """
-    if base in OPEN_CLIP_NAMES:
-        base = _PREFIX + "/".join(OPEN_CLIP_NAMES[base])
-    if not base.startswith(_PREFIX):
+    if (known := open_clip_name(base)) is None:
         return find_bundle(base)
-    architecture, _, weights = base.removeprefix(_PREFIX).partition("/")
+    architecture, weights = known
     if not weights:
         raise UsageError(f"base '{base}' names no weights; write {base}/TAG or {base}//path/to/weights")
     file = Path(weights) if Path(weights).is_file() else None
