@@ -168,21 +168,23 @@ def test_parts_in_folder_names_hold(tmp_path: Path) -> None:
 
 
 def test_the_second_reading_decodes_nothing(folder: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
     said: list[str] = []
-    first = photos_of(str(folder), tmp_path / "cache", log=said.append)
-    again = photos_of(str(folder), tmp_path / "cache", log=said.append)
-    assert len([line for line in said if line.startswith("decoding")]) == 1
+    first = photos_of(str(folder), cache, log=said.append)
+    again = photos_of(str(folder), cache, log=said.append)
+    assert sum(line.startswith("decoding") for line in said) == 1
     assert first.sha256 == again.sha256
     assert not again.photo(0).flags.owndata
     (folder / "sleeping" / "new.jpg").write_bytes(jpeg(77))
-    assert len(photos_of(str(folder), tmp_path / "cache", log=said.append)) == 7
-    assert not list((tmp_path / "cache").glob(".*"))
-    assert [one.stat().st_mode & 0o777 for one in (tmp_path / "cache").glob("photos-*")] == [0o755] * 2
+    assert len(photos_of(str(folder), cache, log=said.append)) == 7
+    assert not list(cache.glob(".*"))
+    assert [one.stat().st_mode & 0o777 for one in cache.glob("photos-*")] == [0o755] * 2
 
 
 def test_what_a_killed_reading_left_goes_and_what_another_writes_stays(folder: Path, tmp_path: Path) -> None:
-    photos_of(str(folder), tmp_path / "cache")
-    (made,) = (tmp_path / "cache").iterdir()
+    cache = tmp_path / "cache"
+    photos_of(str(folder), cache)
+    (made,) = cache.iterdir()
     left, used, new = (made.with_name(f".{made.name}.{name}") for name in ("left", "used", "new"))
     for work in (left, used, new):
         work.mkdir()
@@ -190,9 +192,9 @@ def test_what_a_killed_reading_left_goes_and_what_another_writes_stays(folder: P
     shutil.rmtree(made)
     handle = os.open(used, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
-    photos_of(str(folder), tmp_path / "cache")
+    photos_of(str(folder), cache)
     os.close(handle)
-    assert sorted((tmp_path / "cache").iterdir()) == sorted([made, used, new])
+    assert sorted(cache.iterdir()) == sorted([made, used, new])
 
 
 def test_troubles_are_found_and_parts_avoid_them(folder: Path, tmp_path: Path) -> None:
@@ -231,6 +233,9 @@ def test_the_command_line(folder: Path, tmp_path: Path, clean_env: dict[str, str
     load_photos(source, tmp_path / "runs/cache", side=seen.size, max_aspect=seen.max_aspect, frames=1, log=said.append)
     assert [line[:8] for line in said] == ["left out"]  # training reads the same cache, near-duplicates as well
     assert "with --cache\n" in cliphar("check", "set", "--cache", "set/sleeping/bad.jpg/x").stderr  # no folder
+    for file in folder.glob("*/[12].*"):
+        file.unlink()
+    assert "val and test got no photos" in cliphar("split", "set", "-o", "few").stderr
     absent = cliphar("check", "nowhere")
     assert absent.returncode == 1
     assert absent.stderr.count("\n") == 1
@@ -238,15 +243,16 @@ def test_the_command_line(folder: Path, tmp_path: Path, clean_env: dict[str, str
 
 def test_clips_become_frames(tmp_path: Path) -> None:
     av = pytest.importorskip("av")
-    (tmp_path / "clips" / "waving").mkdir(parents=True)
-    with av.open(str(tmp_path / "clips" / "waving" / "a.wmv"), "w") as file:
+    waving = tmp_path / "clips/waving"
+    waving.mkdir(parents=True)
+    with av.open(str(waving / "a.wmv"), "w") as file:
         stream = file.add_stream("mpeg4", rate=10)
         stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
         for i in range(20):
             frame = av.VideoFrame.from_ndarray(np.full((64, 96, 3), 12 * i, np.uint8), format="rgb24")
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
-    (tmp_path / "clips" / "waving" / "b.mp4").write_bytes(b"no clip")
+    (waving / "b.mp4").write_bytes(b"no clip")
     photos = photos_of(str(tmp_path / "clips"), tmp_path / "cache", frames=4)
     assert photos.frames(0).shape == (4, 64, 96, 3)
     assert np.all(np.diff(photos.frames(0).mean((1, 2, 3))) > 30)
@@ -340,8 +346,8 @@ def test_what_tools_and_other_systems_leave_behind(folder: Path, tmp_path: Path)
 
 def test_files_of_one_name_are_numbered(tmp_path: Path) -> None:
     for who in "abc":
-        (tmp_path / "set" / who / "sleeping").mkdir(parents=True)
-        (tmp_path / "set" / who / "sleeping" / "1.jpg").write_bytes(jpeg(ord(who)))
+        (place := tmp_path / "set" / who / "sleeping").mkdir(parents=True)
+        (place / "1.jpg").write_bytes(jpeg(ord(who)))
     source = open_source(str(tmp_path / "set"))
     photos = load_photos(source, tmp_path / "cache", side=64)
     copy_parts(source, photos, np.array([0, 0, 0]), tmp_path / "out")
@@ -374,7 +380,7 @@ def test_what_was_split_is_known_for_photos(folder: Path, tmp_path: Path) -> Non
 def test_what_is_left_out_is_told_in_one_line(folder: Path, tmp_path: Path) -> None:
     (folder / "sleeping" / "a\n\x1b[31m.jpg").write_bytes(b"no photo")
     said: list[str] = []
-    load_photos(open_source(str(folder)), tmp_path / "cache", side=64, log=said.append)
+    photos_of(str(folder), tmp_path / "cache", log=said.append)
     assert r"sleeping/a\n\x1b[31m.jpg: is not an image" in said[-1]
 
 

@@ -209,15 +209,16 @@ def cli(clean_env: dict[str, str], tmp_path: Path) -> Cli:
 @pytest.fixture
 def labelled(photos: list[Path], tmp_path: Path) -> Path:
     for label, photo in zip(("calling", "cycling", "eating"), photos, strict=False):
-        (tmp_path / "data" / label).mkdir(parents=True)
-        shutil.copy(photo, tmp_path / "data" / label)
+        (place := tmp_path / "data" / label).mkdir(parents=True)
+        shutil.copy(photo, place)
     return tmp_path / "data"
 
 
 def test_eval_against_another_model_and_on_new_labels(cli: Cli, labelled: Path, tmp_path: Path) -> None:
-    shutil.copytree(labelled, tmp_path / "new")
+    new = tmp_path / "new"
+    shutil.copytree(labelled, new)
     for folder, name in (("calling", "juggling"), ("cycling", "knitting"), ("eating", "rowing")):
-        (tmp_path / "new" / folder).rename(tmp_path / "new" / name)
+        (new / folder).rename(new / name)
     reports = ("-r", "out.html", "-r", "out.json")
     done = cli("eval", "--data", labelled, "--against", "mini", "--novel", "new", *reports, "--json")
     assert (done.returncode, done.stderr) == (0, "")
@@ -277,6 +278,7 @@ def test_wrong_calls_of_eval(cli: Cli, labelled: Path) -> None:
     for arguments, said in (
         (("--report", "out.pdf"), ".html or .json"),
         (("--report", "nowhere/out.html"), "nowhere"),
+        (("--novel", ""), "it is empty"),
         (("--novel", labelled), "was trained on: Calling, cycling, eating"),
     ):
         done = cli("eval", "--data", labelled, *arguments)
@@ -292,9 +294,9 @@ def test_wrong_calls_of_eval(cli: Cli, labelled: Path) -> None:
 def drinks(samples: Path, tmp_path: Path) -> Path:
     """Ten photos that mini knows are of drinking, and one of something else."""
     for label, count in (("drinking", 10), ("cycling", 1)):
-        (tmp_path / "test" / label).mkdir(parents=True)
+        (place := tmp_path / "test" / label).mkdir(parents=True)
         for i in range(count):
-            shutil.copy(samples / "photographer.jpg", tmp_path / "test" / label / f"{i}.jpg")
+            shutil.copy(samples / "photographer.jpg", place / f"{i}.jpg")
     return tmp_path / "test"
 
 

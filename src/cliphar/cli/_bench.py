@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cliphar.cli._options import a_path
 from cliphar.cli._output import check_target, say, tell, while_read
 from cliphar.errors import UsageError
 
@@ -44,7 +45,10 @@ def bench(
         str | None, typer.Option(help="CPU threads, comma-separated.", show_default="as many as allowed")
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="Seconds to measure each runtime and batch size.")] = 2.0,
-    data: Annotated[Path | None, typer.Option(help="Photos as LABEL/PHOTO, to measure accuracy too.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(parser=a_path, metavar="<path>", help="Photos as LABEL/PHOTO, to measure accuracy too."),
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot of speed and accuracy.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

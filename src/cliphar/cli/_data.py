@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cliphar.cli._output import say
+from cliphar.cli._options import a_path
+from cliphar.cli._output import say, tell
 from cliphar.errors import DataError, UsageError, one_line
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ _Source = Annotated[
         help="A folder, a tar or zip, WebDataset shards, a .csv/.jsonl/.parquet manifest, or hub:OWNER/NAME."
     ),
 ]
-_Cache = Annotated[Path, typer.Option(help="Where decoded photos are kept.")]
+_Cache = Annotated[Path, typer.Option(parser=a_path, metavar="<path>", help="Where decoded photos are kept.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 _CACHE = Path("runs/cache")
 _SHOWN = 5
@@ -135,5 +136,8 @@ def split(
         raise DataError(f"no photo in {source} has a label; there is nothing to split by")
     counts = copy_parts(opened, photos, assign_parts(photos, val, test, seed), out)
     print(f"{out}: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+    if lacking := [name for name, count in counts.items() if not count]:
+        why = "there are too few, or too many are near-duplicates, which stay together"
+        tell(f"{' and '.join(lacking)} got no photos: {why}; add more")
     if photos.refused:
         raise typer.Exit(1)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cliphar.cli._options import Coverage, Labels, LabelsFile, Model, Provider, Runtime, Threads, chosen_labels
+from cliphar.cli._options import Coverage, Labels, LabelsFile, Model, Provider, Runtime, Threads, a_path, chosen_labels
 from cliphar.cli._output import check_target, progress, tell, while_read
 from cliphar.errors import DataError, MediaError, UsageError
 
@@ -31,7 +31,14 @@ _Listed = list[tuple[Path, str]]
 
 def evaluate(
     data: Annotated[
-        Path, typer.Option("--data", "-d", help="A folder of LABEL/PHOTO or LABEL/CLIP; _ in LABEL stands for a space.")
+        Path,
+        typer.Option(
+            "--data",
+            "-d",
+            parser=a_path,
+            metavar="<path>",
+            help="A folder of LABEL/PHOTO or LABEL/CLIP; _ in LABEL stands for a space.",
+        ),
     ],
     model: Model = None,
     labels: Labels = None,
@@ -41,7 +48,11 @@ def evaluate(
     ] = None,
     novel: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Also measure on this folder of labels that the model was not trained on."),
+        typer.Option(
+            parser=a_path,
+            metavar="DIR",
+            help="Also measure on this folder of labels that the model was not trained on.",
+        ),
     ] = None,
     report: Annotated[
         list[Path] | None,

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from cliphar.cli._options import a_path
 from cliphar.cli._output import say, tell
 from cliphar.errors import UsageError, printable
 
@@ -30,6 +31,8 @@ def export(
     calibration: Annotated[
         Path | None,
         typer.Option(
+            parser=a_path,
+            metavar="<path>",
             help="Photos to calibrate and verify with; LABEL/PHOTO measures accuracy too.",
             show_default="the package's three",
         ),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cliphar.cli._options import Model, expand
+from cliphar.cli._options import Model, a_path, expand
 from cliphar.cli._output import say, tell
 from cliphar.errors import BundleError, UsageError, one_line
 
@@ -180,7 +180,12 @@ def promote(
     over: Annotated[
         Path, typer.Option(metavar="BUNDLE", help="The bundle, or link to one, to replace; it need not exist yet.")
     ],
-    data: Annotated[Path, typer.Option("--data", "-d", help="A folder of LABEL/PHOTO or LABEL/CLIP, new to both.")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            "--data", "-d", parser=a_path, metavar="<path>", help="A folder of LABEL/PHOTO or LABEL/CLIP, new to both."
+        ),
+    ],
     level: Annotated[float, typer.Option(min=0, max=1, help="The largest p-value that counts as better.")] = 0.05,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

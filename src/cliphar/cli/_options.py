@@ -26,6 +26,7 @@ __all__ = [
     "RootPath",
     "Runtime",
     "Threads",
+    "a_path",
     "an_address",
     "chosen_labels",
     "expand",
@@ -43,6 +44,13 @@ def an_address(host: str) -> str:
     if not host:
         raise UsageError("--host is empty; give the address to listen on, such as 127.0.0.1, or 0.0.0.0 for all")
     return host
+
+
+def a_path(path: str) -> Path:
+    """As given, if it is not empty: as from a variable that is not set, it would mean the current folder."""
+    if not path:
+        raise typer.BadParameter("it is empty; give a path, or . for this folder")
+    return Path(path)
 
 
 Model = Annotated[

@@ -67,7 +67,7 @@ def open_source(source: str) -> PhotoSource:  # noqa: PLR0911 - one for each kin
     path = Path(source)
     if re.search(r"\{\d+\.\.\d+\}", source):
         return _shards(_expand_braces(source), source)
-    if path.is_dir():
+    if path.is_dir() and source:
         if (path / "captions.jsonl").is_file():
             return _manifest(path / "captions.jsonl", source)
         if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
@@ -123,7 +123,7 @@ def _folder(path: Path, source: str) -> PhotoSource:
             if photo is not None:
                 yield replace(photo, key=f"{path.name}/{photo.key}")
 
-    note = f"left out {len(beside)} files that lie beside the label folders, such as {beside[0]}" if beside else ""
+    note = f"left out {len(beside)} files beside the label folders, such as {beside[0]}" if beside else ""
     return PhotoSource(source, "folder", _fingerprint(files), read, note)
 
 
