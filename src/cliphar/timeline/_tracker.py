@@ -144,6 +144,8 @@ class Tracker:
     ) -> list[Segment]:
         first, self._last_s = self._last_s is None, time_s
         cosines = self._pooled(time_s, embedding, cut) @ self.choice.vectors.T
+        if self._pool:
+            from_s -= (time_s - self._pool[0][0]) / 2  # the mean is of the window's middle, not of its end
         before = None if self.choice.multi_label else self.current
         chances = _chances(cosines, self.choice.calibration)
         weight = EVIDENCE * passed
