@@ -17,6 +17,7 @@ from typing import IO
 
 import pytest
 
+from cliphar.cli._up import up
 from cliphar.client import Client
 from cliphar.errors import ClipharError
 from cliphar.ui import launch
@@ -38,6 +39,13 @@ def test_the_page_asks_a_service_of_its_own_machine_past_any_proxy(monkeypatch: 
     monkeypatch.setenv("no_proxy", "localhost")
     with pytest.raises(ClipharError, match=r"running\?$"):
         Client("http://localhost:9", retry_s=0).model()
+
+
+def test_without_the_page_s_packages_nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "streamlit", None)
+    monkeypatch.setattr("subprocess.Popen", None)
+    with pytest.raises(ClipharError, match=r"pip install 'cliphar\[app\]'"):
+        up(None, "127.0.0.1", free_port(), free_port())
 
 
 def lines_until(stream: IO[str], start: str) -> list[str]:

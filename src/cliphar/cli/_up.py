@@ -31,12 +31,14 @@ def up(
     drain: Drain = 30,
 ) -> None:
     """Start the API and the web page. If one of them stops, so does the other."""
+    from cliphar.ui import past_proxies, require_streamlit
+
+    require_streamlit()  # before the API is there
     near = "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104 - nothing is bound
-    # whatever proxy is there for others
-    direct = ",".join(filter(None, [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), near]))
+    direct = past_proxies(near)
     near = f"[{near}]" if ":" in near else near
     api, page = f"http://{near}:{port}", f"http://{near}:{page_port}{base_path}"
-    os.environ.update(no_proxy=direct, NO_PROXY=direct, CLIPHAR_API_URL=api)
+    os.environ.update(direct, CLIPHAR_API_URL=api)
     stopping: list[int] = []
     # not raised, which could lose a child just started; SIGHUP is of a terminal that closes
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

@@ -1,5 +1,5 @@
 """The web page: photos, video, camera, teaching and the models, for people who don't write code."""
 
-from cliphar.ui._launch import launch
+from cliphar.ui._launch import launch, past_proxies, require_streamlit
 
-__all__ = ["launch"]
+__all__ = ["launch", "past_proxies", "require_streamlit"]

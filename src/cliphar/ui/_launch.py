@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_valid
 from cliphar.bundle import find_bundle
 from cliphar.errors import UsageError
 
-__all__ = ["api_key", "ice_servers", "launch"]
+__all__ = ["api_key", "ice_servers", "launch", "past_proxies", "require_streamlit"]
 
 MAX_UPLOAD_MB = 500
 # what both browsers and aiortc read
@@ -44,6 +44,18 @@ _OPTIONS = {
 }
 
 
+def require_streamlit() -> None:
+    """UsageError, with the command that mends it, unless Streamlit is installed."""
+    if find_spec("streamlit") is None:
+        raise UsageError("the page needs Streamlit; run: pip install 'cliphar[app]'")
+
+
+def past_proxies(host: str) -> dict[str, str]:
+    """The variables by which ``host`` is asked itself, whatever proxy is there for others."""
+    direct = ",".join(filter(None, [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), host]))
+    return {"no_proxy": direct, "NO_PROXY": direct}
+
+
 def launch(host: str, port: int, *, api: str | None = None, model: str | None = None, base_path: str = "") -> None:
     """Serve the page on ``host:port`` until SIGTERM or SIGINT; does not return.
 
@@ -59,8 +71,7 @@ def launch(host: str, port: int, *, api: str | None = None, model: str | None = 
             its key is wrong.
         BundleError: there is no such model.
     """
-    if find_spec("streamlit") is None:
-        raise UsageError("the page needs Streamlit; run: pip install 'cliphar[app]'")
+    require_streamlit()
     _check_port(host, port)
     ice_servers()
     # what is wrong is said here, as by serve, and not to every visitor
@@ -74,9 +85,8 @@ def launch(host: str, port: int, *, api: str | None = None, model: str | None = 
     environment = {k: v for k, v in os.environ.items() if k not in settings and not k.startswith("STREAMLIT_")}
     environment |= {name: value for name, value in settings.items() if value}
     near = urlsplit(api or "").hostname or ""
-    if near in ("localhost", "::1") or near.startswith("127."):  # whatever proxy is there for others
-        direct = ",".join(filter(None, [environment.get("no_proxy") or environment.get("NO_PROXY"), near]))
-        environment |= {"no_proxy": direct, "NO_PROXY": direct}
+    if near in ("localhost", "::1") or near.startswith("127."):
+        environment |= past_proxies(near)
     flags = _OPTIONS | {"server.address": host, "server.port": str(port), "server.baseUrlPath": base_path}
     command = [sys.executable, "-m", "cliphar.ui._serve", "run", str(Path(__file__).with_name("_app.py"))]
     command += [f"--{name}={value}" for name, value in flags.items()]
