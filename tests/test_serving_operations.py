@@ -247,7 +247,8 @@ def test_a_page_of_another_site_sends_nothing(api: str, photos: list[Path]) -> N
 
 def test_where_no_stream_is(api: str) -> None:
     with pytest.raises(InvalidStatus) as refused:
-        connect(f"{api.replace('http', 'ws')}/v1/streams")
+        connect(f"{api.replace('http', 'ws')}/v1/streams", additional_headers={"X-Request-ID": "ours"})
+    assert refused.value.response.headers["X-Request-ID"] == "ours"
     assert refused.value.response.status_code == 404
     assert b"no stream /v1/streams" in (refused.value.response.body or b"")
     plain = httpx.get(f"{api}/v1/stream")  # as it comes from a proxy that does not pass the offer on

@@ -151,13 +151,14 @@ class Around:
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         service, headers = self._owner.state.service, Headers(scope=scope)
-        _request_id(headers)
+        told = (b"x-request-id", _request_id(headers).encode())
         started, status = time.perf_counter(), 0
 
         async def answer(message: Message) -> None:
             nonlocal status
             if message["type"] in ("websocket.accept", "websocket.http.response.start"):
                 status = message.get("status", 101)
+                message["headers"] = [*message.get("headers", ()), told]
             if status:
                 await send(message)
 
