@@ -57,7 +57,8 @@ class Crop(NamedTuple):
 
 
 def random_crop(shape: Sequence[int], min_area: float, random: np.random.Generator) -> Crop:
-    """A part of [H,W,...] of at least this share of the area, its aspect between 3:4 and 4:3."""
+    """A part of [H,W,...], drawn with at least this share of the area and an aspect between 3:4 and 4:3, then cut at
+    the photo's edges: of another shape than the photo it may be smaller, and of another aspect."""
     height, width = shape[:2]
     area = width * height * random.uniform(min_area, 1.0)
     aspect = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
