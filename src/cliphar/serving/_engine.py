@@ -133,8 +133,11 @@ class Engine:
             async with asyncio.timeout(deadline_s):
                 yield
         except TimeoutError as error:
-            detail = f"no answer within {deadline_s:g} s; try again later or send fewer photos"
-            raise ProblemError(503, detail, retry_after_s=self.drain_s) from error
+            raise self._too_late(deadline_s) from error
+
+    def _too_late(self, deadline_s: float) -> ProblemError:
+        detail = f"no answer within {deadline_s:g} s; try again later or send fewer photos"
+        return ProblemError(503, detail, retry_after_s=self.drain_s)
 
     async def embed(
         self, contents: Sequence[bytes], deadline_s: float, *, again: bool = True
@@ -157,8 +160,11 @@ class Engine:
         self._callers += 1
         works = [self._join(self._callers, content, key) for content, key in zip(contents, keys, strict=True)]
         try:
-            async with self.in_time(deadline_s):
-                found = [await asyncio.shield(work.done) for work in works]
+            if works:
+                _, late = await asyncio.wait([work.done for work in works], timeout=deadline_s)
+                if late:
+                    raise self._too_late(deadline_s)
+            found = [work.done.result() for work in works]
         finally:
             for work in works:
                 self._leave(work)
