@@ -142,7 +142,7 @@ def test_a_generator_is_drawn_only_a_few_batches_ahead(fake: Recognizer) -> None
 
 
 def decoders() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("decode_")]
 
 
 def wait_for_no_decoders() -> bool:
