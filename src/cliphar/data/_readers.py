@@ -162,7 +162,7 @@ def _zip(path: Path, source: str) -> PhotoSource:
         try:
             with zipfile.ZipFile(path) as archive:
                 names = {name.replace("\\", "/"): name for name in archive.namelist()}  # Windows PowerShell's are \
-                for key in sorted(filter(is_media, names), key=lambda key: PurePosixPath(key).parts):
+                for key in sorted(filter(is_media, names), key=PurePosixPath):
                     photo = _labelled(key, archive.read(names[key]))
                     if photo is not None:
                         yield photo

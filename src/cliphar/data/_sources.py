@@ -73,7 +73,7 @@ def tar_files(path: Path, wanted: Callable[[str], bool] = lambda _: True) -> Ite
     """
     with open_tar(path) as tar:
         members = {member.name: member for member in tar if is_file(member) and wanted(member.name)}
-        names = sorted(members, key=lambda name: PurePosixPath(name).parts)
+        names = sorted(members, key=PurePosixPath)
         if not isinstance(tar.fileobj, io.BufferedReader):  # compressed: a step back unpacks all before it again
             names.sort(key=lambda name: members[name].offset)
         for name in names:
@@ -122,7 +122,7 @@ def labelled_keys(path: Path) -> list[str]:
         return False
 
     list(stream_labelled(path, note))
-    return sorted(keys, key=lambda key: PurePosixPath(key).parts)
+    return sorted(keys, key=PurePosixPath)
 
 
 def read_labelled(path: Path) -> list[Photo]:
@@ -130,11 +130,7 @@ def read_labelled(path: Path) -> list[Photo]:
     photos = list(stream_labelled(path, lambda _: True))
     if not photos:
         raise DataError(f"no photos in {path}: expected LABEL/PHOTO files")
-    return _by_path(photos)
-
-
-def _by_path(photos: list[Photo]) -> list[Photo]:
-    return sorted(photos, key=lambda photo: PurePosixPath(photo.key).parts)
+    return sorted(photos, key=lambda photo: PurePosixPath(photo.key))
 
 
 def read_captioned(path: Path) -> list[Photo]:
@@ -162,7 +158,7 @@ def read_captioned(path: Path) -> list[Photo]:
             photos.append(Photo(name, content, captions=found))
     if not photos:
         raise DataError(f"no photos in {path}: none of those that captions.jsonl names is there")
-    return _by_path(photos)
+    return sorted(photos, key=lambda photo: PurePosixPath(photo.key))
 
 
 def _caption_row(line: bytes, where: str) -> tuple[str, tuple[str, ...]]:
