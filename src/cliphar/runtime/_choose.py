@@ -21,8 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from cliphar.bundle import Bundle, packaged, store, write_whole
 from cliphar.errors import ClipharError, UsageError
 from cliphar.media import decode_image, to_square
-from cliphar.runtime._base import Runtime
-from cliphar.runtime._cpu import cpu_quota
+from cliphar.runtime._base import Runtime, cpu_quota
 from cliphar.runtime._onnx import OnnxRuntime
 from cliphar.runtime._openvino import OpenVinoRuntime
 from cliphar.runtime._tensorrt import TensorRtRuntime

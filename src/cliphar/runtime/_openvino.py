@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from cliphar.bundle import Bundle
 from cliphar.errors import BundleError, UsageError
-from cliphar.runtime._base import Runtime
-from cliphar.runtime._cpu import cpu_quota
+from cliphar.runtime._base import Runtime, cpu_quota
 from cliphar.runtime._text import TextTower, check_images, does_not_run
 
 __all__ = ["OpenVinoRuntime", "import_openvino"]
