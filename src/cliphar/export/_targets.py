@@ -18,7 +18,7 @@ from cliphar.export._image import borrow_weights, compress_weights
 from cliphar.export._quantize import quantize_within
 from cliphar.export._smooth import smooth_inputs
 from cliphar.export._tensorrt import build_engine
-from cliphar.export._torch_program import torch_program, torchscript
+from cliphar.export._torch_graph import torch_program, torchscript
 from cliphar.runtime import import_openvino
 
 __all__ = ["TARGETS", "Material", "Target"]

@@ -1,9 +1,11 @@
-"""The float graph as a torch module: what torch.export and TorchScript take, whatever the bundle was made by."""
+"""The float graph as a torch module, whatever the bundle was made by, and the two files that torch runs of it."""
 
 from __future__ import annotations
 
+import io
 import operator
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from cliphar.errors import BundleError
 
-__all__ = ["TorchGraph"]
+__all__ = ["TorchGraph", "torch_program", "torchscript"]
 
 # a tensor, a plain number, or what the graph computes of shapes: whole numbers and lists of them, symbolic to torch
 _Value: TypeAlias = Any
@@ -67,6 +69,31 @@ class TorchGraph(nn.Module):
             values[output] = run(attributes, *(values[name] for name in names))
         result: Tensor = values[self._output]
         return result
+
+
+def torch_program(model: onnx.ModelProto) -> bytes:
+    """A ``torch.export`` program (.pt2): ``images`` uint8 [N,S,S,3], any N -> float32 [N,D], unit length."""
+    graph, example = _graph(model)
+    program = torch.export.export(graph, (example,), dynamic_shapes=({0: torch.export.Dim("photos")},))
+    content = io.BytesIO()
+    torch.export.save(program, content)
+    return content.getvalue()
+
+
+def torchscript(model: onnx.ModelProto) -> bytes:
+    """The same as TorchScript (.pt), traced and frozen."""
+    graph, example = _graph(model)
+    content = io.BytesIO()
+    with warnings.catch_warnings():  # of being superseded by torch.export, and of shapes that are constants
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(graph, (example,), check_trace=False)  # type: ignore[no-untyped-call]
+        torch.jit.save(torch.jit.freeze(traced), content)
+    return content.getvalue()
+
+
+def _graph(model: onnx.ModelProto) -> tuple[TorchGraph, torch.Tensor]:
+    shape = [axis.dim_value for axis in model.graph.input[0].type.tensor_type.shape.dim[1:]]
+    return TorchGraph(model).eval(), torch.zeros(2, *shape, dtype=torch.uint8)
 
 
 def _elementwise(function: Callable[[Any, Any], Any]) -> Callable[..., _Value]:
