@@ -1,4 +1,4 @@
-"""What every recipe's bundle is finished with: what it was measured at, and where it came from."""
+"""What every recipe's bundle is finished with: what it was measured at, what it came from, what it is not good for."""
 
 from __future__ import annotations
 
@@ -14,14 +14,43 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cliphar.bundle import Metrics, Provenance
+from cliphar.bundle import Metrics, Provenance, Source
 from cliphar.evaluation import evaluate
 from cliphar.recognizer import Prediction
 
-__all__ = ["BACKGROUND_PHOTOS", "bias_photos", "measured", "provenance"]
+__all__ = ["BACKGROUND_PHOTOS", "LIMITS", "MINI_SOURCES", "SPACE_SOURCES", "bias_photos", "measured", "provenance"]
 
 BACKGROUND_PHOTOS = 1200
 _BIAS_PHOTOS = 64
+
+_PHOTOS = (
+    Source(
+        name="Human Action Recognition, 15 classes",
+        role="photos and labels of the known actions",
+        licence="none stated; photos from the web",
+    ),
+    Source(
+        name="100 Sports (70 of them)", role="photos and labels of sports", licence="none stated; photos from the web"
+    ),
+    Source(name="Flickr8k", role="photos and captions", licence="research use; photos belong to their Flickr authors"),
+)
+_CLIP = Source(name="OpenAI CLIP ViT-B/16, image tower in int8", role="the space; teacher", licence="MIT")
+_TEXT = Source(name="all-MiniLM-L6-v2", role="sentence encoder, 4-bit, vocabulary cut", licence="Apache-2.0")
+_GLOSSARY = Source(name="cliphar's glossary", role="descriptions of actions", licence="Apache-2.0")
+
+SPACE_SOURCES = (_CLIP, _TEXT, *_PHOTOS, _GLOSSARY)
+MINI_SOURCES = (
+    Source(name="EfficientNet-Lite1, ImageNet weights", role="start of the image tower", licence="Apache-2.0"),
+    *SPACE_SOURCES,
+)
+LIMITS = (
+    "decisions about people: it names what a picture looks like, and is wrong for some groups more than for others",
+    "surveillance, emergencies and safety without a person who checks: a fight or a fall can be missed",
+    "actions that need time to tell apart, such as sitting down from standing up: it sees single photos",
+    "several people doing different things: it answers for the photo as a whole",
+    "words far from everyday English; known actions are trained, others are understood by their words alone",
+    "the words of the known actions overlap (calling, texting; laughing, hugging), and so did their labels",
+)
 
 
 def bias_photos(rows: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -45,10 +45,17 @@ from cliphar.training._adapt import adapt
 from cliphar.training._corpus import TEST, TRAIN, VAL, Corpus, build_corpus
 from cliphar.training._distill import DistillData, distill, embed, soft_labels
 from cliphar.training._fetch import fetch_imagenet, fetch_sentence_encoder
-from cliphar.training._finish import BACKGROUND_PHOTOS, bias_photos, measured, provenance
+from cliphar.training._finish import (
+    BACKGROUND_PHOTOS,
+    LIMITS,
+    MINI_SOURCES,
+    SPACE_SOURCES,
+    bias_photos,
+    measured,
+    provenance,
+)
 from cliphar.training._head import train_head
 from cliphar.training._recipe import MiniRecipe, SpaceRecipe
-from cliphar.training._sources import LIMITS, MINI_SOURCES, SPACE_SOURCES
 from cliphar.training._teacher import look, teacher_embeddings, teacher_weights, token_maps
 from cliphar.training._text import Sentences, build_sentences, train_projection
 
