@@ -11,6 +11,7 @@ import resource
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -455,6 +456,22 @@ def test_the_command(tmp_path: Path, clean_env: dict[str, str]) -> None:
     for path, out in ((good, good), (pipe, "a.png")):
         done = run(str(path), "--out", str(out))
         assert (done.returncode, done.stdout) == (2, "")  # unread
+
+
+def test_stopped_while_a_pipe_is_silent(tmp_path: Path, clean_env: dict[str, str]) -> None:
+    clip = film(tmp_path / "clip.mkv", [RED, BLUE]).read_bytes()
+    os.mkfifo(pipe := tmp_path / "pipe")
+    command = [sys.executable, "-m", "cliphar", "video", str(pipe)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=clean_env) as process:
+        try:
+            with pipe.open("wb") as sender:
+                sender.write(clip[: len(clip) * 2 // 3])
+                sender.flush()
+                time.sleep(2)  # until it waits for more
+                process.terminate()
+                assert (process.communicate(timeout=60)[1], process.returncode) == ("", 143)
+        finally:
+            process.kill()
 
 
 def test_a_video_in_a_pipe(tmp_path: Path, fake: Recognizer) -> None:

@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,6 +22,7 @@ __all__ = ["main"]
 
 # typer names no base of its usage errors
 _WrongUsage: type[Any] = typer.BadParameter.__mro__[1]
+_GRACE_S = 5.0  # below the 10 that docker stop gives
 
 
 app = typer.Typer(
@@ -86,6 +88,15 @@ def _breaks_off_loading(error: BaseException | None) -> bool:
     return False
 
 
+def _leave_within(seconds: float, status: int) -> None:
+    """Or on the next signal. Python waits for threads, and one may be in a read that never ends, as of a pipe."""
+    end = threading.Timer(seconds, os._exit, [status])
+    end.daemon = True
+    end.start()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(status))
+
+
 def main() -> None:
     """Run the command line; exit status 0 done, 1 failed on some input, 2 wrong usage, 128 + a signal."""
     stopped: list[int] = []
@@ -106,9 +117,12 @@ def main() -> None:
         sys.stdout.reconfigure(errors=escaping())
     try:
         status = _run()
+        if status == 128 + signal.SIGINT:
+            status = 128 + stopped[0] if stopped else status
+            _leave_within(_GRACE_S, status)
         with suppress(typer.Exit), while_read():  # what Python would write only while it ends
             sys.stdout.flush()
-        sys.exit(128 + stopped[0] if stopped and status == 128 + signal.SIGINT else status)
+        sys.exit(status)
     except _WrongUsage as error:
         if "Usage:" in error.format_message():  # no arguments: it is the help
             error.show()
