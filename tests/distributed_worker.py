@@ -86,7 +86,7 @@ def gradients_agree(ranks: Any) -> float:
 
 def main(kind: str, folder: Path, name: str, stop_after: int) -> None:
     ranks = open_ranks(kind)
-    recipe = LoopRecipe(epochs=3, batch_size=8, size=SIDE, ema=0.5, lr=0.01)
+    recipe = LoopRecipe(epochs=3, batch_size=8, accumulate=2, size=SIDE, ema=0.5, lr=0.01)
     targets = np.arange(PHOTOS) % CLASSES
     texts = [[int(t) * WORDS + k for k in range(WORDS)] for t in targets]
     targets[::5] = -1  # photos with a caption alone, which each process gets more or fewer of

@@ -75,7 +75,7 @@ class Batches:
         recipe: sizes and augmentation.
         size: pixels of the views.
         seed: of order and views.
-        rank, world: this process takes the part ``rank`` of ``world`` equal parts of every batch.
+        rank, world: this process takes the ``rank``-th of ``world`` equal shares of every part of every batch.
     """
 
     def __init__(
@@ -84,12 +84,13 @@ class Batches:
         self._items, self._recipe, self._size, self._seed = list(items), recipe, size, seed
         self._starts = np.cumsum([0, *map(len, items)])
         self._targets = np.concatenate([one.targets for one in items])
-        self._share = slice(rank * recipe.batch_size // world, (rank + 1) * recipe.batch_size // world)
         if recipe.batch_size % (world * recipe.accumulate):
             raise UsageError(
                 f"train.batch_size {recipe.batch_size} is not a multiple of {world} processes times "
                 f"train.accumulate {recipe.accumulate}"
             )
+        # of each part that the batch is taken in, so that the parts of several processes together are those of one
+        self._share = np.arange(recipe.batch_size).reshape(recipe.accumulate, world, -1)[:, rank].ravel()
 
     def __len__(self) -> int:
         """Steps in an epoch; photos that do not fill a batch wait for another epoch's order."""
@@ -114,8 +115,8 @@ class Batches:
             ahead: deque[list[Future[tuple[NDArray[np.uint8], int]]]] = deque()
 
             def submit(step: int, numbers: NDArray[np.int64]) -> None:
-                jobs = list(enumerate(numbers))[self._share]
-                ahead.append([pool.submit(self._view, epoch, step, place, int(number)) for place, number in jobs])
+                jobs = zip(self._share.tolist(), numbers[self._share].tolist(), strict=True)
+                ahead.append([pool.submit(self._view, epoch, step, place, number) for place, number in jobs])
 
             try:
                 for step, numbers in steps[:2]:
