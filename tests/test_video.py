@@ -416,6 +416,16 @@ def test_pictures(tmp_path: Path, fake: Recognizer) -> None:
     assert np.abs(bar[60] - bar[250]).max() > 40  # two segments, two colours
 
 
+def test_a_recording_that_changes_its_size_is_drawn_whole(tmp_path: Path) -> None:
+    wide, high = film(tmp_path / "a.ts", [RED], size=(320, 240)), film(tmp_path / "b.ts", [GREEN], size=(240, 480))
+    annotate(wide.read_bytes() + high.read_bytes(), [], tmp_path / "out.mp4")
+    with VideoReader(tmp_path / "out.mp4") as reader:
+        *_, (_, last) = reader.frames()
+    left, middle = np.asarray(last.image())[120, [20, 160]].astype(int)
+    assert left.max() < 30
+    assert abs(middle - GREEN).max() < 30
+
+
 def test_two_hours_take_no_more_memory_than_minutes(tmp_path: Path, fake: Recognizer) -> None:
     path = film(tmp_path / "long.mkv", [RED, GREEN, BLUE] * 8, seconds=300, fps=1)
     recognize_video(fake, film(tmp_path / "short.mkv", [RED, GREEN], seconds=30, fps=1))  # what is allocated once

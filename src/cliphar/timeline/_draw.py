@@ -9,7 +9,7 @@ from itertools import cycle
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from cliphar.bundle import whole_file
 from cliphar.errors import MediaError
@@ -103,7 +103,7 @@ def annotate(source: VideoLike, segments: Sequence[Segment], target: str | os.Pa
                 # the first is seen from the start, though sound may come before it
                 pts = max(last + 1, round(time_s * 90_000)) if overlay else 0
                 if overlay is None:
-                    stream.width, stream.height = (max(2, side & ~1) for side in image.size)
+                    stream.width, stream.height = _even(image)
                     overlay = _Overlay(segments, (stream.width, stream.height), reader.info.duration_s)
                 drawn = av.VideoFrame.from_ndarray(overlay.draw(image, pts / 90_000), format="rgb24")
                 drawn.pts, drawn.time_base, last = pts, stream.time_base, pts
@@ -121,6 +121,11 @@ def _shown(reader: VideoReader, step_s: float) -> Iterator[tuple[float, Image.Im
         yield time_s + k * step_s, frame.image()
 
 
+def _even(image: Image.Image) -> tuple[int, int]:
+    """Its size as H.264 takes it."""
+    return max(2, image.width & ~1), max(2, image.height & ~1)
+
+
 class _Overlay:
     """Draws on frames of one size."""
 
@@ -134,7 +139,8 @@ class _Overlay:
     def draw(self, image: Image.Image, time_s: float) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
         """uint8 RGB [H,W,3] of the overlay's size."""
         width, height = self._size
-        image = image.crop((0, 0, width, height)) if image.size != self._size else image
+        if image.size != self._size:  # a call's recording changes its size on the way
+            image = image.crop((0, 0, width, height)) if _even(image) == self._size else ImageOps.pad(image, self._size)
         draw, top = ImageDraw.Draw(image), height - self._bar
         for segment in self._segments:
             left, right = (at / self._duration * width for at in (segment.start_s, segment.end_s))
