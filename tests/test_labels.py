@@ -194,7 +194,7 @@ def test_a_matrix_of_hundreds_of_labels_scrolls_and_is_not_shrunk_to_the_page() 
     assert "--least:3" in confusion_svg(["a"] * 400, np.eye(400, dtype=np.int64))
 
 
-def test_what_is_left_out_where_it_lies_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_eval_leaves_out_and_doubts_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("sit/a.jpg", "run/b.jpg", "run/2024/c.jpg", "run/2024/notes.txt", "d.jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -202,4 +202,7 @@ def test_what_is_left_out_where_it_lies_is_said(tmp_path: Path, capsys: pytest.C
     told = capsys.readouterr().err
     assert f"such as {tmp_path}/run/2024/c.jpg" in told
     assert f"1 files in {tmp_path} lie beside the label folders and are left out, such as {tmp_path}/d.jpg" in told
+    (tmp_path / "sit").rename(tmp_path / "7")
+    read_labelled(tmp_path, None)
+    assert "labels that are numbers: 7;" in capsys.readouterr().err
     assert str(tmp_path / "d.jpg") in open_source(str(tmp_path)).note

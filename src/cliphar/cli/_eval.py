@@ -112,7 +112,7 @@ def evaluate(
 
 def read_labelled(data: Path, labels: tuple[str, ...] | None) -> tuple[_Listed, tuple[str, ...]]:
     """The photos and clips with their labels, and the labels to choose from."""
-    from cliphar.data import list_labelled
+    from cliphar.data import doubtful_labels, list_labelled
     from cliphar.media import files_in, is_media
 
     listed = list_labelled(data)
@@ -123,6 +123,8 @@ def read_labelled(data: Path, labels: tuple[str, ...] | None) -> tuple[_Listed, 
         if left:
             tell(f"{len(left)} files in {data} lie {where} and are left out, such as {left[0]}")
     chosen = labels or tuple(sorted({label for _, label in listed}))
+    for doubt in () if labels else doubtful_labels(chosen):
+        tell(doubt)
     stray = sorted({label for _, label in listed} - set(chosen))
     if stray:
         raise UsageError(f"{data} has folders that are not among the labels: {', '.join(stray[:5])}; add or move them")
