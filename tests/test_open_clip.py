@@ -19,8 +19,16 @@ from tokenizers import Tokenizer, models, normalizers, trainers  # noqa: E402
 
 from cliphar.errors import BundleError, UsageError  # noqa: E402
 from cliphar.export import export_bundle, pull_open_clip  # noqa: E402
-from cliphar.models import OpenClipEncoder, open_clip_encoder  # noqa: E402
+from cliphar.models import (  # noqa: E402
+    OpenClipEncoder,
+    OpenClipImage,
+    OpenClipText,
+    import_open_clip,
+    open_clip_encoder,
+)
 from cliphar.recognizer import load  # noqa: E402
+from cliphar.training._method_recipe import LoraSection  # noqa: E402
+from cliphar.training._methods._lora import adapt  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +73,16 @@ def test_a_folder_that_is_none() -> None:
     with pytest.raises(BundleError, match="cannot make open_clip's 'local-dir:/nowhere'") as caught:
         open_clip_encoder("local-dir:/nowhere")
     assert "\n" not in str(caught.value)
+
+
+def test_low_rank_changes_are_of_both_towers_where_only_the_text_has_attention() -> None:
+    vision = {"timm_model_name": "convnext_atto", "timm_proj": "linear", "timm_pool": "", "image_size": 64}
+    model = import_open_clip().CLIP(32, vision, {"width": 64, "heads": 1, "layers": 1, "vocab_size": 99})
+    image = OpenClipImage(model.visual, (0.5,) * 3, (0.5,) * 3)
+    towers = torch.nn.ModuleDict({"image": image, "text": OpenClipText(model)})
+    adapt(towers, LoraSection())
+    trained = {name.partition(".")[0] for name, p in towers.named_parameters() if p.requires_grad}
+    assert trained == {"image", "text"}
 
 
 def test_it_imports_in_a_fresh_process() -> None:

@@ -8,6 +8,7 @@ matrices too.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -22,7 +23,10 @@ from cliphar.training._method_recipe import LoraRecipe, LoraSection
 __all__ = ["adapt", "lora", "merge"]
 
 _ATTENTION = ("*.attn.in_proj_weight", "*.qkv.weight", "*.[qkv]_proj.weight")
-_CONVOLUTIONAL = ("*._expand_conv.weight", "*._project_conv.weight", "*.project.weight")
+_CONVOLUTIONAL = (
+    *("*._expand_conv.weight", "*._project_conv.weight", "*.project.weight"),
+    *("*.mlp.fc[12].weight", "*.head.proj.weight"),  # ConvNeXt's
+)
 
 
 class _LowRank(nn.Module):
@@ -47,12 +51,18 @@ def adapt(towers: nn.Module, section: LoraSection) -> int:
         UsageError: no weight has such a name.
     """
     names = [name for name, parameter in towers.named_parameters() if parameter.ndim >= 2]
-    patterns = section.targets or _ATTENTION
-    chosen = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
-    if not chosen and not section.targets:
-        chosen = [name for name in names if any(fnmatchcase(name, pattern) for pattern in _CONVOLUTIONAL)]
+
+    def fitting(patterns: Sequence[str], within: str = "") -> list[str]:
+        return [n for n in names if n.startswith(within) and any(fnmatchcase(n, pattern) for pattern in patterns)]
+
+    chosen = fitting(section.targets)
+    if not section.targets:
+        for tower, _ in towers.named_children():
+            chosen += fitting(_ATTENTION, tower) or fitting(_CONVOLUTIONAL, tower)
     if not chosen:
-        raise UsageError(f"lora.targets {', '.join(patterns)} fit no weight; there are {', '.join(names[:3])}, ...")
+        raise UsageError(
+            f"lora.targets {', '.join(section.targets) or '()'} fit no weight; there are {', '.join(names[:3])}, ..."
+        )
     towers.requires_grad_(False)
     for name in chosen:
         parent, _, own = name.rpartition(".")
