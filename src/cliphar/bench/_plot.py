@@ -14,12 +14,10 @@ def plot_bench(bench: Bench, target: Path) -> None:
     """Write one bar a runtime: its photos a second, at the batch and threads where it is fastest, and its accuracy.
 
     Raises:
-        UsageError: matplotlib is not installed, or the file's suffix is of no picture.
+        UsageError: the file's suffix is of no picture, or it cannot be written.
     """
-    try:
-        import matplotlib as mpl
-    except ImportError as error:
-        raise UsageError("a plot needs matplotlib; run: pip install 'cliphar[train]'") from error
+    import matplotlib as mpl
+
     mpl.use("Agg")
     from matplotlib import pyplot
 
