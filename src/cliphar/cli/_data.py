@@ -136,6 +136,8 @@ def split(
         raise DataError(f"no photo in {source} has a label; there is nothing to split by")
     counts = copy_parts(opened, photos, assign_parts(photos, val, test, seed), out)
     print(f"{out}: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+    if left := len(photos) - sum(counts.values()):
+        tell(f"{left} photos have no label, or no part where others have one, and are left out")
     if lacking := [name for name, count in counts.items() if not count]:
         why = "there are too few, or too many are near-duplicates, which stay together"
         tell(f"{' and '.join(lacking)} got no photos: {why}; add more")
