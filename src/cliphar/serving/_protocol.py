@@ -19,7 +19,7 @@ from cliphar.serving._problems import problem_response
 __all__ = ["Protocol", "Streams"]
 
 _HEAD = 2**17  # labels in an address are the longest that is meant
-_FRAGMENT = 64  # what a part of a message takes besides its bytes, of which it may have none
+_FRAGMENT = 64  # what a part of a message takes besides its bytes, if any
 
 
 class Protocol(HttpToolsProtocol):
@@ -40,7 +40,7 @@ class Protocol(HttpToolsProtocol):
         self._unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(cast(asyncio.Transport, _Corked(transport, self.loop)))
+        super().connection_made(cast(asyncio.Transport, _Corked(transport)))
         self._start()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -127,24 +127,26 @@ class Protocol(HttpToolsProtocol):
 
 
 class _Corked:
-    """A transport that sends at once what a turn of the event loop wrote: a head with its body."""
+    """A transport that sends a head with its body: what is written waits a turn of the event loop for more."""
 
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
-        self._transport, self._loop = transport, loop
-        self._written: list[bytes] = []
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport, self._held = transport, b""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
 
     def write(self, data: bytes) -> None:
-        if not self._written:
-            self._loop.call_soon(self._send)
-        self._written.append(data)
+        if self._held:
+            self._held, data = b"", self._held + data
+            self._transport.write(data)
+        else:
+            self._held = data
+            asyncio.get_running_loop().call_soon(self._send)
 
     def _send(self) -> None:
-        if self._written:
-            self._transport.write(b"".join(self._written))
-            self._written.clear()
+        if self._held and not self.is_closing():
+            self._transport.write(self._held)
+        self._held = b""
 
     def close(self) -> None:
         self._send()
@@ -152,10 +154,10 @@ class _Corked:
 
 
 class Streams(WebSocketsSansIOProtocol):
-    """uvicorn's, which closes the stream that holds the most when all together hold too much.
+    """uvicorn's, which closes the stream that holds the most when all hold too much.
 
     Args:
-        most: bytes of frames, whole or in part, in all.
+        most: bytes of all frames, whole or in part.
         uvicorn: what uvicorn gives.
     """
 
