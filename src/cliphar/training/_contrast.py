@@ -30,6 +30,11 @@ class Losses:
     mixup: float
 
 
+def _whole(z: Tensor) -> torch.autocast:
+    """float32 whatever the towers are trained in: half precision has no digits for how cosines times 100 differ."""
+    return torch.autocast(z.device.type, enabled=False)
+
+
 class ContrastObjective(nn.Module):
     """Image tower, class vectors and, where it can be trained, text tower.
 
@@ -71,7 +76,8 @@ class ContrastObjective(nn.Module):
         z = self.embed(images).float()
         parts: dict[str, Tensor] = {}
         if self.losses.classes:
-            logits = self.scale * z @ F.normalize(self.class_vectors, dim=-1).T
+            with _whole(z):
+                logits = self.scale * z @ F.normalize(self.class_vectors, dim=-1).T
             parts["classes"] = self._mixed(share, other, lambda rows: self._classify(logits, batch, rows))
         if self.losses.contrastive:
             parts["contrastive"] = self._mixed(share, other, lambda rows: self._contrast(z, batch, rows))
@@ -100,6 +106,7 @@ class ContrastObjective(nn.Module):
         wanted = same.float() * (all_numbers >= 0)
         wanted = wanted / wanted.sum(1, keepdim=True).clamp(min=1.0)
         spoken = numbers >= 0
-        to_texts = -(wanted * F.log_softmax(self.scale * z @ all_texts.T, -1)).sum(1)
-        to_photos = -(wanted * F.log_softmax(self.scale * texts @ all_z.T, -1)).sum(1)
+        with _whole(z):
+            to_texts = -(wanted * F.log_softmax(self.scale * z @ all_texts.T, -1)).sum(1)
+            to_photos = -(wanted * F.log_softmax(self.scale * texts @ all_z.T, -1)).sum(1)
         return ((to_texts + to_photos) / 2 * spoken).sum() / spoken.sum().clamp(min=1)
