@@ -25,9 +25,10 @@ from cliphar.export import export_teacher_graph, float_graph, teacher_tensors  #
 from cliphar.models import ClipTower  # noqa: E402
 from cliphar.training import SpaceRecipe  # noqa: E402
 from cliphar.training._adapt import adapt  # noqa: E402
-from cliphar.training._corpus import Corpus  # noqa: E402
+from cliphar.training._corpus import TEST, TRAIN, VAL, Corpus, _parts  # noqa: E402
 from cliphar.training._distill import _batches  # noqa: E402
 from cliphar.training._gradient import _start  # noqa: E402
+from cliphar.training._recipe import DataRecipe  # noqa: E402
 from cliphar.training._teacher import look as keep_tokens  # noqa: E402
 from cliphar.training._teacher import token_maps  # noqa: E402
 
@@ -181,6 +182,15 @@ def test_the_tower_answers_as_the_file_does_changed_or_not(
     onnx.save(plain, weights.with_name("float.onnx"))
     session = onnxruntime.InferenceSession(str(weights.with_name("float.onnx")))
     assert ((after * session.run(None, {"images": photos[:4]})[0]).sum(1) > 0.999).all()
+
+
+def test_near_duplicates_of_another_source_are_not_trained_on_either(tmp_path: Path) -> None:
+    source = ["captioned"] * 40 + ["sports"] * 40 + ["actions"] * 40
+    labels = [None] * 40 + ["curling", "golf"] * 20 + ["running", "eating"] * 20
+    groups = np.tile(np.arange(40), 3)  # each photo is in all three
+    part = _parts(DataRecipe(root=tmp_path, captioned_val=10, val=0.2, test=0.2), labels, source, groups, ["golf"])
+    assert set(part.tolist()) == {-1, TRAIN, VAL, TEST}
+    assert not set(groups[part == TRAIN]) & set(groups[part > TRAIN])
 
 
 def test_actions_are_told_apart_better_and_an_interrupted_run_goes_on(

@@ -26,9 +26,9 @@ TRAIN, VAL, TEST = 0, 1, 2
 class Corpus:
     """N photos in the order captioned, sports, actions.
 
-    ``labels`` are their labels or None, ``captions`` theirs or (), ``part`` int64 [N] is TRAIN, VAL or TEST;
-    photos of ``held_out`` sports are never TRAIN. ``sha256`` digests the sources; ``folder`` keeps what
-    is computed of the photos.
+    ``labels`` are their labels or None, ``captions`` theirs or (), ``part`` int64 [N] is TRAIN, VAL or TEST, or -1 for
+    what is nearly the same as a photo of another source's VAL or TEST; photos of ``held_out`` sports are never TRAIN.
+    ``sha256`` digests the sources; ``folder`` keeps what is computed of the photos.
     """
 
     keys: list[str]
@@ -125,6 +125,8 @@ def _parts(
     part[captioned] = split_grouped([0] * len(captioned), groups[captioned], (1 - share, share), recipe.seed)
     held = np.array([i for i, label in enumerate(labels) if label in held_out])
     part[held] = VAL + split_grouped([labels[i] for i in held], groups[held], (0.5, 0.5), recipe.seed)
+    # each source was split for itself: what is kept in one is not trained on in another
+    part[(part == TRAIN) & np.isin(groups, groups[part != TRAIN])] = -1
     return part
 
 
