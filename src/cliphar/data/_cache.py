@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from cliphar.media import decode_image, is_clip_name
 
 __all__ = ["PhotoSet", "load_photos"]
 
-_VERSION = 4  # of what readers make of a source, too
+_VERSION = 5  # of what readers make of a source, too
 _AHEAD = 64
 _Found = tuple[NDArray[np.uint8], float] | MediaError
 
@@ -89,28 +90,26 @@ def load_photos(
     """
     key = f"{_VERSION} {source.fingerprint} {side} {max_aspect} {frames}"
     folder = cache / f"photos-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    if not (folder / "index.json").is_file():
+    try:
+        photos = _open(folder)
+    except (FileNotFoundError, ValueError, EOFError, zipfile.BadZipFile):  # none yet, or cut short as by a power cut
+        shutil.rmtree(folder, ignore_errors=True)
         log(f"decoding {source.name} into {folder}")
         _build(source, folder, side, max_aspect, frames, log)
-    index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        photos = _open(folder)
     if source.note:
         log(one_line(source.note))
-    for key, reason in index["refused"]:
+    for key, reason in photos.refused:
         log(one_line(f"left out {key}: {reason}"))
-    arrays = np.load(folder / "arrays.npz")
-    return PhotoSet(
-        keys=index["keys"],
-        labels=index["labels"],
-        captions=list(map(tuple, index["captions"])),
-        splits=index["splits"],
-        groups=arrays["groups"],
-        seconds=arrays["seconds"],
-        refused=list(map(tuple, index["refused"])),
-        sha256=index["sha256"],
-        _pixels=np.memmap(folder / "pixels.bin", np.uint8, "r"),
-        _offsets=arrays["offsets"],
-        _shapes=arrays["shapes"],
-    )
+    return photos
+
+
+def _open(folder: Path) -> PhotoSet:
+    index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    index |= {name: list(map(tuple, index[name])) for name in ("captions", "refused")}
+    arrays = dict(np.load(folder / "arrays.npz"))
+    pixels = np.memmap(folder / "pixels.bin", np.uint8, "r", shape=(int(arrays["_offsets"][-1]),))
+    return PhotoSet(**index, **arrays, _pixels=pixels)
 
 
 def _small(image: Image.Image, side: int, max_aspect: float) -> NDArray[np.uint8]:
@@ -177,9 +176,9 @@ def _build(
         np.savez(
             work / "arrays.npz",
             groups=group_duplicates(hashes),
-            shapes=np.array(shapes, np.int64),
             seconds=seconds,
-            offsets=np.cumsum([0] + [np.prod(shape) for shape in shapes], dtype=np.int64),
+            _shapes=np.array(shapes, np.int64),
+            _offsets=np.cumsum([0] + [np.prod(shape) for shape in shapes], dtype=np.int64),
         )
         index = {
             "keys": [photo.key for photo in kept],
@@ -190,8 +189,6 @@ def _build(
             "sha256": digest.hexdigest(),
         }
         (work / "index.json").write_text(json.dumps(index))
-        if not (folder / "index.json").is_file():
-            shutil.rmtree(folder, ignore_errors=True)  # one that was cut short
         try:
             work.chmod(0o755)
             work.rename(folder)
