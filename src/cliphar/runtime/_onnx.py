@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from functools import cache
@@ -19,8 +18,8 @@ from numpy.typing import NDArray
 
 from cliphar.bundle import Bundle, store
 from cliphar.errors import BundleError, UsageError
-from cliphar.runtime._base import Runtime, cpu_quota
-from cliphar.runtime._text import TextTower, check_images, does_not_run
+from cliphar.runtime._base import cpu_quota
+from cliphar.runtime._text import Engine, check_images, does_not_run
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -65,7 +64,7 @@ def _load_cuda() -> None:
         onnxruntime.preload_dlls()
 
 
-class OnnxRuntime(Runtime):
+class OnnxRuntime(Engine):
     """A bundle's image.onnx, or another ONNX graph that export made of it, and its text.onnx.
 
     On a CPU one photo is run by all threads together. Where there are as many photos as threads, each thread runs some
@@ -93,16 +92,15 @@ class OnnxRuntime(Runtime):
         provider: str | None = None,
         threads: int | None = None,
     ) -> None:
-        self.threads = threads or cpu_quota()
+        threads = threads or cpu_quota()
         present = available_providers()
         if provider is not None and provider not in present:
             raise UsageError(
                 f"provider {provider!r} is not in this ONNX Runtime (it has {', '.join(present)}); "
                 "choose one of those or install the build that has it"
             )
-        self.bundle = bundle
         self.file = file
-        self._image = _session(bundle, file, provider, self.threads)
+        self._image = _session(bundle, file, provider, threads)
         self._single = self._image.get_inputs()[0].shape[0] == 1
         self._alone: tuple[onnxruntime.InferenceSession, ThreadPoolExecutor, int] | None = None
         self._making = threading.Lock()
@@ -110,14 +108,14 @@ class OnnxRuntime(Runtime):
             (short for short, name in _PREFERENCE.items() if name == self._image.get_providers()[0]), "cpu"
         )
         size = bundle.info.files[file].bytes
-        self.lanes = self.threads if self.provider == "cpu" and size < _LANES_BELOW else 1
+        self.lanes = threads if self.provider == "cpu" and size < _LANES_BELOW else 1
         self._small = self.provider == "cpu" and size < _SMALL_BELOW
         asked = provider or present[0]
         missed = self.provider != asked and (provider or self.provider == "cpu")
         if missed and not (asked in _NVIDIA and _without_nvidia()):  # which has been said
             _LOG.warning("%s did not start, so %s is used; 'cliphar doctor' says more", asked, self.provider)
         self.name = f"{bundle.info.files[file].runtime or 'onnx'}-{self.provider}"
-        self._text = TextTower(bundle, self.threads)
+        super().__init__(bundle, threads)
 
     def encode_images(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """See :class:`Runtime`; ValueError for another shape or dtype, BundleError if it does not run."""
@@ -160,10 +158,6 @@ class OnnxRuntime(Runtime):
             return np.concatenate([session.run(["embeddings"], {"images": part})[0] for part in parts])
         except Exception as error:  # of memory, or of other sizes than bundle.json's
             raise does_not_run(self.bundle, self.file, error) from error
-
-    def encode_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """See :class:`Runtime`."""
-        return self._text.encode(texts)
 
 
 def _session(bundle: Bundle, name: str, provider: str | None, threads: int) -> onnxruntime.InferenceSession:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,8 +12,8 @@ from numpy.typing import NDArray
 
 from cliphar.bundle import Bundle
 from cliphar.errors import BundleError, UsageError
-from cliphar.runtime._base import Runtime, cpu_quota
-from cliphar.runtime._text import TextTower, check_images, does_not_run
+from cliphar.runtime._base import cpu_quota
+from cliphar.runtime._text import Engine, check_images, does_not_run
 
 __all__ = ["OpenVinoRuntime", "import_openvino"]
 
@@ -34,7 +33,7 @@ def import_openvino() -> Any:
     return openvino
 
 
-class OpenVinoRuntime(Runtime):
+class OpenVinoRuntime(Engine):
     """An OpenVINO IR that export made of a bundle's image graph.
 
     Args:
@@ -49,11 +48,10 @@ class OpenVinoRuntime(Runtime):
 
     def __init__(self, bundle: Bundle, *, file: str, threads: int | None = None) -> None:
         openvino = import_openvino()
-        self.bundle = bundle
-        self.threads = threads or cpu_quota()
+        threads = threads or cpu_quota()
         self.name = bundle.info.files[file].runtime or "openvino"
         settings = {
-            "INFERENCE_NUM_THREADS": self.threads,
+            "INFERENCE_NUM_THREADS": threads,
             "PERFORMANCE_HINT": "LATENCY",
             # left to itself it takes bfloat16 where the CPU has it, and is no longer what was verified
             "INFERENCE_PRECISION_HINT": "bf16" if "bf16" in file else "f32",
@@ -71,7 +69,7 @@ class OpenVinoRuntime(Runtime):
             raise does_not_run(bundle, file, error) from error
         self._file = file
         self._local = threading.local()
-        self._text = TextTower(bundle, self.threads)
+        super().__init__(bundle, threads)
 
     def encode_images(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """See :class:`Runtime`; ValueError for another shape or dtype, BundleError if it does not run."""
@@ -84,7 +82,3 @@ class OpenVinoRuntime(Runtime):
         except Exception as error:  # of memory, or of other sizes than bundle.json's
             raise does_not_run(self.bundle, self._file, error) from error
         return result
-
-    def encode_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """See :class:`Runtime`."""
-        return self._text.encode(texts)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,8 @@ from numpy.typing import NDArray
 
 from cliphar.bundle import Bundle
 from cliphar.errors import BundleError, UsageError
-from cliphar.runtime._base import Runtime, cpu_quota
-from cliphar.runtime._text import TextTower, check_images
+from cliphar.runtime._base import cpu_quota
+from cliphar.runtime._text import Engine, check_images
 
 __all__ = ["TensorRtRuntime", "import_tensorrt"]
 
@@ -30,7 +29,7 @@ def import_tensorrt() -> tuple[Any, Any]:
     return tensorrt, runtime
 
 
-class TensorRtRuntime(Runtime):
+class TensorRtRuntime(Engine):
     """A bundle's .plan. An engine runs on the kind of GPU and the TensorRT version that built it, and no other.
 
     Raises:
@@ -68,7 +67,7 @@ class TensorRtRuntime(Runtime):
         self._context.set_tensor_address("images", int(self._input))
         self._context.set_tensor_address("embeddings", int(self._output))
         self._lock = threading.Lock()
-        self._text = TextTower(bundle, threads or cpu_quota())
+        super().__init__(bundle, threads or cpu_quota())
 
     def _call(self, answer: tuple[Any, ...]) -> Any:
         status, *values = answer
@@ -93,10 +92,6 @@ class TensorRtRuntime(Runtime):
                 self._call(cuda.cudaMemcpyAsync(answer.ctypes.data, self._output, answer.nbytes, to_host, self._stream))
                 self._call(cuda.cudaStreamSynchronize(self._stream))
         return out
-
-    def encode_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """See :class:`Runtime`."""
-        return self._text.encode(texts)
 
 
 def _free(cuda: Any, stream: Any, buffers: tuple[Any, ...]) -> None:

@@ -1,4 +1,4 @@
-"""What every engine shares: the text tower on ONNX Runtime, and the check of its images."""
+"""What every engine shares: the text tower on ONNX Runtime, the check of images."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 
 from cliphar.bundle import Bundle
 from cliphar.errors import BundleError
+from cliphar.runtime._base import Runtime
 
 if TYPE_CHECKING:
     import onnxruntime
     from tokenizers import Tokenizer
 
-__all__ = ["TextTower", "check_images", "does_not_run"]
+__all__ = ["Engine", "check_images", "does_not_run"]
 
 _LOG = logging.getLogger("cliphar.runtime")
 
@@ -37,33 +38,33 @@ def does_not_run(bundle: Bundle, file: str, error: Exception) -> BundleError:
     return BundleError(f"{file} of bundle '{bundle.info.name}' does not run here: {reason}")
 
 
-class TextTower:
-    """A bundle's tokenizer.json and text.onnx; small, and always quick enough on the CPU.
+class Engine(Runtime):
+    """Runs a bundle; its text.onnx, which is small, always on the CPU.
 
     Raises:
         BundleError: the tokenizer cannot be read, or, at the first text, the graph does not run.
     """
 
     def __init__(self, bundle: Bundle, threads: int) -> None:
-        self._bundle = bundle
-        self._threads = threads
+        self.bundle = bundle
+        self.threads = threads
         self._tokenizer = _tokenizer(bundle)
 
     @functools.cached_property
-    def _session(self) -> onnxruntime.InferenceSession:
+    def _text(self) -> onnxruntime.InferenceSession:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self._threads
+        options.intra_op_num_threads = self.threads
         options.log_severity_level = 3
-        path = str(self._bundle.same_file("text.onnx"))
+        path = str(self.bundle.same_file("text.onnx"))
         try:
             return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises its own classes for each status
-            raise does_not_run(self._bundle, "text.onnx", error) from error
+            raise does_not_run(self.bundle, "text.onnx", error) from error
 
-    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """N sentences -> float32 [N,D], unit length; one without a word that the vocabulary has is warned of."""
+    def encode_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """See :class:`Runtime`; a sentence without a word that the vocabulary has is warned of."""
         encodings = self._tokenizer.encode_batch(list(texts))
         unknown = getattr(self._tokenizer.model, "unk_token", None)
         for text, encoding in zip(texts, encodings, strict=True):
@@ -71,11 +72,11 @@ class TextTower:
             if own == {unknown}:
                 _LOG.warning("the model knows no word of '%s': its answer means nothing; say it in English", text[:50])
         ids = np.array([encoding.ids for encoding in encodings], np.int64)
-        session = self._session
+        session = self._text
         try:
             result: NDArray[np.float32] = session.run(["embeddings"], {"ids": ids})[0]
         except Exception as error:  # of memory, or of other lengths than bundle.json's
-            raise does_not_run(self._bundle, "text.onnx", error) from error
+            raise does_not_run(self.bundle, "text.onnx", error) from error
         return result
 
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cliphar.bundle import Bundle
 from cliphar.errors import BundleError, UsageError
-from cliphar.runtime._base import Runtime, cpu_quota
-from cliphar.runtime._text import TextTower, check_images, does_not_run
+from cliphar.runtime._base import cpu_quota
+from cliphar.runtime._text import Engine, check_images, does_not_run
 
 __all__ = ["TorchRuntime"]
 
 
-class TorchRuntime(Runtime):
+class TorchRuntime(Engine):
     """A bundle's .pt2 (torch.export) or .pt (TorchScript). Both are programs: run none of someone you don't trust.
 
     Args:
@@ -34,10 +33,9 @@ class TorchRuntime(Runtime):
             import torch
         except ImportError as error:
             raise UsageError("torch is not installed; run: pip install 'cliphar[train]'") from error
-        self.bundle = bundle
-        self.threads = threads or cpu_quota()
+        threads = threads or cpu_quota()
         self.name = bundle.info.files[file].runtime or "torchscript"
-        torch.set_num_threads(self.threads)
+        torch.set_num_threads(threads)
         path = str(bundle.file(file))
         try:
             if file.endswith(".pt2"):
@@ -54,7 +52,7 @@ class TorchRuntime(Runtime):
             ) from error
         self._program = program
         self._file = file
-        self._text = TextTower(bundle, self.threads)
+        super().__init__(bundle, threads)
 
     def encode_images(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """See :class:`Runtime`; ValueError for another shape or dtype, BundleError if it does not run."""
@@ -69,7 +67,3 @@ class TorchRuntime(Runtime):
         except Exception as error:  # of memory, or of other sizes than bundle.json's
             raise does_not_run(self.bundle, self._file, error) from error
         return result
-
-    def encode_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """See :class:`Runtime`."""
-        return self._text.encode(texts)
