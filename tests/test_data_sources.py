@@ -92,7 +92,7 @@ def as_manifest(suffix: str, between: str = ",") -> Callable[[Path], str]:
             with path.open("w", newline="") as file:
                 table = csv.DictWriter(file, rows[0], delimiter=between)
                 table.writeheader()
-                table.writerows(rows)
+                table.writerows([*rows, {}])
         elif suffix == ".jsonl":
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         else:
@@ -188,10 +188,10 @@ def test_what_a_killed_reading_left_goes_and_what_another_writes_stays(folder: P
         work.mkdir()
         os.utime(work, (0, 0) if work != new else None)
     shutil.rmtree(made)
-    handle = os.open(used, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
+    fd = os.open(used, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
     photos_of(str(folder), cache)
-    os.close(handle)
+    os.close(fd)
     assert sorted(cache.iterdir()) == sorted([made, used, new])
 
 

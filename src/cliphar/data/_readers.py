@@ -174,8 +174,7 @@ def _zip(path: Path, source: str) -> PhotoSource:
 
 
 def _expand_braces(pattern: str) -> list[Path]:
-    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if found is None:
+    if not (found := re.search(r"\{(\d+)\.\.(\d+)\}", pattern)):
         return [Path(pattern)]
     first, last = found.groups()
     return [
@@ -284,15 +283,14 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             raise DataError(f"cannot read {path}: {error}") from error
         return
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_file(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"cannot read {path}: it is not UTF-8 text; a spreadsheet saves it as 'CSV UTF-8'") from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error}") from error
     if path.suffix.lower() == ".csv":
         between = max(",;\t", key=text.partition("\n")[0].count)  # a spreadsheet's depends on the country
         try:
-            yield from csv.DictReader(io.StringIO(text), delimiter=between, restkey="\0")
+            table = csv.DictReader(io.StringIO(text, None), delimiter=between, restkey="\0")
+            yield from (row for row in table if any(row.values()))  # a spreadsheet's last may be empty
         except csv.Error as error:  # such as a quotation mark that nothing closes
             raise DataError(f"cannot read {path}: {error}") from error
         return
