@@ -64,7 +64,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / label).mkdir(parents=True)
         for i in range(PHOTOS):
             noise = random.integers(0, 255, (6, 8, 3), np.uint8)
-            image = Image.fromarray(noise).resize((96, 72), Image.Resampling.BICUBIC)
+            image = Image.fromarray(noise).resize((96, 72))
             left, top = (int(v) for v in random.integers(2, 20, 2))
             ImageDraw.Draw(image).ellipse((left, top, left + 70, top + 45), fill=colour)
             image.save(root / label / f"{i}.png")
@@ -292,7 +292,7 @@ def test_clips_are_trained_on_and_measured_alike_afterwards(
                     ImageDraw.Draw(scene).rectangle((k, 5, k + 30, 40), fill=colour if i % 2 else (90, 90, 90))
                     file.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(scene), format="rgb24")))
                 file.mux(stream.encode())
-        scene.save(tmp_path / "clips" / "test" / label / "still.png")  # a photo is a clip that stands still
+        scene.save(tmp_path / "clips" / "test" / label / "still.png")  # is a clip that stands still
     data = {"source": str(tmp_path / "clips"), "cache": str(tmp_path / "cache")}
     loop = {"epochs": 1, "batch_size": 4, "size": 32}
     sections = {"base": str(clip_base), "frames": 3, "data": data, "wise": {"shares": [1.0]}}
@@ -364,6 +364,7 @@ def test_labels_without_photos_to_train_on_are_told_and_one_alone_is_refused(
     said: list[str] = []
     bundle = run(recipe("gda"), f"data.source={tmp_path / 'set'}", log=said.append)
     assert "no photo to train on, only words: sleeping late" in said
+    assert "near-duplicates" in str(said)
     assert len(bundle.info.labels) == 3
     shutil.rmtree(tmp_path / "set" / "train" / "running")
     with pytest.raises(DataError, match="are all of 'jumping'"):
@@ -423,7 +424,7 @@ def test_other_captions_are_another_training(recipe: Callable[..., Path], shapes
     caption("one jumps")
     file = recipe("full", captions=str(source), classes=0.0)
     assert interrupt(file, 1, signal.SIGTERM)[0] == 128 + signal.SIGTERM
-    caption("nobody moves")
+    caption("none moves")
     with pytest.raises(UsageError, match="another recipe"):
         run(file, resume=True)
     caption("one jumps")

@@ -139,6 +139,11 @@ def open_job(recipe: MethodRecipe, around: Surroundings) -> Job:
     number = {label: i for i, label in enumerate(labels)}
     targets = np.array([-1 if label is None else number[label] for label in photos.labels], np.int64)
     part = assign_parts(photos, data.val, data.test, data.seed)
+    if alike := int(((part > TRAIN) & np.isin(photos.groups, photos.groups[part == TRAIN])).sum()):  # in named parts
+        around.log(
+            f"WARNING: {alike:,} photos of val and test are near-duplicates of photos to train on, which flatters "
+            "figures; see 'cliphar data check'"
+        )
     if data.shots is not None:
         random = np.random.default_rng(data.seed)
         for target in range(len(labels)):
