@@ -30,7 +30,8 @@ _PAUSE_S = 1.0
 class Camera:
     """Answers the newest frame it is given and draws the answer on it; frames that come meanwhile are dropped.
 
-    Where there is no answer the bare picture goes on, and another answer is asked for a second later.
+    Where there is no answer the bare picture goes on, and another answer is asked for a second later. ``answer`` is
+    that of the last frame that has one; ``trouble`` says why the last frame has none, or is None.
 
     Args:
         watch: answers the frames.
@@ -39,8 +40,8 @@ class Camera:
     def __init__(self, watch: Watch) -> None:
         self._watch = self._wanted = watch
         self._lock = threading.Lock()
-        self._answer: Prediction | None = None
-        self._trouble: str | None = None
+        self.answer: Prediction | None = None
+        self.trouble: str | None = None
         self._asks_again = 0.0
         self._times: deque[tuple[float, float]] = deque(maxlen=300)  # when a frame was done, and how long it took
 
@@ -55,18 +56,17 @@ class Camera:
         if self._watch is not self._wanted:  # here, on the thread that the one before answers on
             self._watch.close()
             self._watch = self._wanted
-
         started = time.monotonic()
         if started < self._asks_again:
             return frame
         pixels = frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
         try:
-            self._answer = answer = self._watch(pixels)
+            self.answer = answer = self._watch(pixels)
             drawn = _draw(pixels, answer)
         except ClipharError as error:
-            self._trouble, self._asks_again = str(error), time.monotonic() + _PAUSE_S
+            self.trouble, self._asks_again = str(error), time.monotonic() + _PAUSE_S
             return frame
-        self._trouble = None
+        self.trouble = None
         done = time.monotonic()
         with self._lock:
             self._times.append((done, done - started))
@@ -75,16 +75,6 @@ class Camera:
     def ended(self) -> None:
         """The camera was stopped."""
         self._watch.close()
-
-    @property
-    def answer(self) -> Prediction | None:
-        """That of the last frame that has one."""
-        return self._answer
-
-    @property
-    def trouble(self) -> str | None:
-        """Why the last frame has no answer, or None."""
-        return self._trouble
 
     def speed(self) -> tuple[float, float] | None:
         """Frames a second and the median milliseconds from a frame to its answer, of the last seconds; or None."""
