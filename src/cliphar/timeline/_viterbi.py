@@ -45,11 +45,7 @@ class Viterbi:
 
     def flush(self) -> list[int]:
         """Decide all the rest; nothing may be pushed after."""
-        path = [self.current]
-        for back in reversed(self._back[1:]):
-            path.append(int(back[path[-1]]))
-        self._back, path = [], path[: len(self._back)]
-        return path[::-1]
+        return self._take(len(self._back), self.current) if self._back else []
 
     def _decide(self) -> list[int]:
         alive = np.arange(len(self._scores))
