@@ -24,6 +24,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import starmap
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -149,10 +150,7 @@ def _tar(path: Path, source: str) -> PhotoSource:
             return PhotoSource(source, "captioned", _fingerprint([path]), lambda: iter(read_captioned(path)))
 
     def read() -> Iterator[Photo]:
-        for name, content in tar_files(path, is_media):
-            photo = _labelled(name, content)
-            if photo is not None:
-                yield photo
+        return filter(None, starmap(_labelled, tar_files(path, is_media)))
 
     return PhotoSource(source, "tar", _fingerprint([path]), read)
 
@@ -162,10 +160,8 @@ def _zip(path: Path, source: str) -> PhotoSource:
         try:
             with zipfile.ZipFile(path) as archive:
                 names = {name.replace("\\", "/"): name for name in archive.namelist()}  # Windows PowerShell's are \
-                for key in sorted(filter(is_media, names), key=PurePosixPath):
-                    photo = _labelled(key, archive.read(names[key]))
-                    if photo is not None:
-                        yield photo
+                keys = sorted(filter(is_media, names), key=PurePosixPath)
+                yield from filter(None, (_labelled(key, archive.read(names[key])) for key in keys))
         # RuntimeError: a password is asked for; NotImplementedError: an unusual compression
         except (zipfile.BadZipFile, RuntimeError, EOFError, OSError, zlib.error) as error:
             raise DataError(f"{path} cannot be read: {error}; make the zip file again") from error
