@@ -291,14 +291,16 @@ def test_a_change_is_where_the_middle_of_the_window_passes_it(
 ) -> None:
     info = make_info(video={"fps": 4, "window_s": 8})
     bundle = write_bundle(tmp_path / "windowed", info, {"head.safetensors": head})
-    tracker = Tracker(choose(Recognizer(bundle, fake.runtime), None, 0.9, False, None))
     red, green = np.eye(3, dtype=np.float32)[:2]
-    segments = [one for k in range(160) for one in tracker.push(k / 4, red if k < 80 else green, False)]
-    segments += tracker.flush(40)
-    assert [(s.label, s.start_s, s.end_s) for s in segments] == [
-        ("red", 0, pytest.approx(20, abs=0.5)),
-        ("green", segments[0].end_s, 40),
-    ]
+    for fps, count, change, near in ((4, 160, 20, 0.5), (0.2, 8, 2.5, 2)):
+        tracker = Tracker(choose(Recognizer(bundle, fake.runtime), None, 0.9, False, fps))
+        seen = [red if k / fps < change else green for k in range(count)]
+        segments = [one for k in range(count) for one in tracker.push(k / fps, seen[k], False)]
+        segments += tracker.flush(40)
+        assert [(s.label, s.start_s, s.end_s) for s in segments] == [
+            ("red", 0, pytest.approx(change, abs=near)),
+            ("green", segments[0].end_s, 40),
+        ]
 
 
 def test_what_is_no_video_is_one_line(tmp_path: Path, photos: list[Path]) -> None:

@@ -118,7 +118,7 @@ class Tracker:
         self._chains = self._fresh_chains()
         self._pool: deque[tuple[float, NDArray[np.float32]]] = deque()
         self._last_s: float | None = None
-        self.began_s = 0.0
+        self.began_s = self._middle_s = 0.0
         self._recent: NDArray[np.float64] = np.zeros(len(choice.labels))
 
     def _fresh_chains(self) -> dict[int, _Chain]:
@@ -144,8 +144,10 @@ class Tracker:
     ) -> list[Segment]:
         first, self._last_s = self._last_s is None, time_s
         cosines = self._pooled(time_s, embedding, cut) @ self.choice.vectors.T
-        if self._pool:
-            from_s -= (time_s - self._pool[0][0]) / 2  # the mean is of the window's middle, not of its end
+        middle_s = (self._pool[0][0] + time_s) / 2 if self._pool else time_s
+        if len(self._pool) > 1:  # the mean is of the window's middle, not of its end
+            from_s = max((self._middle_s + middle_s) / 2, middle_s - 1 / self.choice.fps)
+        self._middle_s = middle_s
         before = None if self.choice.multi_label else self.current
         chances = _chances(cosines, self.choice.calibration)
         weight = EVIDENCE * passed
