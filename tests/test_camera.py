@@ -183,7 +183,7 @@ def transport_stream(colour: tuple[int, int, int]) -> bytes:
     with av.open(buffer, "w", format="mpegts") as out:
         stream = out.add_stream("mpeg4", rate=10)
         stream.width, stream.height, stream.pix_fmt = 160, 120, "yuv420p"
-        stream.codec_context.gop_size = 50
+        stream.codec_context.gop_size = 300
         for k in range(600):
             frame = av.VideoFrame.from_ndarray(np.full((120, 160, 3), colour, np.uint8), format="rgb24")
             frame.pts, frame.time_base = k, Fraction(1, 10)
@@ -260,7 +260,7 @@ def test_a_ctrl_c_at_any_moment_leaves_it_closable() -> None:
 
 
 def test_rtsp() -> None:
-    content = transport_stream(BLUE)[188 * 40 :]  # joined within a picture group
+    content = transport_stream(BLUE)[188 * 900 :]  # before the last key frame
     handler = type("Handler", (_Rtsp,), {"content": content})
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler) as server:
         server.daemon_threads = True

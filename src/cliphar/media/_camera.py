@@ -133,7 +133,7 @@ class Camera:
         import av
 
         device = _DEVICE.fullmatch(self._address)
-        where, form, options = self._address, None, {"protocol_whitelist": _PROTOCOLS, "fflags": "nobuffer"}
+        where, form, options = self._address, None, {"protocol_whitelist": _PROTOCOLS}
         if device:
             where, form, options = device[2] or f"/dev/video{device[1]}", "v4l2", {}
         else:
@@ -145,6 +145,9 @@ class Camera:
             container = av.open(where, "r", format=form, options=options, timeout=_SILENCE_S)
         except PermissionError as error:
             raise MediaError(f"{self.name} cannot be opened: permission denied; join the group 'video'") from error
+        except av.error.ProtocolNotFoundError as error:  # the usual PyAV has no SRT
+            way = where.partition(":")[0]
+            raise MediaError(f"{self.name} cannot be reached: PyAV was built without {way}; send by RTSP") from error
         except (av.error.FFmpegError, OSError, ValueError) as error:
             raise MediaError(f"{self.name} cannot be reached: {_reason(error)}; check it and its address") from error
         try:
