@@ -8,7 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["BundleError", "ClipharError", "DataError", "MediaError", "UsageError", "naming", "one_line", "printable"]
+__all__ = [
+    "BundleError",
+    "ClipharError",
+    "DataError",
+    "MediaError",
+    "UsageError",
+    "naming",
+    "one_line",
+    "printable",
+    "reason_of",
+]
 
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
@@ -31,6 +41,11 @@ class MediaError(ClipharError):
 
 class DataError(ClipharError):
     """A data set is missing, empty or malformed."""
+
+
+def reason_of(error: Exception) -> str:
+    """What another library's error says, in one line of 200 characters at most; its class where it says nothing."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def printable(path: str) -> str:

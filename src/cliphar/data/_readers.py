@@ -29,7 +29,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cliphar.data._sources import Photo, is_file, open_tar, read_captioned, read_file, tar_files
-from cliphar.errors import DataError, UsageError
+from cliphar.errors import DataError, UsageError, reason_of
 from cliphar.labels import clean_label
 from cliphar.media import files_in, is_hidden, is_media
 
@@ -312,7 +312,7 @@ def _hub(name: str, source: str) -> PhotoSource:
         if part:
             found = found[part]
     except Exception as error:  # the hub's client raises classes of its own
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = reason_of(error)
         raise DataError(f"cannot load {source}: {reason}; connect to the network or give a local copy") from error
     parts = dict(found) if isinstance(found, dict) else {None: found}
     image = {part: _column(data, source) for part, data in parts.items()}

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from cliphar.errors import BundleError
+from cliphar.errors import BundleError, reason_of
 from cliphar.models import OpenClipEncoder, hub_if_reachable, import_open_clip
 
 __all__ = ["clip_tokenizer"]
@@ -91,9 +91,8 @@ def _named(name: str, config: dict[str, Any], folder: Path | None) -> tuple[Toke
             one.enable_padding(length=length, pad_id=one.token_to_id(pad), pad_token=pad, direction=side)
         plain.enable_truncation(length)
     except Exception as error:  # tokenizers raises plain Exception, the hub's client classes of its own
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise BundleError(
-            f"cannot get the tokenizer of '{name}' from {folder or 'the hub'}: {reason}; "
+            f"cannot get the tokenizer of '{name}' from {folder or 'the hub'}: {reason_of(error)}; "
             f"put {' and '.join(_PARTS)} beside the weights"
         ) from error
     ours.normalizer = normalizers.Sequence([*_CLEANING[clean], *([ours.normalizer] if ours.normalizer else [])])

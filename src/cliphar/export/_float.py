@@ -16,7 +16,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from cliphar.bundle import Bundle
-from cliphar.errors import BundleError
+from cliphar.errors import BundleError, reason_of
 
 __all__ = ["float_graph", "fold", "without_room"]
 
@@ -49,7 +49,7 @@ def float_graph(bundle: Bundle) -> onnx.ModelProto:
 
 def without_room(error: Exception) -> str:
     """The error in one line, and the room for temporary files if that is little: engines have no words for it."""
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    reason = reason_of(error)
     place = tempfile.gettempdir()
     free = shutil.disk_usage(place).free / 1e6
     return f"{reason}; {place} has {free:.0f} MB free: set TMPDIR to a folder with more" if free < 1000 else reason

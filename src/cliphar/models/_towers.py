@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from cliphar.bundle import Bundle
-from cliphar.errors import BundleError
+from cliphar.errors import BundleError, reason_of
 from cliphar.models._efficientnet import SCALES
 from cliphar.models._image_tower import ImageTower
 from cliphar.models._open_clip import OpenClipEncoder, OpenClipImage, OpenClipText, import_open_clip
@@ -102,9 +102,8 @@ def _from_weights(bundle: Bundle) -> Towers:
         tower = ImageTower(architecture.removeprefix("efficientnet-"), bundle.info.embedding_dim)
         tower.load_state_dict({name.removeprefix("image."): value for name, value in state.items()})
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise BundleError(
-            f"cannot read {WEIGHTS_FILE} of bundle '{bundle.info.name}': {reason}; make it again"
+            f"cannot read {WEIGHTS_FILE} of bundle '{bundle.info.name}': {reason_of(error)}; make it again"
         ) from error
     return Towers(architecture, tower.eval(), logit_scale=scale)
 

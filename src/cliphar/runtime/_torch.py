@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cliphar.bundle import Bundle
-from cliphar.errors import BundleError, UsageError
+from cliphar.errors import BundleError, UsageError, reason_of
 from cliphar.runtime._base import cpu_quota
 from cliphar.runtime._text import Engine, check_images, does_not_run
 
@@ -45,10 +45,9 @@ class TorchRuntime(Engine):
                     warnings.simplefilter("ignore", DeprecationWarning)  # in favour of torch.export
                     program = torch.jit.load(path)  # type: ignore[no-untyped-call]
         except Exception as error:  # zip's, JSON's and torch's own
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise BundleError(
-                f"{file} of bundle '{bundle.info.name}' cannot be read by torch {torch.__version__}: {reason}; "
-                "run 'cliphar export' here"
+                f"{file} of bundle '{bundle.info.name}' cannot be read by torch {torch.__version__}: "
+                f"{reason_of(error)}; run 'cliphar export' here"
             ) from error
         self._program = program
         self._file = file

@@ -18,7 +18,7 @@ from urllib.parse import quote
 from uuid import uuid4
 
 from cliphar.bundle import alone, write_whole
-from cliphar.errors import UsageError
+from cliphar.errors import UsageError, reason_of
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -322,8 +322,7 @@ class BackgroundTracker:
                 self._tell(sink.name, error)
 
     def _tell(self, name: str, error: Exception) -> None:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        self._log(f"{name} is no longer written to, training goes on: {reason}")
+        self._log(f"{name} is no longer written to, training goes on: {reason_of(error)}")
 
 
 def open_tracker(kinds: Sequence[str], run_name: str, home: Path, log: Log, runs: Path) -> BackgroundTracker:
