@@ -137,7 +137,7 @@ def read_bundle(path: Path | str, *, verify: bool = True) -> Bundle:
 
 
 def _nameable(root: Path) -> Path:
-    """BundleError where an engine could open no file of the bundle; theirs take paths as UTF-8 text."""
+    """BundleError where the name is no UTF-8: engines take paths as text, and could open no file of the bundle."""
     if (shown := printable(str(root))) != str(root):
         raise BundleError(f"no bundle can be at {shown}: the name is no UTF-8, which engines need; rename the folder")
     return root

@@ -118,7 +118,7 @@ def _show(result: Bench) -> None:
 
 
 def _blocks(widths: list[int], room: int) -> list[list[int]]:
-    """The columns, in as many tables as it takes to be no wider than a terminal; each says which row is which."""
+    """The columns, divided into tables that fit the terminal; each begins with those that name its rows."""
     blocks = [[*_KEY]]
     for column in range(len(_KEY), len(widths)):
         if sum(widths[one] + 2 for one in [*blocks[-1], column]) - 2 > room and len(blocks[-1]) > len(_KEY):

@@ -201,7 +201,7 @@ def _views(recognizer: Recognizer, paths: Iterable[Path]) -> Iterator[Sequence[I
 
 
 def _seen(mistake: Mistake) -> Mistake:
-    """The mistake with what a report shows of it: of a clip its middle frame."""
+    """The mistake with the picture that a report shows; of a clip, its middle frame."""
     from cliphar.data import clip_frames
     from cliphar.media import is_clip_name
 

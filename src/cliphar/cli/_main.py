@@ -89,7 +89,7 @@ def _breaks_off_loading(error: BaseException | None) -> bool:
 
 
 def _leave_within(seconds: float, status: int) -> None:
-    """Or on the next signal. Python waits for threads, and one may be in a read that never ends, as of a pipe."""
+    """End so much later, or at the next signal: Python waits for threads, and one may be in a read that never ends."""
     end = threading.Timer(seconds, os._exit, [status])
     end.daemon = True
     end.start()

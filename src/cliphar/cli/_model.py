@@ -152,7 +152,7 @@ def forget(
 
 @contextmanager
 def _to_change(model: str | None, out: Path) -> Iterator[Recognizer]:
-    """The model, to be taught in the block, then written to ``out``; it may stand there, and nothing else may."""
+    """The model, to be changed in the block and then written to ``out``, where nothing but itself may stand."""
     from cliphar.bundle import alone, check_place, find_bundle, write_bundle
     from cliphar.recognizer import TAUGHT_FILE, Recognizer
     from cliphar.runtime import OnnxRuntime

@@ -38,7 +38,7 @@ _BAR = 24
 
 
 def escaping() -> str:
-    """The name of an encoding's way with letters that it lacks: JSON's escapes, as Python's own are not JSON."""
+    """The name of an error handler that writes letters an encoding lacks as JSON's escapes; Python's own do not."""
 
     def escape(error: UnicodeError) -> tuple[str, int]:
         assert isinstance(error, UnicodeEncodeError)  # noqa: S101 - nothing is decoded

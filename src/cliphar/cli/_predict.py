@@ -80,7 +80,7 @@ def predict(
 
 
 def _photos(paths: list[str]) -> list[str]:
-    """What ``expand`` finds. A camera's folder holds clips too: its giver should know that they are not looked at."""
+    """What ``expand`` finds. Of clips among them, as in a camera's folder, it is said that they are not looked at."""
     from cliphar.cli._output import tell
     from cliphar.media import is_clip_name, is_image_name
 

@@ -24,7 +24,7 @@ _PART = 1000
 
 @dataclass(frozen=True)
 class _Task:
-    """What every worker must know. ``folder`` is the working directory, which relative paths are of."""
+    """What every worker must know. ``folder`` is the working directory, where relative paths begin."""
 
     folder: Path
     out: Path

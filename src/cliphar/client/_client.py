@@ -146,7 +146,7 @@ class _Calls(Generic[H]):
 
     @property
     def _way(self) -> str:
-        """That the environment puts a proxy before the service, which may be what does not answer."""
+        """A hint where the environment puts a proxy before the service: that may be what does not answer."""
         scheme, found = self.url.partition(":")[0], getproxies()
         host = httpx.URL(self.url).host
         if not (found.get(scheme) or found.get("all")) or proxy_bypass(host):

@@ -149,7 +149,7 @@ def _intervals(
 
 
 def _wilson(share: float, n: int) -> tuple[float, float]:
-    """A bootstrap of a few photos, all answered rightly, would say that none ever will be answered wrongly."""
+    """Wilson's interval: a bootstrap of a few photos, all answered rightly, says that none ever will be wrong."""
     z = 1.96
     middle, half = share + z**2 / (2 * n), z * (share * (1 - share) / n + (z / (2 * n)) ** 2) ** 0.5
     low, high = (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)

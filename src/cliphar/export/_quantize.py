@@ -187,7 +187,7 @@ def quantize(
 
 
 def _without_zero_points(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Leave out those of weights and biases: all are zero, which is what none means, and one is kept a channel."""
+    """Leave out the zero points of weights and biases, one a channel: all are 0, which is what none means."""
     zero = {
         tensor.name
         for tensor in model.graph.initializer

@@ -392,7 +392,7 @@ class Recognizer:
 
 
 def _raising(answers: Generator[Prediction | MediaError, None, None]) -> Iterator[Prediction]:
-    # the error's traceback holds this frame, and so would keep the stream and its threads: close it, do not let go
+    # the error's traceback holds this frame, which would keep the stream and its threads alive: so it is closed
     with closing(answers):
         for answer in answers:
             if isinstance(answer, MediaError):

@@ -15,7 +15,7 @@ __all__ = ["Runtime", "cpu_quota"]
 
 
 class Runtime(Protocol):
-    """Runs a bundle's encoders. Safe to call from several threads. One that is made a subclass has a single lane."""
+    """Runs a bundle's encoders. Safe to call from several threads. A subclass has one lane unless it says otherwise."""
 
     name: str
     lanes: int = 1

@@ -134,7 +134,7 @@ class OnnxRuntime(Engine):
         return self._run(self._one_thread()[0], images)
 
     def _one_thread(self) -> tuple[onnxruntime.InferenceSession, ThreadPoolExecutor]:
-        """A session that runs on the thread that calls it, and such threads."""
+        """A session that runs on its caller's thread, and threads to call it from."""
         with self._making:
             if self._alone is None or self._alone[2] != os.getpid():  # a fork is without its parent's threads
                 pool = ThreadPoolExecutor(self.lanes, thread_name_prefix="lane")

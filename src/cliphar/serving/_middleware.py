@@ -39,7 +39,7 @@ _log = structlog.get_logger()
 
 
 def below(root: str, app: ASGIApp) -> ASGIApp:
-    """``app`` under the path ``root``, for a proxy that takes it off, one that does not, and who comes past both."""
+    """``app`` under the path ``root``, whether a proxy strips it or passes it on, or there is no proxy."""
 
     async def placed(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "lifespan":

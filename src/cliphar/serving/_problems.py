@@ -71,7 +71,7 @@ def _methods(request: Request) -> str:
 
 
 def add_problem_handlers(app: FastAPI) -> None:
-    """Turn what is raised in a route into a problem document; what nobody foresaw is :class:`Around`'s."""
+    """Turn what is raised in a route into a problem document; what nobody foresaw is left to :class:`Around`."""
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:

@@ -74,7 +74,7 @@ def _worker(settings: Settings, listener: socket.socket, drain_s: int) -> None:
 
 
 def _stop_without_supervisor() -> None:
-    """One that is killed tells nobody: its workers would go on and keep the port, and be replaced no more."""
+    """Stop when the supervisor is gone: one that is killed tells nobody, and its workers would keep the port."""
     if supervisor := parent_process():
         supervisor.join()
         os.kill(os.getpid(), signal.SIGTERM)

@@ -92,7 +92,7 @@ class Service:
                 structlog.get_logger().error("what was known goes on", reason=str(error))
 
     async def change(self, do: Callable[..., T], *arguments: Any) -> T:
-        """Tell or teach, one after another: each waits for the state's file, many would keep all threads waiting."""
+        """Change the state, one after another: each waits for its file, and many at once would hold all threads."""
         return await asyncio.get_running_loop().run_in_executor(self.changes, do, *arguments)
 
     def in_time(self) -> AbstractAsyncContextManager[None]:

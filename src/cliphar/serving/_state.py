@@ -128,7 +128,7 @@ class State:
 
     @contextmanager
     def _learning(self) -> Iterator[Recognizer]:
-        """One that learns for all; what cannot be kept is not known afterwards either."""
+        """A copy to teach: all know what it learns once that is kept, and nobody does if it cannot be."""
         with self._writing():
             learner = self._recognizer.fork()
             yield learner

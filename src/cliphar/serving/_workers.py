@@ -91,7 +91,7 @@ def supervise(
 
 
 def terminal_closed() -> Callable[[], bool]:
-    """To be asked at a SIGHUP: whether it is of the terminal that there is now, and not to change the model."""
+    """A function to ask at a SIGHUP: whether the terminal was closed, or else the model is to be changed."""
     had = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN and _terminal()  # ignored: nohup
     return lambda: had and not _terminal()
 

@@ -116,7 +116,7 @@ def drawing(key: str, svg: str, *, wide: bool = False) -> None:
 
 
 def play_from(start_s: float, asked: int) -> None:
-    """Play the clip on the page from there whenever ``asked``, how often it was, has changed; say if it cannot be."""
+    """Play the page's clip from ``start_s`` whenever ``asked``, a count, has changed; say so if it cannot be played."""
     component = st.components.v2.component("cliphar_play", html=_PLAY_HTML, css=_PLAY_CSS, js=_PLAY_JS)
     component(key="play", data={"start_s": start_s, "asked": asked})
 

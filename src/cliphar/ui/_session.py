@@ -54,7 +54,7 @@ def backend() -> Backend:
 
 
 def answerer() -> tuple[int, str]:
-    """What tells who answers from others, also from models of the same name; good for the session, which keeps them."""
+    """A key of who answers, another one for each of the models of one name; good for the session, which keeps them."""
     found = backend()
     return id(found), found.where
 
@@ -211,7 +211,7 @@ def choose_actions(page: str) -> tuple[str, ...]:
 
 
 def _shows(key: str, value: object) -> bool:
-    """Whether a widget has a value; it is given it if not, as when another page was shown since.
+    """Whether a widget has this value; if not, as when another page was shown since, it is given it.
 
     What is given reaches the browser unless the run is cut short. What it has must thus be its default too, which a
     browser shows that was never told a value.
