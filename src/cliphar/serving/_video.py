@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import AsyncIterator, Generator
 from contextlib import AsyncExitStack
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, BinaryIO
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import StreamingResponse
@@ -63,13 +63,7 @@ async def video(
         raise ProblemError(503, f"{_AT_ONCE} videos are being read; try again later", retry_after_s=5)
     await held.enter_async_context(_places)
     items = await asyncio.to_thread(
-        stream_video,
-        service.recognizer,
-        source,
-        chosen,
-        coverage=coverage,
-        multi_label=multi_label,
-        fps=fps,
+        stream_video, service.recognizer, source, chosen, coverage=coverage, multi_label=multi_label, fps=fps
     )
     return StreamingResponse(_lines(items), media_type="application/x-ndjson")
 
@@ -92,18 +86,8 @@ async def _clip(request: Request) -> BinaryIO:
 async def _lines(items: _Items) -> AsyncIterator[str]:
     try:
         async for item in iterate_in_threadpool(items):
-            yield json.dumps(_line(item), ensure_ascii=False) + "\n"
+            yield json.dumps({type(item).__name__.lower(): item.to_dict()}, ensure_ascii=False) + "\n"
     except MediaError as error:
         yield json.dumps({"error": str(error)}) + "\n"
     finally:
         await asyncio.to_thread(items.close)
-
-
-def _line(item: Progress | Segment | Timeline) -> dict[str, Any]:
-    match item:
-        case Segment():
-            return {"segment": item.to_dict()}
-        case Timeline():
-            return {"timeline": item.to_dict()}
-    declared = None if item.duration_s is None else round(item.duration_s, 3)
-    return {"progress": {"time_s": round(item.time_s, 3), "duration_s": declared}}

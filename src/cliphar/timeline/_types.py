@@ -47,6 +47,11 @@ class Progress:
     time_s: float
     duration_s: float | None
 
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form: times to milliseconds."""
+        declared = None if self.duration_s is None else round(self.duration_s, 3)
+        return {"time_s": round(self.time_s, 3), "duration_s": declared}
+
 
 @dataclass(frozen=True)
 class Timeline:
