@@ -12,7 +12,7 @@ from starlette.datastructures import UploadFile
 from cliphar._version import __version__
 from cliphar.errors import MediaError
 from cliphar.serving._bodies import FILE, decode_base64, form_body
-from cliphar.serving._document import PROBLEM_RESPONSES
+from cliphar.serving._document import PROBLEM_RESPONSES, docs
 from cliphar.serving._problems import ProblemError
 from cliphar.serving._service import Service, TheService
 from cliphar.serving._urls import Budget, fetch_image
@@ -45,8 +45,8 @@ class EarlierAnswer(BaseModel):
 @router.get("/")
 async def root(request: Request, service: TheService) -> dict[str, Any]:
     """The service's name, version and model."""
-    name, docs = service.recognizer.bundle.info.name, f"{request.scope['root_path']}/docs"
-    return {"name": "cliphar", "version": __version__, "model": name, "docs": docs}
+    name = service.recognizer.bundle.info.name
+    return {"name": "cliphar", "version": __version__, "model": name, "docs": docs(request)}
 
 
 @router.get("/health")
