@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from multiprocessing import connection, get_context
 from multiprocessing.context import SpawnProcess
-from types import FrameType
 from typing import Any
 
 import structlog
@@ -62,11 +61,8 @@ def supervise(
         if not starting:
             let_go()
 
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        end()
-
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+        signal.signal(number, lambda *_: end())
     closed = terminal_closed()
     signal.signal(signal.SIGHUP, lambda number, _frame: end() if closed() else tell(number))
     for _ in range(count):
