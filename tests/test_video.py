@@ -8,6 +8,7 @@ import json
 import math
 import os
 import resource
+import socket
 import struct
 import subprocess
 import sys
@@ -484,6 +485,16 @@ def test_stopped_while_a_pipe_is_silent(tmp_path: Path, clean_env: dict[str, str
                 assert (process.communicate(timeout=60)[1], process.returncode) == ("", 143)
         finally:
             process.kill()
+
+
+def test_stopped_on_the_way_to_a_silent_camera(clean_env: dict[str, str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        command = [sys.executable, "-m", "cliphar", "video", f"tcp://127.0.0.1:{mute.getsockname()[1]}"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=clean_env) as process:
+            mute.settimeout(60)
+            with mute.accept()[0]:
+                process.terminate()
+                assert (process.communicate(timeout=60)[1], process.returncode) == ("", 143)
 
 
 def test_a_video_in_a_pipe(tmp_path: Path, fake: Recognizer) -> None:

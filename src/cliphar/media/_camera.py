@@ -56,10 +56,16 @@ class Camera:
         # between taking theirs and guarding it, and the next to use them waits for ever.
         self._newest: queue.SimpleQueue[tuple[float, Frame]] = queue.SimpleQueue()
         self._closed = threading.Event()
-        opened = self._open()
-        # a daemon, as a read from a silent camera cannot be broken off
-        self._thread = threading.Thread(target=self._run, args=opened, name="camera", daemon=True)
+        done: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+        # a daemon, as neither the way to a camera nor a read from it can be broken off
+        self._thread = threading.Thread(target=self._run, args=(done,), name="camera", daemon=True)
         self._thread.start()
+        try:
+            if error := done.get():
+                raise error
+        except BaseException:
+            self._closed.set()
+            raise
 
     def __enter__(self) -> Camera:
         return self
@@ -83,7 +89,13 @@ class Camera:
             yield newest
             time.sleep(max(0.0, began + 1 / fps - time.monotonic()))
 
-    def _run(self, container: InputContainer, stream: VideoStream) -> None:
+    def _run(self, done: queue.SimpleQueue[Exception | None]) -> None:
+        try:
+            container, stream = self._open()
+        except Exception as error:
+            done.put(error)
+            return
+        done.put(None)
         while not self._closed.is_set():
             with container:
                 reason = self._read(container, stream)
@@ -146,8 +158,7 @@ class Camera:
         except PermissionError as error:
             raise MediaError(f"{self.name} cannot be opened: permission denied; join the group 'video'") from error
         except av.error.ProtocolNotFoundError as error:  # the usual PyAV has no SRT
-            way = where.partition(":")[0]
-            raise MediaError(f"{self.name} cannot be reached: PyAV was built without {way}; send by RTSP") from error
+            raise MediaError(f"{self.name} cannot be reached: PyAV lacks this protocol; send by RTSP") from error
         except (av.error.FFmpegError, OSError, ValueError) as error:
             raise MediaError(f"{self.name} cannot be reached: {_reason(error)}; check it and its address") from error
         try:
