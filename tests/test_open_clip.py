@@ -27,6 +27,7 @@ from cliphar.models import (  # noqa: E402
     open_clip_encoder,
 )
 from cliphar.recognizer import load  # noqa: E402
+from cliphar.training._contrast import ContrastObjective, Losses  # noqa: E402
 from cliphar.training._method_recipe import LoraSection  # noqa: E402
 from cliphar.training._methods._lora import adapt  # noqa: E402
 
@@ -83,6 +84,16 @@ def test_low_rank_changes_are_of_both_towers_where_only_the_text_has_attention()
     adapt(towers, LoraSection())
     trained = {name.partition(".")[0] for name, p in towers.named_parameters() if p.requires_grad}
     assert trained == {"image", "text"}
+
+
+@pytest.mark.parametrize("classes", [0.0, 1.0])
+def test_labels_that_no_loss_trains_are_what_the_trained_text_tower_says(classes: float) -> None:
+    text = torch.nn.EmbeddingBag(9, 4)
+    ids, start = torch.tensor([[1, 2], [3, 4], [5, 6]]), torch.eye(2, 4)
+    model = ContrastObjective(torch.nn.Identity(), start, ids, text, 1.0, Losses(1.0, classes, 0, 0), [[0, 1], [2]])
+    told = torch.stack([text(ids[:2]).mean(0), text(ids)[2]])
+    expected = start if classes else torch.nn.functional.normalize(told, dim=-1)
+    torch.testing.assert_close(model.label_vectors(), expected.detach())
 
 
 def test_it_imports_in_a_fresh_process() -> None:

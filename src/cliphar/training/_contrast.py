@@ -8,7 +8,7 @@ label are positives of each other's: Yang et al., "Unified Contrastive Learning 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,15 +45,23 @@ class ContrastObjective(nn.Module):
             token ids int64 [M,T].
         text: the text tower, int64 ids [N,T] -> float [N,D], unit length; None if it stays as it is.
         scale: what cosines are multiplied by.
+        of_label: of each label the numbers of its sentences.
     """
 
     sentences: Tensor
 
     def __init__(
-        self, image: nn.Module, vectors: Tensor, sentences: Tensor, text: nn.Module | None, scale: float, losses: Losses
+        self,
+        image: nn.Module,
+        vectors: Tensor,
+        sentences: Tensor,
+        text: nn.Module | None,
+        scale: float,
+        losses: Losses,
+        of_label: Sequence[Sequence[int]] = (),
     ) -> None:
         super().__init__()
-        self.image, self.text = image, text
+        self.image, self.text, self.of_label = image, text, of_label
         self.class_vectors = nn.Parameter(vectors.clone(), requires_grad=losses.classes > 0)
         self.register_buffer("sentences", sentences, persistent=False)
         self.scale, self.losses = scale, losses
@@ -65,6 +73,15 @@ class ContrastObjective(nn.Module):
         pixels = images.flatten(0, 1).float().contiguous(memory_format=torch.channels_last)
         found: Tensor = self.image(pixels)
         return found if frames == 1 else F.normalize(found.view(count, frames, -1).mean(1), dim=-1)
+
+    @torch.no_grad()
+    def label_vectors(self) -> Tensor:
+        """The labels' vectors, float [C,D], unit length: as trained or, with no loss of theirs, of their words now."""
+        if self.losses.classes:
+            return F.normalize(self.class_vectors.float(), dim=-1)
+        told = (self.sentences[list(numbers)] for numbers in self.of_label)
+        means = [(one if self.text is None else self.text(one)).float().mean(0) for one in told]
+        return F.normalize(torch.stack(means), dim=-1)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Mean losses of a batch: ``loss`` is the weighted sum of ``classes`` and ``contrastive``."""

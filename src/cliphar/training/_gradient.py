@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
@@ -50,11 +49,11 @@ def train_towers(
     towers = load_towers(job.bundle)
     lr = learning_rate(recipe.method, recipe.train.lr, transformer=towers.is_transformer, log=job.around.log)
     device = pick_device(recipe.train)
-    sentences, items = _material(job, recipe, towers)
+    sentences, of_label, items = _material(job, recipe, towers)
     losses = Losses(recipe.contrastive, recipe.classes, recipe.train.label_smoothing, recipe.train.mixup)
     vectors = torch.from_numpy(job.start_vectors())
     text = towers.text if recipe.contrastive else None
-    objective = ContrastObjective(towers.image, vectors, sentences, text, towers.logit_scale, losses)
+    objective = ContrastObjective(towers.image, vectors, sentences, text, towers.logit_scale, losses, of_label)
     trained = nn.ModuleDict({"image": towers.image} | ({"text": text} if text is not None else {}))
     trained.requires_grad_(True)
     if towers.text is not None:
@@ -94,7 +93,7 @@ def train_towers(
         _interpolate(objective, start, shares, measured["score"], validation, job.around.log)
     finish(trained)
     objective.cpu().eval()
-    return Outcome(F.normalize(objective.class_vectors.detach(), dim=-1).numpy(), _export(towers, job))
+    return Outcome(objective.label_vectors().numpy(), _export(towers, job))
 
 
 def _start(job: Job) -> str:
@@ -136,8 +135,10 @@ def _train_mode(objective: nn.Module) -> None:
             module.eval()
 
 
-def _material(job: Job, recipe: GradientRecipe, towers: Towers) -> tuple[Tensor, list[TrainItems]]:
-    """The sentences (embedded, or as ids if the text tower is trained) and the photos that they stand for."""
+def _material(
+    job: Job, recipe: GradientRecipe, towers: Towers
+) -> tuple[Tensor, Sequence[Sequence[int]], list[TrainItems]]:
+    """The sentences (embedded, or as ids if the text tower is trained), each label's, and the photos they stand for."""
     texts: list[str] = []
     of_label: list[list[int]] = []
     for label in job.labels:
@@ -149,10 +150,10 @@ def _material(job: Job, recipe: GradientRecipe, towers: Towers) -> tuple[Tensor,
     if recipe.captions is not None:
         items.append(_captioned(job, recipe, recipe.captions, texts))
     if towers.tokenize is not None and recipe.contrastive:
-        return towers.tokenize(texts), items
+        return towers.tokenize(texts), of_label, items
     runtime = job.base.runtime
     parts = [runtime.encode_text(texts[k : k + 256]) for k in range(0, len(texts), 256)]
-    return torch.from_numpy(np.concatenate(parts)), items
+    return torch.from_numpy(np.concatenate(parts)), of_label, items
 
 
 def _captioned(job: Job, recipe: GradientRecipe, source: str, texts: list[str]) -> TrainItems:
@@ -178,7 +179,7 @@ def _captioned(job: Job, recipe: GradientRecipe, source: str, texts: list[str]) 
 
 
 class _Validation:
-    """Top-1 by class vectors on the validation part, 0..1, of the model as it stands: ``{"score": ...}``."""
+    """Top-1 by the labels' vectors on the validation part, 0..1, of the model as it stands: ``{"score": ...}``."""
 
     def __init__(self, job: Job, objective: ContrastObjective, size: int) -> None:
         self._objective, self._job, self._size = objective, job, size
@@ -192,7 +193,7 @@ class _Validation:
         objective.eval()
         device = objective.class_vectors.device
         embedded = torch.cat([objective.embed(pixels.to(device)).float().cpu() for pixels in self._pixels()])
-        vectors = F.normalize(objective.class_vectors.detach().float(), dim=-1).cpu()
+        vectors = objective.label_vectors().cpu()
         hits = (embedded @ vectors.T).argmax(1) == self._targets
         for module, mode in modes.items():
             module.training = mode
