@@ -19,7 +19,7 @@ from cliphar.recognizer import Recognizer
 from cliphar.runtime import OnnxRuntime
 from cliphar.training._base import find_base
 from cliphar.training._loop import Surroundings
-from cliphar.training._method_recipe import MethodRecipe, TemporalRecipe
+from cliphar.training._method_recipe import MethodRecipe, SetRecipe
 
 __all__ = ["TEST", "TRAIN", "VAL", "Job", "Outcome", "embed_rows", "open_job"]
 
@@ -82,7 +82,7 @@ class Job:
 
     def features(self, part: int) -> NDArray[np.float32]:
         """Embeddings of the part's labelled photos by the starting model, float32 [N,D], unit length; kept on disk."""
-        frames = self.recipe.frames if isinstance(self.recipe, TemporalRecipe) else 1
+        frames = getattr(self.recipe, "frames", 1)
         model = self.bundle.info.files["image.onnx"].sha256
         digest = hashlib.sha256(f"{self.photos.sha256} {frames} {model}".encode() + self.rows(part).tobytes())
         file = self.recipe.data.cache / f"features-{digest.hexdigest()[:16]}.npy"
@@ -117,10 +117,11 @@ def open_job(recipe: MethodRecipe, around: Surroundings) -> Job:
         DataError: fewer than two labels, or a part that would be empty.
         UsageError: a label is one that the finished model could not be asked about.
     """
-    bundle = find_base(recipe.base, recipe.data.cache, around.log)
+    data = recipe.data
+    bundle = find_base(recipe.base, data.cache, around.log)
     spec = bundle.info.image
-    source, data = open_source(recipe.data.source), recipe.data
-    frames = recipe.frames if isinstance(recipe, TemporalRecipe) else 1
+    source = open_source(data.source)
+    frames = getattr(recipe, "frames", 1)
     try:
         photos = load_photos(
             source, data.cache, side=spec.size, max_aspect=spec.max_aspect, frames=frames, log=around.log
@@ -131,13 +132,21 @@ def open_job(recipe: MethodRecipe, around: Surroundings) -> Job:
     labels = tuple(sorted({label for label in photos.labels if label is not None}))
     if len(labels) < 2:
         only = f"'{labels[0]}' as its only label" if labels else "no labels"
-        raise DataError(f"{recipe.data.source} has {only}; give photos of at least two, as LABEL/PHOTO")
+        raise DataError(f"{data.source} has {only}; give photos of at least two, as LABEL/PHOTO")
     for label in labels:
         clean_labels([label])
     for doubt in doubtful_labels(labels):
         around.log(doubt)
     number = {label: i for i, label in enumerate(labels)}
     targets = np.array([-1 if label is None else number[label] for label in photos.labels], np.int64)
+    part = _divide(photos, labels, targets, data, around)
+    return Job(recipe, Recognizer(bundle, OnnxRuntime(bundle)), photos, part, labels, targets, around)
+
+
+def _divide(
+    photos: PhotoSet, labels: tuple[str, ...], targets: NDArray[np.int64], data: SetRecipe, around: Surroundings
+) -> NDArray[np.int64]:
+    """``Job.part``; DataError where it is of no use."""
     part = assign_parts(photos, data.val, data.test, data.seed)
     if alike := int(((part > TRAIN) & np.isin(photos.groups, photos.groups[part == TRAIN])).sum()):  # in named parts
         around.log(
@@ -152,15 +161,15 @@ def open_job(recipe: MethodRecipe, around: Surroundings) -> Job:
     used = {name: int(((part == which) & (targets >= 0)).sum()) for which, name in enumerate(SPLITS)}
     for name, count in used.items():
         if not count:
-            raise DataError(f"{recipe.data.source} leaves no photo for {name}; give more photos or other fractions")
+            raise DataError(f"{data.source} leaves no photo for {name}; give more photos or other fractions")
     trained = set(targets[part == TRAIN].tolist()) - {-1}
     if len(trained) < 2:
         raise DataError(
-            f"the photos of {recipe.data.source} to train on are all of '{labels[trained.pop()]}'; "
+            f"the photos of {data.source} to train on are all of '{labels[trained.pop()]}'; "
             "give those of at least two labels, or smaller data.val and data.test"
         )
     if untrained := [label for number, label in enumerate(labels) if number not in trained]:
         around.log(f"no photo to train on, only words: {', '.join(untrained)}")
     counts = ", ".join(f"{name} {count:,}" for name, count in used.items())
     around.log(f"{len(photos):,} photos of {len(labels)} labels: {counts}")
-    return Job(recipe, Recognizer(bundle, OnnxRuntime(bundle)), photos, part, labels, targets, around)
+    return part
