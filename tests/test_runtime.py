@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
@@ -14,6 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from cliphar.bundle import Bundle, BundleInfo, TextSpec, packaged, write_bundle
+from cliphar.data import _cache
 from cliphar.errors import BundleError, UsageError
 from cliphar.media import decode_image, to_square
 from cliphar.recognizer import Recognizer
@@ -77,8 +79,8 @@ def test_quota_of_cgroup_v2(tmp_path: Path, many_cores: int, content: str, expec
 )
 def test_quota_of_cgroup_v1(tmp_path: Path, many_cores: int, quota: str, period: str, expected: int) -> None:
     (tmp_path / "cpu").mkdir()
-    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(quota)
-    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text(period)
+    (tmp_path / "cpu/cpu.cfs_quota_us").write_text(quota)
+    (tmp_path / "cpu/cpu.cfs_period_us").write_text(period)
     assert cpu_quota(tmp_path) == expected
 
 
@@ -87,7 +89,7 @@ def test_quota_where_the_files_are_missing_or_broken(tmp_path: Path, many_cores:
     (tmp_path / "cpu.max").write_bytes(b"\xff\xfe\x00")
     assert cpu_quota(tmp_path) == many_cores
     (tmp_path / "cpu").mkdir()
-    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "cpu/cpu.cfs_quota_us").write_bytes(b"\xff\xfe\x00")
     assert cpu_quota(tmp_path) == many_cores
 
 
@@ -101,6 +103,12 @@ def test_the_affinity_mask_bounds_the_quota(tmp_path: Path, monkeypatch: pytest.
 def test_threads_default_to_the_quota(runtime: OnnxRuntime) -> None:
     assert runtime.threads == cpu_quota()
     assert OnnxRuntime(runtime.bundle, provider="cpu", threads=1).threads == 1
+
+
+def test_so_do_those_that_decode_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cache, "cpu_quota", lambda: 1)
+    got = _cache._ahead(iter("ab"), lambda _: threading.get_ident())  # type: ignore[arg-type, return-value]
+    assert len({at for _, at in got}) == 1
 
 
 # --- images

@@ -22,6 +22,7 @@ from cliphar.data._readers import PhotoSource
 from cliphar.data._sources import Photo
 from cliphar.errors import DataError, MediaError, naming, one_line
 from cliphar.media import decode_image, is_clip_name
+from cliphar.runtime import cpu_quota
 
 __all__ = ["PhotoSet", "load_photos"]
 
@@ -135,7 +136,7 @@ def _decode(photo: Photo, side: int, max_aspect: float, frames: int) -> _Found:
 
 def _ahead(photos: Iterator[Photo], work: Callable[[Photo], _Found]) -> Iterator[tuple[Photo, _Found]]:
     """Each photo with its decoded frames, in order; a bounded number of them is under way."""
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(cpu_quota()) as pool:
         pending: list[tuple[Photo, Future[_Found]]] = []
         for photo in photos:
             pending.append((photo, pool.submit(work, photo)))
