@@ -31,7 +31,7 @@ def main(photos_at: Path, model: str) -> None:
         [held_out.index(str(p.label)) for p, e in zip(photos, embedded, strict=True) if isinstance(e, np.ndarray)]
     )
     background = read_background(recognizer.bundle)
-    text, trained = recognizer.embed_labels(held_out), recognizer.embed_labels(recognizer.labels)
+    text, trained = recognizer.embed_words(held_out), recognizer.embed_labels(recognizer.labels)
     print("| photos | by name | all taught | one taught, among the others' names | one taught, among the known |")
     print("|---|---|---|---|---|")
     for shots in (1, 2, 4, 8, 16):
@@ -41,8 +41,8 @@ def main(photos_at: Path, model: str) -> None:
             taught = [random.permutation(np.flatnonzero(y == k))[:shots] for k in range(len(held_out))]
             rest = np.setdiff1d(np.arange(len(y)), np.concatenate(taught))
             means, counts = np.stack([z[i].mean(0) for i in taught]), np.full(len(held_out), shots)
-            named = z[rest] @ text.T
-            among_words = z[rest] @ gda_vectors(means, counts, text, background).T
+            named = z[rest] @ recognizer.compared(text).T
+            among_words = z[rest] @ recognizer.compared(gda_vectors(means, counts, text, background)).T
             among_known = z[rest] @ gda_vectors(means, counts, text, background, like=trained).T
             best_known = (z[rest] @ trained.T).max(1)
             one_word, one_known = [], []

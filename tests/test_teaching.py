@@ -94,6 +94,36 @@ def test_a_taught_vector_finds_its_photos_and_answers_to_others_as_its_prior_doe
     assert vector @ prior.T > 0.45
 
 
+def test_centred_labels_are_no_hubs(background: Background) -> None:
+    labels = unit(np.random.default_rng(0).normal(size=(5, DIM)) + [[1], [1], [2], [3], [6]] * background.centre)
+    photos = unit(np.repeat(unit(labels - (labels @ background.centre)[:, None] * background.centre), 40, 0))
+    photos = unit(photos + 2 * background.centre + np.random.default_rng(1).normal(0, 0.05, photos.shape))
+
+    def right(vectors: NDArray[np.float32]) -> float:
+        return float(((photos @ vectors.T).argmax(1) == np.repeat(np.arange(5), 40)).mean())
+
+    assert np.array_equal(background.centred(labels, 0), labels)
+    half, whole = background.centred(labels, 0.5), background.centred(labels, 1)
+    assert whole.dtype == np.float32
+    assert np.allclose(np.linalg.norm(np.r_[half, whole], axis=1), 1, atol=1e-5)
+    assert np.allclose(whole @ background.centre, 0, atol=1e-5)
+    assert right(labels) < right(half) < right(whole) == 1
+
+
+def test_words_are_centred_where_the_bundle_says_so_and_trained_labels_never(pupil: Recognizer) -> None:
+    info, background = pupil.bundle.info, read_background(pupil.bundle)
+    text = info.text.model_copy(update={"centred": 0.5})
+    centred = Recognizer(Bundle(pupil.bundle.path, info.model_copy(update={"text": text})), pupil.runtime)
+    for one in (pupil, centred):
+        one.teach("yellow", tints((240, 230, 10)))
+    mixed = ["yellow", "red", "a word"]
+    assert np.array_equal(centred.embed_labels(["yellow", "red"]), pupil.embed_labels(["yellow", "red"]))
+    assert np.array_equal(centred.embed_labels(mixed), background.centred(pupil.embed_labels(mixed), 0.5))
+    assert np.array_equal(centred.embed_words(mixed), pupil.embed_words(mixed))
+    centred._known = {}
+    assert centred.teach("teal", tints((0, 120, 120))).recall is not None
+
+
 def test_more_photos_count_for_more_than_the_text(background: Background) -> None:
     prior, mean = unit(np.random.default_rng(0).normal(size=(1, DIM))), cloud(1, 9)
     vectors = [gda_vectors(mean, np.array([n]), prior, background) for n in (1, 8, 1000)]

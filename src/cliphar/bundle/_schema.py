@@ -44,10 +44,15 @@ class ImageSpec(_Model):
 
 
 class TextSpec(_Model):
-    """How a label becomes token ids: each template's ``{}`` is replaced, tokens cut to ``context_length``."""
+    """How a label becomes token ids: each template's ``{}`` is replaced, tokens cut to ``context_length``.
+
+    ``centred`` is the share, 0..1, of their part along the mean of the bundle's background photos that label vectors
+    lose where they are compared by words: all photos answer to it alike (Suzuki et al., 2013).
+    """
 
     templates: tuple[str, ...] = Field(min_length=1)
     context_length: int = Field(ge=4, le=512)
+    centred: float = Field(default=0.0, ge=0, le=1)
 
     @field_validator("templates")
     @classmethod

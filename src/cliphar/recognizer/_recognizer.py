@@ -62,10 +62,9 @@ class Recognizer:
     """Recognises actions in photos, ``batch_size`` at a time at most. Safe to share between threads."""
 
     def __init__(self, bundle: Bundle, runtime: Runtime, *, batch_size: int = 16) -> None:
-        self.bundle = bundle
-        self.runtime = runtime
-        self.batch_size = batch_size
+        self.bundle, self.runtime, self.batch_size = bundle, runtime, batch_size
         self._known = dict(zip(bundle.info.labels, bundle.class_vectors(), strict=True))
+        self._background = read_background(bundle) if bundle.info.text.centred else None
         self._cache: OrderedDict[str, NDArray[np.float32]] = OrderedDict()
         self._lock, self._embedding = threading.Lock(), threading.Lock()
         # never changed, only replaced: who reads it once has a list of labels that fits together
@@ -74,11 +73,8 @@ class Recognizer:
             self._taught = read_taught(bundle.file(TAUGHT_FILE), bundle)
 
     def fork(self, runtime: Runtime | None = None) -> Recognizer:
-        """Another one that shares the model and its caches, knows what this one was taught, and learns on its own.
-
-        Args:
-            runtime: another one of the same bundle, for the new recogniser to run on.
-        """
+        """Another one, on another ``runtime`` of the bundle if given, that shares the model and its caches, knows what
+        this one was taught, and learns on its own."""
         other = copy.copy(self)  # what was taught is replaced, never changed, so a shallow copy is enough
         if runtime is not None:
             other.runtime = runtime
@@ -98,8 +94,8 @@ class Recognizer:
         """Label vectors, float32 [C,D], unit length.
 
         Where every label was trained or taught, their class vectors. Otherwise all of them are those of
-        :meth:`embed_words`, so that trained labels have no advantage over new ones. A taught label keeps what its
-        photos taught, in the form that is compared with text.
+        :meth:`embed_words`, as ``compared``, so that trained labels have no advantage over new ones. A taught label
+        keeps what its photos taught, in the form that is compared with text.
         """
         return self._look_up(labels, self._taught)[0]
 
@@ -117,7 +113,11 @@ class Recognizer:
         words = [label for label in labels if label not in taught]
         texts = dict(zip(words, self.embed_words(words), strict=True)) if words else {}
         mixed = [taught[label].open if label in taught else texts[label] for label in labels]
-        return np.stack(mixed), self.bundle.info.open
+        return self.compared(np.stack(mixed)), self.bundle.info.open
+
+    def compared(self, words: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Vectors of words, float32 [C,D], as photos are compared with them: centred if the bundle says so."""
+        return words if self._background is None else self._background.centred(words, self.bundle.info.text.centred)
 
     def embed_words(self, labels: Sequence[str]) -> NDArray[np.float32]:
         """Label vectors, float32 [C,D], unit length, by their words alone, whatever was trained or taught; cached.
@@ -240,7 +240,7 @@ class Recognizer:
         answers: list[str] = []
         for i, embedding in enumerate(embeddings):
             one = self._learn(label, np.delete(embeddings, i, 0), background)
-            own = one.known if self._known else one.open
+            own = one.known if self._known else self.compared(one.open[None])[0]
             answers.append(label if embedding @ own > best[i].max() else rivals[int(best[i].argmax())])
         wrong = Counter(answer for answer in answers if answer != label)
         return answers.count(label) / count, tuple(Score(other, n / count) for other, n in wrong.most_common())

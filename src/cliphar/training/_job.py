@@ -72,7 +72,7 @@ class Job:
 
     def start_vectors(self) -> NDArray[np.float32]:
         """The labels' vectors as the starting model has them: trained ones where it has, else by their words."""
-        vectors = self.text_vectors()
+        vectors = self.base.compared(self.text_vectors())
         known = {label: i for i, label in enumerate(self.bundle.info.labels)}
         trained = self.bundle.class_vectors()
         for i, label in enumerate(self.labels):

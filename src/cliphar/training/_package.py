@@ -32,7 +32,15 @@ from cliphar.evaluation import (
     fit_calibration,
 )
 from cliphar.models import WEIGHTS_FILE
-from cliphar.recognizer import BACKGROUND_FILE, TAUGHT_FILE, Prediction, Recognizer, fit_background, to_predictions
+from cliphar.recognizer import (
+    BACKGROUND_FILE,
+    TAUGHT_FILE,
+    Prediction,
+    Recognizer,
+    fit_background,
+    read_background,
+    to_predictions,
+)
 from cliphar.runtime import OnnxRuntime
 from cliphar.training._finish import BACKGROUND_PHOTOS, measured, provenance
 from cliphar.training._job import TEST, TRAIN, VAL, Job, Outcome, embed_rows
@@ -82,7 +90,12 @@ def package(job: Job, outcome: Outcome) -> tuple[Bundle, Evaluation]:
         words = trained.embed_words(job.labels)
         if not same_towers or BACKGROUND_FILE not in info.files:
             some = np.random.default_rng(0).permutation(job.rows(TRAIN))[:BACKGROUND_PHOTOS]
-            files[BACKGROUND_FILE] = fit_background(embed_rows(trained, job.photos, some)).to_bytes()
+            background = fit_background(embed_rows(trained, job.photos, some))
+            files[BACKGROUND_FILE] = background.to_bytes()
+        elif info.text.centred:
+            background = read_background(base)
+        if info.text.centred:
+            words = background.centred(words, info.text.centred)
     truth = {part: job.targets[job.rows(part)] for part in (VAL, TEST)}
     known = fit_calibration(val @ outcome.vectors.T, truth[VAL])
     unseen = info.open if same_towers else fit_calibration(val @ words.T, truth[VAL])

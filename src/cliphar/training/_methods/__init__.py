@@ -20,7 +20,7 @@ def _zero_shot(job: Job) -> Outcome:
     Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021
     (https://arxiv.org/abs/2103.00020), section 3.1.4. Nothing is trained; the bundle is calibrated on the photos.
     """
-    return Outcome(job.text_vectors())
+    return Outcome(job.base.compared(job.text_vectors()))
 
 
 def _full(job: Job) -> Outcome:
