@@ -186,7 +186,7 @@ def _media_errors(name: str, max_pixels: int) -> Iterator[None]:
     except MediaError:
         raise
     except UnidentifiedImageError as error:
-        if is_video_name(name):
+        if is_clip_name(name):
             raise MediaError(f"{name} is a video, not a photo; run 'cliphar video' on it") from error
         raise MediaError(f"{name} is not an image that can be read (or it is cut short)") from error
     except Image.DecompressionBombError as error:
