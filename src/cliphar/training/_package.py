@@ -15,6 +15,7 @@ from safetensors.numpy import save
 
 from cliphar.bundle import (
     Bundle,
+    BundleInfo,
     Calibration,
     Provenance,
     Source,
@@ -58,35 +59,23 @@ def package(job: Job, outcome: Outcome) -> tuple[Bundle, Evaluation]:
     Both go through the bundle as it will serve. Where the towers are as they were, ``open`` stays as it was; else it
     is fitted on the same labels by their words, which flatters it: they are not words that training never saw.
     """
-    info, base = job.bundle.info, job.bundle
+    info = job.bundle.info
     same_towers = "image.onnx" not in outcome.files
     kept = ("image.onnx", "text.onnx", "tokenizer.json", WEIGHTS_FILE, BACKGROUND_FILE)
     files: dict[str, Path | bytes] = {
-        name: base.file(name)
+        name: job.bundle.file(name)
         for name in info.files
         if name in kept or (same_towers and name not in ("head.safetensors", TAUGHT_FILE))
     }
     files |= outcome.files | {"head.safetensors": save({"class_vectors": np.ascontiguousarray(outcome.vectors)})}
-    draft = info.model_copy(
-        update={
-            "name": job.recipe.name,
-            "description": job.recipe.description or f"{info.name}, trained by method {job.recipe.method}",
-            "labels": job.labels,
-            "video": _video(job),
-            "metrics": {},
-            "sources": (*info.sources, *_sources(job)),
-            "provenance": _provenance(job),
-            "files": {
-                name: entry.for_other_labels()
-                for name, entry in info.files.items()
-                if files.get(name) == base.path / name
-            },
-        }
-    )
+    draft = _draft(job, files)
     with tempfile.TemporaryDirectory() as work:
         bundle = write_bundle(Path(work) / "bundle", draft, files)
         trained = Recognizer(bundle, OnnxRuntime(bundle))
-        val, test = (_features(job, trained, part, same_towers) for part in (VAL, TEST))
+        val, test = (
+            job.features(part) if same_towers else embed_rows(trained, job.photos, job.rows(part))
+            for part in (VAL, TEST)
+        )
         words = trained.embed_words(job.labels)
         if not same_towers or BACKGROUND_FILE not in info.files:
             some = np.random.default_rng(0).permutation(job.rows(TRAIN))[:BACKGROUND_PHOTOS]
@@ -130,6 +119,27 @@ def package(job: Job, outcome: Outcome) -> tuple[Bundle, Evaluation]:
     return write_bundle(job.recipe.output, finished, files, overwrite=True), evaluation
 
 
+def _draft(job: Job, files: dict[str, Path | bytes]) -> BundleInfo:
+    """What bundle.json says before the bundle is calibrated and measured."""
+    info = job.bundle.info
+    return info.model_copy(
+        update={
+            "name": job.recipe.name,
+            "description": job.recipe.description or f"{info.name}, trained by method {job.recipe.method}",
+            "labels": job.labels,
+            "video": _video(job),
+            "metrics": {},
+            "sources": (*info.sources, *_sources(job)),
+            "provenance": _provenance(job),
+            "files": {
+                name: entry.for_other_labels()
+                for name, entry in info.files.items()
+                if files.get(name) == job.bundle.path / name
+            },
+        }
+    )
+
+
 def _video(job: Job) -> VideoSpec:
     """A clip's label was learned from the mean of its frames: so long a window is scored when it serves."""
     seconds = job.photos.seconds[job.rows(TRAIN)]
@@ -144,10 +154,6 @@ def _sources(job: Job) -> tuple[Source, ...]:
         for source, role in given
         if source
     )
-
-
-def _features(job: Job, trained: Recognizer, part: int, same_towers: bool) -> NDArray[np.float32]:
-    return job.features(part) if same_towers else embed_rows(trained, job.photos, job.rows(part))
 
 
 def _answers(job: Job, cosines: NDArray[np.float32], calibration: Calibration) -> list[Prediction]:
