@@ -82,7 +82,7 @@ def package(job: Job, outcome: Outcome) -> tuple[Bundle, Evaluation]:
             background = fit_background(embed_rows(trained, job.photos, some))
             files[BACKGROUND_FILE] = background.to_bytes()
         elif info.text.centred:
-            background = read_background(base)
+            background = read_background(job.bundle)
         if info.text.centred:
             words = background.centred(words, info.text.centred)
     truth = {part: job.targets[job.rows(part)] for part in (VAL, TEST)}
