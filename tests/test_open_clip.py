@@ -6,6 +6,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -28,8 +29,9 @@ from cliphar.models import (  # noqa: E402
 )
 from cliphar.recognizer import load  # noqa: E402
 from cliphar.training._contrast import ContrastObjective, Losses  # noqa: E402
-from cliphar.training._method_recipe import LoraSection  # noqa: E402
+from cliphar.training._method_recipe import HeadRecipe, LoraSection  # noqa: E402
 from cliphar.training._methods._lora import adapt  # noqa: E402
+from cliphar.training._methods._probe import probe  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +96,15 @@ def test_labels_that_no_loss_trains_are_what_the_trained_text_tower_says(classes
     told = torch.stack([text(ids[:2]).mean(0), text(ids)[2]])
     expected = start if classes else torch.nn.functional.normalize(told, dim=-1)
     torch.testing.assert_close(model.label_vectors(), expected.detach())
+
+
+def test_a_label_without_a_photo_keeps_its_words_in_a_probe() -> None:
+    text, rows = np.eye(3, 8, dtype=np.float32), np.arange(2)
+    job: Any = MagicMock(targets=rows, features=lambda _: text[[1, 0]], rows=lambda _: rows, text_vectors=text.copy)
+    job.recipe_as().probe, job.recipe.seed = HeadRecipe(steps=20), 0
+    kept = (probe(job).vectors * text).sum(1)
+    assert (kept[:2] < 0.9999).all()
+    assert kept[2] == 1  # all photos would only push it away
 
 
 def test_it_imports_in_a_fresh_process() -> None:

@@ -23,6 +23,9 @@ def probe(job: Job) -> Outcome:
     section = job.recipe_as(ProbeRecipe).probe
     learning_rate("probe", section.lr, transformer=False, log=job.around.log)
     features, targets, text = job.features(TRAIN), job.targets[job.rows(TRAIN)], job.text_vectors()
-    own = probabilities(features @ text.T, section.logit_scale)[np.arange(len(targets)), targets]
-    pulls = np.array([own[targets == c].mean() if (targets == c).any() else 1.0 for c in range(len(text))], np.float32)
-    return Outcome(train_head(features, targets, text, section, job.recipe.seed, pulls))
+    # a label without a photo keeps its words: each photo of another would only push it away
+    present, own = np.unique(targets, return_inverse=True)
+    chances = probabilities(features @ text[present].T, section.logit_scale)[np.arange(len(own)), own]
+    pulls = np.array([chances[own == c].mean() for c in range(len(present))], np.float32)
+    text[present] = train_head(features, own, text[present], section, job.recipe.seed, pulls)
+    return Outcome(text)
