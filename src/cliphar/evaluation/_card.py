@@ -38,7 +38,7 @@ def model_card(bundle: Bundle) -> str:
     lines += [
         "",
         f"Calibrated on {info.known.photos} photos for the known actions and {info.open.photos} for other words, "
-        "none of them trained on or reported above.",
+        "none of them reported above or trained on by the image tower.",
         "",
         *_runtimes(bundle),
         "## Learned from",
