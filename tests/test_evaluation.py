@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from cliphar.bundle import Bundle
+from cliphar.bundle import Bundle, Calibration
 from cliphar.evaluation import evaluate, fit_calibration, macro_f1, model_card
 from cliphar.evaluation import expected_calibration_error as ece_of
 from cliphar.recognizer import Prediction, Recognizer, Score, probabilities, to_predictions
@@ -105,8 +105,9 @@ def test_the_temperature_is_recovered(scale: float) -> None:
     assert fit_calibration(cosines, truth).logit_scale == pytest.approx(scale, rel=0.08)
 
 
-def test_sets_hold_the_truth_as_often_as_asked() -> None:
-    fitted = fit_calibration(*synthetic(2000, 40, 2))
+@pytest.mark.parametrize("margin", [None, 0.0, 0.5])
+def test_sets_hold_the_truth_as_often_as_asked(margin: float | None) -> None:
+    fitted = fit_calibration(*synthetic(2000, 40, 2), margin=margin)
     cosines, truth = synthetic(3000, 40, 3)
     sizes = []
     for coverage in (0.5, 0.7, 0.8, 0.9, 0.95, 0.99):
@@ -118,6 +119,15 @@ def test_sets_hold_the_truth_as_often_as_asked() -> None:
         sizes.append(np.mean([len(members) for members in sets]))
     assert sizes == sorted(sizes)
     assert sizes[0] < len(NAMES) / 2
+    assert {len(p.set) for p in to_predictions(cosines, NAMES, fitted, 5, 0.999)} == {len(NAMES)}
+
+
+def test_a_set_by_margin_has_what_is_near_enough_to_the_best() -> None:
+    fitted = Calibration(logit_scale=40, margin=0.5, conformal=((0.9, -0.04),), unknown_below=-1, photos=1)
+    cosines = np.array([[0.3, 0.2, 0.1, 0.4]], np.float32)
+    assert to_predictions(cosines[:, :3], ("a", "b", "c"), fitted)[0].set == ("a", "b")
+    assert to_predictions(cosines, ("a", "b", "c", "d"), fitted)[0].set == ("d", "a")
+    assert to_predictions(cosines[:, 2:3], ("c",), fitted)[0].set == ("c",)
 
 
 def test_scores_are_honest_after_the_fit() -> None:
@@ -131,6 +141,7 @@ def test_scores_are_honest_after_the_fit() -> None:
 def test_conformal_thresholds_are_within_bounds() -> None:
     for n in (1, 2, 10, 300):  # and they ascend, or there would be no calibration
         assert all(0 <= threshold <= 1 for _, threshold in fit_calibration(*synthetic(n, 40, n)).conformal)
+        assert fit_calibration(*synthetic(n, 40, n), margin=0.5).conformal[-1][1] <= 1.5
 
 
 def test_too_few_photos_for_a_coverage_give_the_whole_set() -> None:

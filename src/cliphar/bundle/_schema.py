@@ -78,12 +78,15 @@ class Calibration(_Model):
     """Numbers fitted on photos that training never saw, for one way of scoring.
 
     ``logit_scale`` multiplies cosines before the softmax (the inverse temperature; Guo et al., 2017).
-    ``conformal`` maps a coverage to the threshold on 1 - p(label): labels at or under it form the prediction set
-    (split conformal prediction; Vovk et al., 2005; Sadinle et al., 2019). ``unknown_below`` is the cosine of the best
-    label under which the answer is ``unknown``. ``photos`` is how many photos the fit saw.
+    ``conformal`` maps a coverage to the threshold on a label's nonconformity: labels at or under it form the prediction
+    set (split conformal prediction; Vovk et al., 2005). It is 1 - p(label) (Sadinle et al., 2019) or, with a
+    ``margin``, the best cosine times ``margin`` less the label's own, which other labels change less.
+    ``unknown_below`` is the cosine of the best label under which the answer is ``unknown``. ``photos`` is how many
+    photos the fit saw.
     """
 
     logit_scale: float = Field(gt=0)
+    margin: float | None = Field(default=None, ge=0, le=1)
     conformal: tuple[tuple[float, float], ...] = Field(min_length=1)
     unknown_below: float = Field(ge=-1, le=1)
     photos: int = Field(ge=1)

@@ -3,7 +3,7 @@
 from cliphar.evaluation._analysis import Analysis, ClassReport, Mistake, analyse, confident_mistakes
 from cliphar.evaluation._card import model_card
 from cliphar.evaluation._compare import Comparison, compare, harmonic_mean, mcnemar, paired_interval
-from cliphar.evaluation._fit import fit_calibration
+from cliphar.evaluation._fit import OPEN_MARGIN, fit_calibration
 from cliphar.evaluation._metrics import Bin, Report, evaluate, expected_calibration_error, macro_f1, reliability
 from cliphar.evaluation._plots import confusion_svg, reliability_svg
 from cliphar.evaluation._report import EVALUATION_FILE, Evaluation, bundled_evaluation, write_report
@@ -11,6 +11,7 @@ from cliphar.evaluation._timelines import Span, segment_f1, temporal_map
 
 __all__ = [
     "EVALUATION_FILE",
+    "OPEN_MARGIN",
     "Analysis",
     "Bin",
     "ClassReport",

@@ -9,7 +9,7 @@ from cliphar.bundle import Calibration
 from cliphar.labels import UNKNOWN
 from cliphar.recognizer._types import Prediction, Score
 
-__all__ = ["mean_direction", "probabilities", "to_predictions"]
+__all__ = ["mean_direction", "nonconformity", "probabilities", "to_predictions"]
 
 
 def mean_direction(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -28,12 +28,19 @@ def probabilities(cosines: NDArray[np.float32], logit_scale: float) -> NDArray[n
     return shares
 
 
+def nonconformity(
+    cosines: NDArray[np.float32], shares: NDArray[np.float64], margin: float | None
+) -> NDArray[np.float64]:
+    """How little each label conforms, float64 [N,C], of cosines and probabilities [N,C]; see ``Calibration``."""
+    return 1 - shares if margin is None else margin * cosines.max(1, keepdims=True) - cosines.astype(np.float64)
+
+
 def _threshold(calibration: Calibration, coverage: float) -> float:
-    """The bound on 1 - p(label) of the next fitted coverage at or above this one, in (0, 1); 1 above the last."""
+    """The bound on nonconformity of the next fitted coverage at or above this one, in (0, 1); none above the last."""
     for fitted, threshold in calibration.conformal:
         if fitted >= coverage - 1e-9:
             return threshold
-    return 1.0
+    return np.inf
 
 
 def to_predictions(
@@ -46,16 +53,18 @@ def to_predictions(
     """One prediction a row of cosines, float [N,C]."""
     bound = _threshold(calibration, coverage)
     shares = probabilities(cosines, calibration.logit_scale)
+    fits = nonconformity(cosines, shares, calibration.margin) <= bound
     orders = np.argsort(-shares, axis=1, kind="stable")
     answers = []
     # as Python's own numbers: NumPy takes longer over each of them than over all of a row
-    for row, order, evidence in zip(shares.tolist(), orders.tolist(), cosines.max(1).tolist(), strict=True):
+    rows = zip(shares.tolist(), fits.tolist(), orders.tolist(), cosines.max(1).tolist(), strict=True)
+    for row, fit, order, evidence in rows:
         best = order[0]
         answers.append(
             Prediction(
                 label=UNKNOWN if evidence < calibration.unknown_below else labels[best],
                 score=row[best],
-                set=tuple(labels[i] for i in order if i == best or 1 - row[i] <= bound),
+                set=tuple(labels[i] for i in order if i == best or fit[i]),
                 top=tuple(Score(labels[i], row[i]) for i in order[:top_k]),
                 evidence=evidence,
             )

@@ -25,6 +25,7 @@ from cliphar.bundle import (
 from cliphar.errors import printable
 from cliphar.evaluation import (
     EVALUATION_FILE,
+    OPEN_MARGIN,
     Evaluation,
     Mistake,
     analyse,
@@ -87,7 +88,7 @@ def package(job: Job, outcome: Outcome) -> tuple[Bundle, Evaluation]:
             words = background.centred(words, info.text.centred)
     truth = {part: job.targets[job.rows(part)] for part in (VAL, TEST)}
     known = fit_calibration(val @ outcome.vectors.T, truth[VAL])
-    unseen = info.open if same_towers else fit_calibration(val @ words.T, truth[VAL])
+    unseen = info.open if same_towers else fit_calibration(val @ words.T, truth[VAL], margin=OPEN_MARGIN)
     start = job.start_vectors().T
     answers = {
         "known": _answers(job, test @ outcome.vectors.T, known),

@@ -27,7 +27,7 @@ from cliphar.bundle import (
     find_bundle,
     write_bundle,
 )
-from cliphar.evaluation import fit_calibration
+from cliphar.evaluation import OPEN_MARGIN, fit_calibration
 from cliphar.export import (
     TEACHER_SIZE,
     compress_weights,
@@ -253,7 +253,7 @@ def _finish(
                 (_embed(recognizer, corpus, rows) @ vectors.T, corpus.targets(rows, labels))
                 for rows in (corpus.select(part=part, labels=labels) for part in (VAL, TEST))
             )
-            fitted[kind] = fit_calibration(val, val_truth)
+            fitted[kind] = fit_calibration(val, val_truth, margin=OPEN_MARGIN if kind == "open" else None)
             answers = to_predictions(test, tuple(labels), fitted[kind])
             metrics[kind] = measured(answers, [labels[i] for i in test_truth], description)
             log(f"{kind}: {metrics[kind].values}")
