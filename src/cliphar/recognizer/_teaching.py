@@ -55,7 +55,7 @@ class Background:
         near all of them, a hub that takes other labels' photos. Suzuki et al., "Centering Similarity Measures to
         Reduce Hubs", EMNLP 2013 (https://aclanthology.org/D13-1058).
         """
-        rest = vectors - share * (vectors @ self.centre)[:, None] * self.centre
+        rest = _without(vectors, self.centre, share)
         unit: NDArray[np.float32] = (rest / np.linalg.norm(rest, axis=1, keepdims=True)).astype(np.float32)
         return unit
 
@@ -177,6 +177,6 @@ def _unit(
     return unit
 
 
-def _without(vectors: NDArray[np.floating], direction: NDArray[np.float32]) -> NDArray[np.floating]:
-    remaining: NDArray[np.floating] = vectors - (vectors @ direction)[:, None] * direction
+def _without(vectors: NDArray[np.floating], direction: NDArray[np.float32], share: float = 1.0) -> NDArray[np.floating]:
+    remaining: NDArray[np.floating] = vectors - share * (vectors @ direction)[:, None] * direction
     return remaining

@@ -40,7 +40,6 @@ from cliphar.recognizer import (
     Prediction,
     Recognizer,
     fit_background,
-    read_background,
     to_predictions,
 )
 from cliphar.runtime import OnnxRuntime
@@ -78,13 +77,12 @@ def package(job: Job, outcome: Outcome) -> tuple[Bundle, Evaluation]:
             for part in (VAL, TEST)
         )
         words = trained.embed_words(job.labels)
-        if not same_towers or BACKGROUND_FILE not in info.files:
+        if same_towers and BACKGROUND_FILE in info.files:
+            words = trained.compared(words)
+        else:
             some = np.random.default_rng(0).permutation(job.rows(TRAIN))[:BACKGROUND_PHOTOS]
             background = fit_background(embed_rows(trained, job.photos, some))
             files[BACKGROUND_FILE] = background.to_bytes()
-        elif info.text.centred:
-            background = read_background(job.bundle)
-        if info.text.centred:
             words = background.centred(words, info.text.centred)
     truth = {part: job.targets[job.rows(part)] for part in (VAL, TEST)}
     known = fit_calibration(val @ outcome.vectors.T, truth[VAL])
